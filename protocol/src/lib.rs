@@ -1,0 +1,3 @@
+//! What both ends of Fulmar agree on.
+pub mod id;
+pub mod limit;

@@ -1,0 +1,113 @@
+//! Every bound on the wire, in one place, with the relations between them proven at compile time.
+//!
+//! A peer may negotiate a limit down (WELCOME carries the gateway's), never up.
+
+/// Largest QUIC variable-length integer (RFC 9000 section 16): 2^62 - 1.
+pub const VARINT_MAX: u64 = (1 << 62) - 1;
+
+/// Shards a cluster can ever have. Part of every user and conversation number, so it can't change.
+pub const SHARDS_MAX: u64 = 256;
+
+/// Bytes of a HELLO frame, its changed cursors included.
+pub const HELLO_BYTES_MAX: usize = 4 * 1024;
+
+/// Bytes of any other frame on the control stream.
+pub const CONTROL_FRAME_BYTES_MAX: usize = 4 * 1024;
+
+/// Payload bytes of one SEND and so of one record. A larger body travels as several, chained by the `more` flag.
+pub const SEND_PAYLOAD_BYTES_MAX: usize = 16 * 1024;
+
+/// Bytes of fields before a SEND's or DELIVER's payload (every number at its widest).
+pub const SEND_HEADER_BYTES_MAX: usize = 96;
+
+/// Bytes of a frame on the uplink (U0).
+pub const UPLINK_FRAME_BYTES_MAX: usize = SEND_PAYLOAD_BYTES_MAX + SEND_HEADER_BYTES_MAX;
+
+/// Bytes of a frame on a lane.
+pub const LANE_FRAME_BYTES_MAX: usize = SEND_PAYLOAD_BYTES_MAX + SEND_HEADER_BYTES_MAX;
+
+/// Bytes of one BLOCK on the backlog stream.
+pub const BLOCK_BYTES_MAX: usize = 64 * 1024;
+
+/// Records in one BLOCK.
+pub const BLOCK_RECORDS_MAX: usize = 512;
+
+/// Bytes of a whole message body, chained over several SENDs.
+pub const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// Payload bytes of an EVENT; with its header it fits a datagram on any path QUIC runs on (1200-byte packets).
+pub const EVENT_PAYLOAD_BYTES_MAX: usize = 1_000;
+
+/// Bytes of a datagram frame.
+pub const DATAGRAM_BYTES_MAX: usize = 1_150;
+
+/// SENDs of one conversation that may be unacknowledged.
+pub const INFLIGHT_PER_CONVERSATION_MAX: usize = 64;
+
+/// SENDs of one producer that may be unacknowledged.
+pub const INFLIGHT_PER_PRODUCER_MAX: usize = 256;
+
+/// (pseq, seq) pairs a lane of sending remembers for repeated sends.
+pub const LANE_ACKS_REMEMBERED: usize = INFLIGHT_PER_CONVERSATION_MAX;
+
+/// Sends a lane keeps while one before them is missing.
+pub const LANE_PARKED_MAX: usize = 16;
+
+/// Downlink lanes a connection may have.
+pub const LANES_MAX: u8 = 16;
+
+/// Downlink lanes unless configured otherwise; more gained nothing when measured at 20 messages/s and 5 % loss.
+pub const LANES_DEFAULT: u8 = 4;
+
+/// Entries of one CURSORS, ACK, HEAD, RECEIPT or SEND_ACK frame.
+pub const ENTRIES_PER_FRAME_MAX: usize = 256;
+
+/// Bytes of an auth token (a JWT).
+pub const TOKEN_BYTES_MAX: usize = 2 * 1024;
+
+/// Bytes of a session ticket.
+pub const TICKET_BYTES_MAX: usize = 256;
+
+/// Bytes of a user's, app's or conversation's name.
+pub const NAME_BYTES_MAX: usize = 128;
+
+/// Bytes of the text of an ERROR, GOAWAY or KICKED; it is for people, never parsed.
+pub const TEXT_BYTES_MAX: usize = 512;
+
+/// Bytes of a CALL's or REPLY's body.
+pub const CALL_BODY_BYTES_MAX: usize = CONTROL_FRAME_BYTES_MAX - 64;
+
+/// Calls of one connection that may be unanswered.
+pub const CALLS_INFLIGHT_MAX: usize = 32;
+
+/// Other addresses a WELCOME or GOAWAY may name.
+pub const ADDRESSES_MAX: usize = 8;
+
+/// Bytes of TLVs a cold frame may carry.
+pub const TLV_BYTES_MAX: usize = 1_024;
+
+/// Records of one conversation a client keeps that arrived before their predecessors.
+pub const REORDER_RECORDS_MAX: usize = 256;
+
+/// Delivered records after which an ACK leaves without waiting for the timer.
+pub const ACK_EVERY: usize = 16;
+
+const _: () = {
+    assert!(TOKEN_BYTES_MAX + 16 * 100 <= HELLO_BYTES_MAX, "a token and a hundred cursors fit a HELLO");
+    assert!(EVENT_PAYLOAD_BYTES_MAX + 64 <= DATAGRAM_BYTES_MAX, "an event fits a datagram");
+    assert!(
+        BLOCK_BYTES_MAX >= 2 * LANE_FRAME_BYTES_MAX,
+        "a block holds at least one record of the largest size"
+    );
+    assert!(BODY_BYTES_MAX % SEND_PAYLOAD_BYTES_MAX == 0, "the largest body is a whole number of sends");
+    assert!(LANE_PARKED_MAX <= INFLIGHT_PER_CONVERSATION_MAX, "no more can be parked than can be in flight");
+    assert!(
+        INFLIGHT_PER_CONVERSATION_MAX <= INFLIGHT_PER_PRODUCER_MAX,
+        "one conversation fits the producer's window"
+    );
+    assert!(
+        ENTRIES_PER_FRAME_MAX * 16 <= CONTROL_FRAME_BYTES_MAX,
+        "a full frame of pairs fits the control stream"
+    );
+    assert!(TEXT_BYTES_MAX + NAME_BYTES_MAX * ADDRESSES_MAX <= CONTROL_FRAME_BYTES_MAX, "a GOAWAY fits");
+};
