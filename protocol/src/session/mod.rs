@@ -1,0 +1,3 @@
+//! Session halves.
+
+pub mod digest;

@@ -1,0 +1,47 @@
+//! Which protocol is spoken, and how two versions of it meet.
+//!
+//! The major version is the ALPN. The minor version is the lower of the two; feature bits are the AND of the two.
+
+/// ALPN of the protocol (RFC 7301); the number is the major version.
+pub const ALPN: &[u8] = b"fulmar/1";
+
+/// The newest minor version this code speaks.
+pub const MINOR: u8 = 0;
+
+/// Optional abilities, one bit each. Unknown bits are ignored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Features(pub u64);
+
+impl Features {
+    /// The peer understands EVENT in datagrams.
+    pub const DATAGRAM_EVENTS: Self = Self(1);
+    /// The peer understands a hedged copy of a SEND or DELIVER in a datagram.
+    pub const HEDGE: Self = Self(1 << 1);
+    /// The peer wants RECEIPT frames.
+    pub const RECEIPTS: Self = Self(1 << 2);
+    /// The peer understands zstd BLOCKs.
+    pub const ZSTD_BLOCKS: Self = Self(1 << 3);
+    /// Bits that mean nothing and are set at random, so that nobody comes to depend on their absence.
+    pub const GREASE: Self = Self(0x3f << 56);
+
+    /// What this code can do.
+    pub const OURS: Self = Self(Self::DATAGRAM_EVENTS.0 | Self::RECEIPTS.0);
+
+    /// What both can do.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Both sets together.
+    #[must_use]
+    pub const fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether all of `other` is in `self`.
+    #[must_use]
+    pub const fn has(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
