@@ -99,7 +99,7 @@ const _: () = {
         BLOCK_BYTES_MAX >= 2 * LANE_FRAME_BYTES_MAX,
         "a block holds at least one record of the largest size"
     );
-    assert!(BODY_BYTES_MAX % SEND_PAYLOAD_BYTES_MAX == 0, "the largest body is a whole number of sends");
+    assert!(BODY_BYTES_MAX.is_multiple_of(SEND_PAYLOAD_BYTES_MAX), "the largest body is a whole number of sends");
     assert!(LANE_PARKED_MAX <= INFLIGHT_PER_CONVERSATION_MAX, "no more can be parked than can be in flight");
     assert!(
         INFLIGHT_PER_CONVERSATION_MAX <= INFLIGHT_PER_PRODUCER_MAX,

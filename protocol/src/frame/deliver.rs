@@ -104,7 +104,6 @@ impl WireTime {
 
     /// The short form of `time`.
     #[must_use]
-    #[expect(clippy::cast_possible_truncation, reason = "30 bits fit")]
     pub const fn short(time: UnixMillis) -> Self {
         Self::Short((time.get() % Self::SPAN) as u32)
     }

@@ -341,10 +341,11 @@ impl Frame {
 /// Appends a frame of a reserved odd type (`0x40 n + 0x3f`) that every peer must skip.
 pub fn grease(out: &mut BytesMut, seed: u64) {
     let number = 0x40 * (1 + seed % 200) + 0x3f;
-    let body = &seed.to_be_bytes()[..usize::try_from(seed % 8).unwrap_or(0)];
-    put_varint(out, (varint_len(number) + body.len()) as u64);
+    let body = seed.to_be_bytes();
+    let len = usize::try_from(seed % 8).unwrap_or(0);
+    put_varint(out, (varint_len(number) + len) as u64);
     put_varint(out, number);
-    out.put_slice(body);
+    out.extend(body.iter().take(len));
 }
 
 /// Checks the TLVs after a cold frame's core and skips them: this version knows none.
