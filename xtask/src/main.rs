@@ -1,2 +1,158 @@
-//! Development commands.
-fn main() {}
+//! Development commands of Fulmar: `cargo xtask --help`.
+//!
+//! Everything here runs other tools, reads files of this workspace, and reports. Progress goes to standard error;
+//! standard output carries only what a command is asked for, so `cargo xtask test` closes it with one summary line.
+
+mod fuzz;
+mod layering;
+mod run;
+mod steps;
+mod tally;
+mod tool;
+
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+
+use crate::run::Workspace;
+use crate::steps::{Options, StepName};
+
+/// Development commands of Fulmar.
+///
+/// On a fresh machine nothing but Rust, a C and a C++ compiler is needed. Tools that are missing (cargo-nextest,
+/// cargo-deny, cargo-fuzz) are built once into target/tools; your own ~/.cargo/bin is left alone.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    after_long_help = "Examples:\n  \
+        cargo xtask test                       every check, as CI runs it\n  \
+        cargo xtask test --only fmt,clippy     before a commit\n  \
+        cargo xtask test --skip crash,fuzz     everything that ends within minutes\n  \
+        cargo xtask fuzz frame_decode --seconds 600\n  \
+        cargo xtask crash --rounds 10000\n  \
+        cargo xtask bench codec"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the checks: quick ones first, then tests, the crash loop and short fuzzing
+    ///
+    /// Every step runs even if one before it failed. The last line is `N passed, N failed`: tests as their runners
+    /// counted them, and each other check (fmt, clippy, a fuzz target, ..) as one. The exit status is 0 only if
+    /// nothing failed.
+    Test(TestArgs),
+    /// Fuzz one target, or all one after the other
+    ///
+    /// Uses the nightly toolchain with AddressSanitizer if it is installed, else stable without. New inputs are
+    /// kept under target/fuzz, findings under fuzz/artifacts.
+    Fuzz {
+        /// Target to fuzz, by its name in fuzz/Cargo.toml; without it, all
+        target: Option<String>,
+        /// Time for each target
+        #[arg(long, value_name = "N", default_value_t = 60)]
+        seconds: u64,
+    },
+    /// Kill a gateway under load again and again, and check each time that nothing acked is lost
+    Crash {
+        /// How often the gateway is killed
+        #[arg(long, value_name = "N", default_value_t = 200)]
+        rounds: u32,
+    },
+    /// Run the benchmarks, each beside the floor it is measured against
+    Bench {
+        /// Benchmark to run, by its name in benches/Cargo.toml; without it, all
+        name: Option<String>,
+        /// Passed on to the benchmark
+        #[arg(last = true, value_name = "ARGS")]
+        args: Vec<String>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct TestArgs {
+    /// Run only these steps
+    #[arg(long, value_name = "STEPS", value_delimiter = ',', value_enum)]
+    only: Vec<StepName>,
+    /// Leave these steps out
+    #[arg(long, value_name = "STEPS", value_delimiter = ',', value_enum)]
+    skip: Vec<StepName>,
+    /// Show the steps and what each of them does, and run nothing
+    #[arg(long)]
+    list: bool,
+    /// How often the crash step kills a gateway
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    crash_rounds: u32,
+    /// Time for each fuzz target, in seconds
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    fuzz_seconds: u64,
+}
+
+fn main() -> ExitCode {
+    match carry_out(Cli::parse().command) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Carries one command out; `false` is a failure that is already reported.
+fn carry_out(command: Command) -> anyhow::Result<bool> {
+    let workspace = Workspace::locate()?;
+    match command {
+        Command::Test(args) if args.list => {
+            print(steps::list().trim_end());
+            Ok(true)
+        }
+        Command::Test(args) => {
+            let options = Options { crash_rounds: args.crash_rounds, fuzz_seconds: args.fuzz_seconds };
+            let selected = steps::select(&args.only, &args.skip);
+            anyhow::ensure!(!selected.is_empty(), "no step is left to run; see `cargo xtask test --list`");
+            let total = steps::run(&workspace, &selected, options);
+            print(&total.to_string());
+            Ok(total.is_success())
+        }
+        Command::Fuzz { target, seconds } => {
+            let targets = fuzz::targets(&workspace)?;
+            let chosen = match target {
+                None => targets,
+                Some(name) if targets.contains(&name) => vec![name],
+                Some(name) => {
+                    anyhow::bail!("no fuzz target `{name}`; fuzz/Cargo.toml has: {}", targets.join(", "))
+                }
+            };
+            let total = fuzz::run_all(&workspace, &chosen, seconds)?;
+            print(&total.to_string());
+            Ok(total.is_success())
+        }
+        Command::Crash { rounds } => {
+            let total = steps::crash(&workspace, Options { crash_rounds: rounds, fuzz_seconds: 0 })?;
+            print(&total.to_string());
+            Ok(total.is_success())
+        }
+        Command::Bench { name, args } => {
+            let mut command = workspace.cargo(["bench", "--package", "fulmar-benches"]);
+            if let Some(name) = name {
+                command.args(["--bench", &name]);
+            } else {
+                command.arg("--benches");
+            }
+            let status = command.arg("--").args(args).status().context("can't start cargo")?;
+            Ok(status.success())
+        }
+    }
+}
+
+/// Prints what the command was asked for.
+#[expect(clippy::print_stdout, reason = "the one place that writes results to standard output")]
+fn print(text: &str) {
+    println!("{text}");
+}

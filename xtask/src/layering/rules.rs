@@ -1,0 +1,181 @@
+//! Who may name whom. This table is the whole policy; the rest of the check only reads files.
+//!
+//! - A path is forbidden together with everything below it: `crate::connection` covers `crate::connection::Driver`.
+//! - `*::Instant::now` is forbidden wherever the two names stand at the end, whatever stands before them.
+//! - Every file and folder a rule speaks of must be there: a rule about nothing would hold for ever.
+//!
+//! Not here: how a file is read (`source`), how a manifest is read (`manifest`). Test code is free: tests, the
+//! simulator and benches may name everybody.
+
+/// What the code below one folder, or in one file, may not name.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SourceRule {
+    /// A folder (it ends with `/`) or a file, from the root of the workspace.
+    pub(crate) within: &'static str,
+    /// Forbidden paths; several lists, so that rules can share one.
+    pub(crate) forbids: &'static [&'static [&'static str]],
+    /// Paths that are allowed although a forbidden one covers them.
+    pub(crate) but: &'static [&'static str],
+    /// The rule in words, as a person who broke it reads it.
+    pub(crate) because: &'static str,
+}
+
+/// What a crate may not depend on. Dev-dependencies are free.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CrateRule {
+    /// Folder of the crate, from the root of the workspace.
+    pub(crate) folder: &'static str,
+    /// Packages it may not name under `[dependencies]` or `[build-dependencies]`, for any target.
+    pub(crate) forbids: &'static [&'static [&'static str]],
+    /// The rule in words.
+    pub(crate) because: &'static str,
+}
+
+/// Crates that bring a runtime, a socket, a disk or dice.
+const WORLD_CRATES: &[&str] = &[
+    "tokio",
+    "quinn",
+    "quinn-proto",
+    "quinn-udp",
+    "rustls",
+    "mio",
+    "socket2",
+    "sled",
+    "fjall",
+    "rusqlite",
+    "rand",
+    "getrandom",
+];
+
+/// Packages that only run or test the others.
+const OUTER_CRATES: &[&str] = &["fulmar-benches", "fulmar-fuzz", "xtask"];
+
+/// Everything by which a file stops being pure: runtimes, transports, engines, clocks, dice, sockets, files, threads.
+/// Addresses (`std::net::IpAddr`) and durations are values and stay allowed.
+const WORLD: &[&str] = &[
+    "tokio",
+    "quinn",
+    "quinn_proto",
+    "quinn_udp",
+    "rustls",
+    "sled",
+    "fjall",
+    "rand",
+    "getrandom",
+    "*::Instant::now",
+    "*::SystemTime::now",
+    "std::net::TcpListener",
+    "std::net::TcpStream",
+    "std::net::UdpSocket",
+    "std::fs",
+    "std::thread",
+];
+
+/// What wires the stages, and what only the command line uses. Stages are imported by these, never the other way.
+const ABOVE_THE_STAGES: &[&str] =
+    &["crate::*", "crate::cli", "crate::config", "crate::gateway", "fulmar_client", "fulmar_sim"];
+
+/// Rules between crates, innermost first.
+pub(crate) const CRATES: &[CrateRule] = &[
+    CrateRule {
+        folder: "protocol",
+        forbids: &[
+            WORLD_CRATES,
+            OUTER_CRATES,
+            &["fulmar-store", "fulmar-gateway", "fulmar-client", "fulmar-sim"],
+        ],
+        because: "the protocol knows no runtime, socket, engine or randomness, and no other crate of the project",
+    },
+    CrateRule {
+        folder: "store",
+        forbids: &[OUTER_CRATES, &["fulmar-gateway", "fulmar-client", "fulmar-sim", "quinn", "quinn-proto"]],
+        because: "the store knows ids and its engines; it serves whoever holds it and names none of them",
+    },
+    CrateRule {
+        folder: "client-sdk",
+        forbids: &[OUTER_CRATES, &["fulmar-store", "fulmar-gateway", "fulmar-sim", "sled"]],
+        because: "the SDK shares only the protocol with the gateway; phones do not carry a server",
+    },
+    CrateRule {
+        folder: "sim",
+        forbids: &[OUTER_CRATES, &["fulmar-gateway", "fulmar-store", "fulmar-client"]],
+        because: "the simulator is a network, a clock and a checker; the gateway's demo uses it, not it the gateway",
+    },
+    CrateRule {
+        folder: "gateway",
+        forbids: &[OUTER_CRATES, &["sled", "fjall", "rusqlite"]],
+        because: "the gateway reaches disks through the store, and nothing depends on benches, fuzz or xtask",
+    },
+];
+
+/// Rules inside crates, in the order in which a message meets the files.
+pub(crate) const SOURCES: &[SourceRule] = &[
+    SourceRule {
+        within: "protocol/src/",
+        forbids: &[WORLD],
+        but: &[],
+        because: "the protocol is a state machine: time, bytes and randomness come in as arguments",
+    },
+    SourceRule {
+        within: "gateway/src/accept/",
+        forbids: &[
+            ABOVE_THE_STAGES,
+            &["crate::conversation", "crate::fanout", "crate::receipt", "crate::service", "fulmar_store"],
+        ],
+        but: &[],
+        because: "accept knows connection and nothing behind it",
+    },
+    SourceRule {
+        within: "gateway/src/connection/",
+        forbids: &[ABOVE_THE_STAGES, &["crate::accept", "fulmar_store"]],
+        but: &[],
+        because: "connection knows conversation, fanout, receipt and service; the log is entered behind them",
+    },
+    SourceRule {
+        within: "gateway/src/conversation/",
+        forbids: &[
+            ABOVE_THE_STAGES,
+            &["crate::accept", "crate::connection", "crate::receipt", "crate::service"],
+        ],
+        but: &[],
+        because: "conversation knows the store and fanout, never a connection",
+    },
+    SourceRule {
+        within: "gateway/src/fanout/",
+        forbids: &[
+            ABOVE_THE_STAGES,
+            &[
+                "crate::accept",
+                "crate::connection",
+                "crate::conversation",
+                "crate::receipt",
+                "crate::service",
+                "fulmar_store",
+            ],
+        ],
+        but: &[],
+        because: "fanout knows frames, never a connection, a conversation or the store",
+    },
+    SourceRule {
+        within: "gateway/src/receipt/",
+        forbids: &[
+            ABOVE_THE_STAGES,
+            &["crate::accept", "crate::connection", "crate::conversation", "crate::fanout", "crate::service"],
+        ],
+        but: &["crate::fanout::owed"],
+        because: "receipt knows the store and fanout's owed set",
+    },
+    SourceRule {
+        within: "gateway/src/service/",
+        forbids: &[ABOVE_THE_STAGES, &["crate::accept", "crate::connection"]],
+        but: &[],
+        because: "services are called by connection and never name it",
+    },
+    SourceRule { within: "gateway/src/accept/admission.rs", forbids: &[WORLD], but: &[], because: PURE },
+    SourceRule { within: "gateway/src/conversation/route.rs", forbids: &[WORLD], but: &[], because: PURE },
+    SourceRule { within: "gateway/src/conversation/state.rs", forbids: &[WORLD], but: &[], because: PURE },
+    SourceRule { within: "gateway/src/fanout/plan.rs", forbids: &[WORLD], but: &[], because: PURE },
+];
+
+/// Why the pure files of the gateway are pure.
+const PURE: &str = "a pure file decides; it names no runtime, transport, engine, clock or randomness";
