@@ -1,8 +1,10 @@
 //! Fuzzing: which targets there are, and running each for a while.
 //!
 //! - Targets are what `fuzz/Cargo.toml` lists as `[[bin]]`; none at all is an error, not a pass.
+//! - A target that executed no input fails, whatever it says.
 //! - `fuzz/corpus/TARGET` is read and never written; new inputs go below the target folder.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -39,11 +41,25 @@ fn targets_of(manifest: &str) -> anyhow::Result<Vec<String>> {
     Ok(names)
 }
 
+/// How much libFuzzer tells while it runs. Findings are always told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Progress {
+    /// Every new input, and a pulse.
+    Shown,
+    /// Only the closing figures.
+    Hidden,
+}
+
 /// Fuzzes each target for `seconds`; one that finds something fails, the others still run.
 ///
 /// # Errors
 /// When cargo-fuzz can't be had.
-pub(crate) fn run_all(workspace: &Workspace, targets: &[String], seconds: u64) -> anyhow::Result<Tally> {
+pub(crate) fn run_all(
+    workspace: &Workspace,
+    targets: &[String],
+    seconds: u64,
+    progress: Progress,
+) -> anyhow::Result<Tally> {
     ensure_compilers(workspace)?;
     FUZZ.ensure(workspace)?;
     let nightly = ask(workspace.command("rustup").args(["run", "nightly", "rustc", "--version"]));
@@ -53,14 +69,25 @@ pub(crate) fn run_all(workspace: &Workspace, targets: &[String], seconds: u64) -
     }
     let mut total = Tally::default();
     for target in targets {
-        let found_nothing = run_one(workspace, target, seconds, nightly.is_some())?;
-        eprintln!("fuzz target {target}: {}", if found_nothing { "ok" } else { "FAILED" });
-        total += Tally::of_one(found_nothing);
+        let mut command = command(workspace, target, seconds, nightly.is_some(), progress)?;
+        let limit = BUILD_LIMIT + Duration::from_secs(seconds);
+        let mut executed = 0;
+        let found_nothing = run(&mut command, limit, |line| executed = executions(line).unwrap_or(executed))?;
+        let passed = found_nothing && executed > 0;
+        let outcome = if passed { "ok" } else { "FAILED" };
+        eprintln!("fuzz target {target}: {outcome}, {executed} inputs executed\n");
+        total += Tally::of_one(passed);
     }
     Ok(total)
 }
 
-fn run_one(workspace: &Workspace, target: &str, seconds: u64, nightly: bool) -> anyhow::Result<bool> {
+fn command(
+    workspace: &Workspace,
+    target: &str,
+    seconds: u64,
+    nightly: bool,
+    progress: Progress,
+) -> anyhow::Result<Command> {
     let kept = workspace.target().join("fuzz/corpus").join(target);
     std::fs::create_dir_all(&kept).with_context(|| format!("can't create {}", kept.display()))?;
     let mut command = if nightly {
@@ -82,9 +109,17 @@ fn run_one(workspace: &Workspace, target: &str, seconds: u64, nightly: bool) -> 
         format!("-max_total_time={seconds}"),
         format!("-rss_limit_mb={RSS_MIB_MAX}"),
         format!("-timeout={INPUT_SECONDS_MAX}"),
+        format!("-verbosity={}", u8::from(progress == Progress::Shown)),
         "-print_final_stats=1".to_owned(),
     ]);
-    run(&mut command, BUILD_LIMIT + Duration::from_secs(seconds), |_| ())
+    // The release profile's link-time optimisation would be paid once for each target, and finds nothing.
+    command.env("CARGO_PROFILE_RELEASE_LTO", "false");
+    Ok(command)
+}
+
+/// Reads libFuzzer's `stat::number_of_executed_units: 1946976`.
+fn executions(line: &str) -> Option<u64> {
+    line.trim().strip_prefix("stat::number_of_executed_units:")?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -96,6 +131,12 @@ mod tests {
         let manifest =
             "[package]\nname = \"f\"\n[[bin]]\nname = \"frame_decode\"\n[[bin]]\nname = \"pair\"\n";
         assert_eq!(targets_of(manifest).unwrap(), ["frame_decode", "pair"]);
+    }
+
+    #[test]
+    fn executions_are_read_from_the_closing_figures() {
+        assert_eq!(executions("stat::number_of_executed_units: 1946976"), Some(1_946_976));
+        assert_eq!(executions("stat::average_exec_per_sec:     389395"), None);
     }
 
     #[test]

@@ -129,7 +129,7 @@ fn carry_out(command: Command) -> anyhow::Result<bool> {
                     anyhow::bail!("no fuzz target `{name}`; fuzz/Cargo.toml has: {}", targets.join(", "))
                 }
             };
-            let total = fuzz::run_all(&workspace, &chosen, seconds)?;
+            let total = fuzz::run_all(&workspace, &chosen, seconds, fuzz::Progress::Shown)?;
             print(&total.to_string());
             Ok(total.is_success())
         }

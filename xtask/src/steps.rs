@@ -216,7 +216,8 @@ pub(crate) fn crash(workspace: &Workspace, options: Options) -> anyhow::Result<T
 }
 
 fn fuzz_shortly(workspace: &Workspace, options: Options) -> anyhow::Result<Tally> {
-    fuzz::run_all(workspace, &fuzz::targets(workspace)?, options.fuzz_seconds)
+    let targets = fuzz::targets(workspace)?;
+    fuzz::run_all(workspace, &targets, options.fuzz_seconds, fuzz::Progress::Hidden)
 }
 
 fn nextest(workspace: &Workspace, profile: &str, what: impl FnOnce(&mut Command)) -> anyhow::Result<Tally> {
