@@ -180,6 +180,7 @@ fn deny(workspace: &Workspace, _: Options) -> anyhow::Result<Tally> {
         total += one_check(&mut command)?;
     }
     let mut fetch = workspace.cargo(["deny", "fetch", "db"]);
+    fetch.env("GIT_TERMINAL_PROMPT", "0");
     if run_program(&mut fetch, FETCH_LIMIT, |_| ()).unwrap_or(false) {
         total += one_check(&mut workspace.cargo(["deny", "check", "--disable-fetch", "advisories"]))?;
     } else {
