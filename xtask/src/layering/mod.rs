@@ -42,8 +42,8 @@ pub(crate) fn read_tree(root: &Path) -> anyhow::Result<Tree> {
     for rule in rules::CRATES {
         read_into(&mut tree, root, &manifest_of(rule))?;
     }
-    for rule in rules::SOURCES {
-        read_into(&mut tree, root, rule.within.trim_end_matches('/'))?;
+    for within in rules::SOURCES.iter().flat_map(|rule| rule.within) {
+        read_into(&mut tree, root, within.trim_end_matches('/'))?;
     }
     Ok(tree)
 }
@@ -77,7 +77,9 @@ pub(crate) fn check(
         check_manifest(tree, rule, &mut violations)?;
     }
     for rule in sources {
-        check_sources(tree, rule, &mut violations);
+        for within in rule.within {
+            check_sources(tree, within, rule, &mut violations);
+        }
     }
     violations.sort();
     violations.dedup();
@@ -107,11 +109,8 @@ fn check_manifest(tree: &Tree, rule: &CrateRule, violations: &mut Vec<Violation>
     Ok(())
 }
 
-fn check_sources(tree: &Tree, rule: &SourceRule, violations: &mut Vec<Violation>) {
-    let covered = |file: &str| match rule.within.strip_suffix('/') {
-        Some(_) => file.starts_with(rule.within),
-        None => file == rule.within,
-    };
+fn check_sources(tree: &Tree, within: &str, rule: &SourceRule, violations: &mut Vec<Violation>) {
+    let covered = |file: &str| if within.ends_with('/') { file.starts_with(within) } else { file == within };
     let mut any = false;
     for (file, text) in tree.iter().filter(|(file, _)| covered(file) && file.ends_with(".rs")) {
         any = true;
@@ -134,7 +133,7 @@ fn check_sources(tree: &Tree, rule: &SourceRule, violations: &mut Vec<Violation>
         }
     }
     if !any {
-        violations.push(missing(rule.within, rule.because));
+        violations.push(missing(within, rule.because));
     }
 }
 
@@ -165,12 +164,8 @@ mod tests {
         for rule in rules::CRATES {
             tree.insert(manifest_of(rule), "[dependencies]\nbytes = \"1\"\n".to_owned());
         }
-        for rule in rules::SOURCES {
-            let file = if rule.within.ends_with('/') {
-                format!("{}mod.rs", rule.within)
-            } else {
-                rule.within.to_owned()
-            };
+        for within in rules::SOURCES.iter().flat_map(|rule| rule.within) {
+            let file = if within.ends_with('/') { format!("{within}mod.rs") } else { (*within).to_owned() };
             tree.insert(file, "//! tokio::spawn is only spoken of here.\nuse bytes::Bytes;\n".to_owned());
         }
         tree
@@ -196,7 +191,8 @@ mod tests {
             ("protocol/src/producer.rs", "use std::time::SystemTime;\nfn f() { SystemTime::now(); }\n"),
             ("gateway/src/accept/endpoint.rs", "\nuse crate::conversation::Shard;\n"),
             ("gateway/src/accept/endpoint.rs", "\nuse fulmar_store::Log;\n"),
-            ("gateway/src/accept/mod.rs", "\nuse crate::config::Config;\n"),
+            ("gateway/src/accept/mod.rs", "\nuse crate::gateway::Gateway;\n"),
+            ("gateway/src/config.rs", "\nuse crate::accept::Admission;\n"),
             ("gateway/src/connection/driver.rs", "\nuse crate::accept::Admission;\n"),
             ("gateway/src/connection/driver.rs", "\nuse fulmar_store::Log;\n"),
             ("gateway/src/conversation/shard.rs", "\nuse crate::{bytes, connection};\n"),
@@ -228,7 +224,10 @@ mod tests {
     fn what_the_rules_allow_is_not_reported() {
         for (file, text) in [
             ("gateway/src/gateway.rs", "use crate::{accept, connection, conversation};"),
-            ("gateway/src/accept/endpoint.rs", "use crate::connection::Driver; use quinn::Endpoint;"),
+            (
+                "gateway/src/accept/endpoint.rs",
+                "use crate::{config::Tls, connection::Driver}; use quinn::Endpoint;",
+            ),
             ("gateway/src/accept/admission.rs", "use std::net::IpAddr; use std::time::{Duration, Instant};"),
             ("gateway/src/connection/driver.rs", "use crate::{conversation, fanout, receipt, service};"),
             ("gateway/src/conversation/shard.rs", "use crate::fanout::Handle; use fulmar_store::Log;"),
