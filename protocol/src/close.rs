@@ -153,6 +153,8 @@ codes! {
         GroupFull = 0x0e, Never, "the group is full";
         /// The name is taken.
         NameTaken = 0x0f, Never, "the name is taken";
+        /// The number was used up by an earlier refusal or tombstone whose answer was lost.
+        Consumed = 0x10, Never, "this number was used up by an earlier refusal";
         /// The queue in front of the shard is full.
         Busy = 0x20, Same, "the gateway is busy";
         /// The log can't take writes at the moment.
@@ -169,6 +171,8 @@ codes! {
         Draining = 0x26, OtherNode, "the gateway is shutting down";
         /// The records asked for are damaged on the gateway's disk.
         Damaged = 0x27, Never, "the records asked for are damaged at the gateway";
+        /// The connection was lost before the answer of a call; whether it was carried out is not known.
+        ConnectionLost = 0x28, Same, "the connection was lost before the answer came";
         /// The token is malformed or its signature is wrong.
         BadToken = 0x40, AfterAuth, "the token is not valid";
         /// The token expired.

@@ -89,6 +89,23 @@ pub const TLV_BYTES_MAX: usize = 1_024;
 /// Records of one conversation a client keeps that arrived before their predecessors.
 pub const REORDER_RECORDS_MAX: usize = 256;
 
+/// Bytes of all records a client keeps that arrived before their predecessors.
+pub const REORDER_BYTES_MAX: usize = 1024 * 1024;
+
+/// SENDs a client may have unacknowledged before it has seen the WELCOME, and so what a gateway always tolerates,
+/// however low its own limits are.
+pub const FIRST_FLIGHT_SENDS_MAX: usize = 32;
+
+/// Frames a client may send after its HELLO before it has seen the WELCOME. A gateway holds them until the client is
+/// authenticated.
+pub const FIRST_FLIGHT_FRAMES_MAX: usize = 64;
+
+/// Bytes of those frames. What a stranger can make a gateway hold is this and one frame.
+pub const FIRST_FLIGHT_BYTES_MAX: usize = 48 * 1024;
+
+/// PULLs of one connection that may be unanswered.
+pub const PULLS_INFLIGHT_MAX: usize = 8;
+
 /// Delivered records after which an ACK leaves without waiting for the timer.
 pub const ACK_EVERY: usize = 16;
 
@@ -100,6 +117,8 @@ const _: () = {
         "a block holds at least one record of the largest size"
     );
     assert!(BODY_BYTES_MAX.is_multiple_of(SEND_PAYLOAD_BYTES_MAX), "the largest body is a whole number of sends");
+    assert!(FIRST_FLIGHT_BYTES_MAX > UPLINK_FRAME_BYTES_MAX, "the largest send fits the first flight");
+    assert!(FIRST_FLIGHT_SENDS_MAX < FIRST_FLIGHT_FRAMES_MAX, "sends leave room for requests");
     assert!(LANE_PARKED_MAX <= INFLIGHT_PER_CONVERSATION_MAX, "no more can be parked than can be in flight");
     assert!(
         INFLIGHT_PER_CONVERSATION_MAX <= INFLIGHT_PER_PRODUCER_MAX,

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     error::DecodeError,
-    id::{ConversationId, DeviceId, Pseq, RequestId, Seq, UnixMillis, UserId},
+    id::{ConversationId, DeviceId, Epoch, Pseq, RequestId, Seq, UnixMillis, UserId},
     limit::{BLOCK_RECORDS_MAX, SEND_PAYLOAD_BYTES_MAX},
 };
 
@@ -126,11 +126,14 @@ impl WireTime {
     }
 }
 
-/// Where an own record came from, so that the sending device knows its echo.
+/// Where an own record came from, so that the sending device knows its echo. All three together: an older incarnation
+/// of the same device counted its pseqs from 1 too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
     /// The sender's device.
     pub device: DeviceId,
+    /// The incarnation of the device's database.
+    pub epoch: Epoch,
     /// The send's number.
     pub pseq: Pseq,
 }
@@ -176,7 +179,11 @@ impl Deliver {
 
     fn optional_len(&self) -> usize {
         usize::from(self.kind != RecordKind::Message)
-            + self.origin.map_or(0, |origin| varint_len(origin.device.get()) + varint_len(origin.pseq.get()))
+            + self.origin.map_or(0, |origin| {
+                varint_len(origin.device.get())
+                    + varint_len(origin.epoch.get())
+                    + varint_len(origin.pseq.get())
+            })
             + self.reference.map_or(0, |seq| varint_len(seq.get()))
             + self.ttl.map_or(0, |ttl| varint_len(ttl.into()))
     }
@@ -187,6 +194,7 @@ impl Deliver {
         }
         if let Some(origin) = self.origin {
             put_varint(out, origin.device.get());
+            put_varint(out, origin.epoch.get());
             put_varint(out, origin.pseq.get());
         }
         if let Some(reference) = self.reference {
@@ -205,8 +213,11 @@ impl Deliver {
             }
         }
         if flags & ORIGIN != 0 {
-            self.origin =
-                Some(Origin { device: fields.id("origin device")?, pseq: fields.id("origin pseq")? });
+            self.origin = Some(Origin {
+                device: fields.id("origin device")?,
+                epoch: fields.id("origin epoch")?,
+                pseq: fields.id("origin pseq")?,
+            });
         }
         if flags & REFERENCE != 0 {
             self.reference = Some(fields.id("reference")?);
