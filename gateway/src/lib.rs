@@ -1,1 +1,5 @@
 //! The gateway.
+
+pub mod accept;
+pub mod config;
+pub mod data_folder;
