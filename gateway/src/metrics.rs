@@ -1,0 +1,235 @@
+//! What the gateway counts, for Prometheus.
+//!
+//! - Every counter a stage needs stands here, so that a name is given once and the list can be read in one place.
+//! - Labels are words of this program only: never a name or number of an app, user, conversation or address.
+//! - Counting is a relaxed atomic add; [`Metrics`] is cheap to clone and share.
+//!
+//! Not here: serving the text ([`crate::http`]).
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+/// Why something was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Reason {
+    /// A word of this program, such as `expired`.
+    pub reason: &'static str,
+}
+
+/// With which code a connection was closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Code {
+    /// A word of this program, such as `malformed`.
+    pub code: &'static str,
+}
+
+/// Which queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Queue {
+    /// A word of this program, such as `shard`.
+    pub queue: &'static str,
+}
+
+/// Which way bytes went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Direction {
+    /// `in` or `out`.
+    pub direction: &'static str,
+}
+
+macro_rules! metrics {
+    ($(
+        #[doc = $help:literal]
+        $name:ident : $ty:ty = $make:expr, $unit:expr;
+    )*) => {
+        /// All counters, gauges and histograms. Clones count into the same ones.
+        #[derive(Clone, Debug)]
+        pub struct Metrics {
+            $( #[doc = $help] pub $name: $ty, )*
+            registry: Arc<Registry>,
+        }
+
+        impl Default for Metrics {
+            fn default() -> Self {
+                let mut registry = Registry::with_prefix("fulmar");
+                $(
+                    let $name: $ty = $make;
+                    let help = $help.trim().trim_end_matches('.');
+                    let unit: Option<Unit> = $unit;
+                    match unit {
+                        Some(unit) => registry.register_with_unit(stringify!($name), help, unit, $name.clone()),
+                        None => registry.register(stringify!($name), help, $name.clone()),
+                    }
+                )*
+                Self { $($name,)* registry: Arc::new(registry) }
+            }
+        }
+    };
+}
+
+/// From a tenth of a millisecond to about thirteen seconds.
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_1, 2.0, 18))
+}
+
+/// From one to 4 096.
+fn sizes() -> Histogram {
+    Histogram::new(exponential_buckets(1.0, 2.0, 13))
+}
+
+metrics! {
+    /// Connections held now.
+    connections: Gauge = Gauge::default(), None;
+    /// Connections accepted since the start.
+    connections_accepted: Counter = Counter::default(), None;
+    /// Connection attempts that were refused or asked to prove their address, by reason.
+    attempts_turned_away: Family<Reason, Counter> = Family::default(), None;
+    /// Handshakes in progress now.
+    handshakes: Gauge = Gauge::default(), None;
+    /// Handshakes that did not end in a session.
+    handshakes_failed: Counter = Counter::default(), None;
+    /// Handshakes whose first flight was early data.
+    early_data_accepted: Counter = Counter::default(), None;
+    /// Sessions with a live connection now.
+    sessions: Gauge = Gauge::default(), None;
+    /// Sessions that came back with a ticket.
+    sessions_resumed: Counter = Counter::default(), None;
+    /// Tokens and tickets that were refused, by reason.
+    auth_refusals: Family<Reason, Counter> = Family::default(), None;
+    /// Connections closed because the peer broke the protocol, by close code.
+    protocol_violations: Family<Code, Counter> = Family::default(), None;
+    /// Sends that got a place in the log.
+    sends_accepted: Counter = Counter::default(), None;
+    /// Sends that had their place already and were acknowledged again.
+    sends_repeated: Counter = Counter::default(), None;
+    /// Sends that were refused, by reason.
+    sends_refused: Family<Reason, Counter> = Family::default(), None;
+    /// Group commits.
+    commits: Counter = Counter::default(), None;
+    /// Time from the start of a group commit until it is durable.
+    commit_duration: Histogram = seconds(), Some(Unit::Seconds);
+    /// Records per group commit.
+    commit_records: Histogram = sizes(), None;
+    /// Time from a send's arrival until its acknowledgement was written.
+    ack_duration: Histogram = seconds(), Some(Unit::Seconds);
+    /// Records written to lanes, once per recipient.
+    deliveries: Counter = Counter::default(), None;
+    /// Records gathered into one write to a lane.
+    delivery_batch: Histogram = sizes(), None;
+    /// Wakes of a writer that found what it owed gone from the ring.
+    ring_misses: Counter = Counter::default(), None;
+    /// Records read from the log for catch-up and history.
+    backlog_records: Counter = Counter::default(), None;
+    /// Times a connection fell behind a ring and was turned over to the log.
+    fell_behind: Counter = Counter::default(), None;
+    /// Ephemeral events dropped because they were stale or their queue was full.
+    events_dropped: Counter = Counter::default(), None;
+    /// Work that found a queue full, by queue.
+    queue_full: Family<Queue, Counter> = Family::default(), None;
+    /// Calls answered by the built-in service.
+    calls: Counter = Counter::default(), None;
+    /// Calls that were answered with a refusal, by reason.
+    calls_refused: Family<Reason, Counter> = Family::default(), None;
+    /// Receipts and cursors taken from devices.
+    cursors_moved: Counter = Counter::default(), None;
+    /// Bytes of frames read and written, transport overhead not included.
+    frames: Family<Direction, Counter> = Family::default(), Some(Unit::Bytes);
+    /// Open-file limit of the process.
+    open_files_limit: Gauge<u64, AtomicU64> = Gauge::default(), None;
+}
+
+impl Metrics {
+    /// The text Prometheus scrapes (OpenMetrics 1.0).
+    #[must_use]
+    pub fn encode(&self) -> String {
+        let mut text = String::with_capacity(16 * 1024);
+        // Writing to a String can't fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+
+    /// Counts a refused token or ticket.
+    pub fn auth_refused(&self, reason: &'static str) {
+        self.auth_refusals.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Counts a refused send.
+    pub fn send_refused(&self, reason: &'static str) {
+        self.sends_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Counts a refused call.
+    pub fn call_refused(&self, reason: &'static str) {
+        self.calls_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Counts a connection attempt that was not let in.
+    pub fn turned_away(&self, reason: &'static str) {
+        self.attempts_turned_away.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Counts a connection that was closed because the peer broke the protocol.
+    pub fn violation(&self, code: &'static str) {
+        self.protocol_violations.get_or_create(&Code { code }).inc();
+    }
+
+    /// Counts work that found a queue full.
+    pub fn full(&self, queue: &'static str) {
+        self.queue_full.get_or_create(&Queue { queue }).inc();
+    }
+
+    /// Counts bytes of frames read.
+    pub fn bytes_in(&self, bytes: u64) {
+        self.frames.get_or_create(&Direction { direction: "in" }).inc_by(bytes);
+    }
+
+    /// Counts bytes of frames written.
+    pub fn bytes_out(&self, bytes: u64) {
+        self.frames.get_or_create(&Direction { direction: "out" }).inc_by(bytes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_counted_is_in_the_text() {
+        let metrics = Metrics::default();
+        metrics.connections.set(3);
+        metrics.clone().sends_accepted.inc_by(5);
+        metrics.auth_refused("expired");
+        metrics.auth_refused("expired");
+        metrics.violation("malformed");
+        metrics.full("shard");
+        metrics.bytes_in(10);
+        metrics.bytes_out(20);
+        metrics.commit_duration.observe(0.000_3);
+        metrics.commit_records.observe(64.0);
+        let text = metrics.encode();
+        for line in [
+            "# HELP fulmar_connections Connections held now.",
+            "# TYPE fulmar_connections gauge",
+            "fulmar_connections 3",
+            "fulmar_sends_accepted_total 5",
+            "fulmar_auth_refusals_total{reason=\"expired\"} 2",
+            "fulmar_protocol_violations_total{code=\"malformed\"} 1",
+            "fulmar_queue_full_total{queue=\"shard\"} 1",
+            "fulmar_frames_bytes_total{direction=\"in\"} 10",
+            "fulmar_frames_bytes_total{direction=\"out\"} 20",
+            "fulmar_commit_duration_seconds_bucket{le=\"0.0004\"} 1",
+            "fulmar_commit_records_bucket{le=\"64.0\"} 1",
+            "# EOF",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
+        }
+    }
+}
