@@ -141,15 +141,16 @@ pub struct Traffic {
     pub too_large: u64,
     /// Dropped by the proxy's own bounds or a full socket.
     pub overflow: u64,
-    /// Not taken by the other end: nobody listens there.
+    /// Refusals by the other end: nobody listens there. A refusal is learned after the fact, so its packet is among
+    /// the delivered ones.
     pub refused: u64,
 }
 
 impl Traffic {
-    /// Packets that came in and were not handed on even once, for whatever reason but being under way still.
+    /// Packets dropped on the way, for whatever reason.
     #[must_use]
     pub fn dropped(&self) -> u64 {
-        self.lost + self.queue_full + self.dark + self.too_large + self.overflow + self.refused
+        self.lost + self.queue_full + self.dark + self.too_large + self.overflow
     }
 
     fn add(&mut self, other: &Self) {

@@ -495,9 +495,10 @@ impl Driver {
 
     fn send(&self, id: FlowId, way: Way, packet: &[u8]) {
         let Some(flow) = self.flows.get(&id) else { return };
+        // Straight to the system: the runtime would first wait to be told that a new socket is writable.
         let sent = match way {
-            Way::Up => flow.gateway_side.try_send(packet),
-            Way::Down => self.listen.try_send_to(packet, flow.client),
+            Way::Up => socket2::SockRef::from(&flow.gateway_side).send(packet),
+            Way::Down => socket2::SockRef::from(&self.listen).send_to(packet, &flow.client.into()),
         };
         let cells = flow.cells(way);
         match sent {
