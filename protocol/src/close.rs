@@ -48,6 +48,12 @@ macro_rules! codes {
                 match self { $(Self::$variant => Retry::$retry,)* Self::Unknown(_) => Retry::Never }
             }
 
+            /// One word for metrics and logs.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => stringify!($variant),)* Self::Unknown(_) => "Unknown" }
+            }
+
             /// A sentence for people.
             #[must_use]
             pub const fn text(self) -> &'static str {

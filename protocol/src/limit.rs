@@ -53,6 +53,18 @@ pub const LANE_ACKS_REMEMBERED: usize = INFLIGHT_PER_CONVERSATION_MAX;
 /// Sends a lane keeps while one before them is missing.
 pub const LANE_PARKED_MAX: usize = 16;
 
+/// Sends a client's session half keeps; the rest waits in the SDK's database.
+pub const OUTBOX_SENDS_MAX: usize = 1_024;
+
+/// Payload bytes of those sends from which it takes no more.
+pub const OUTBOX_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// Requests a client's session half keeps unanswered.
+pub const REQUESTS_MAX: usize = 256;
+
+/// Read cursors a client's session half keeps to be sent again.
+pub const MARKS_MAX: usize = 256;
+
 /// Downlink lanes a connection may have.
 pub const LANES_MAX: u8 = 16;
 
@@ -116,7 +128,10 @@ const _: () = {
         BLOCK_BYTES_MAX >= 2 * LANE_FRAME_BYTES_MAX,
         "a block holds at least one record of the largest size"
     );
-    assert!(BODY_BYTES_MAX.is_multiple_of(SEND_PAYLOAD_BYTES_MAX), "the largest body is a whole number of sends");
+    assert!(
+        BODY_BYTES_MAX.is_multiple_of(SEND_PAYLOAD_BYTES_MAX),
+        "the largest body is a whole number of sends"
+    );
     assert!(FIRST_FLIGHT_BYTES_MAX > UPLINK_FRAME_BYTES_MAX, "the largest send fits the first flight");
     assert!(FIRST_FLIGHT_SENDS_MAX < FIRST_FLIGHT_FRAMES_MAX, "sends leave room for requests");
     assert!(LANE_PARKED_MAX <= INFLIGHT_PER_CONVERSATION_MAX, "no more can be parked than can be in flight");

@@ -6,8 +6,33 @@ use super::{Body, Fields, put_varint, varint_len};
 use crate::{
     error::DecodeError,
     id::{ConversationId, RequestId, Seq, UserId},
-    limit::{BLOCK_RECORDS_MAX, ENTRIES_PER_FRAME_MAX},
+    limit::{BLOCK_RECORDS_MAX, CONTROL_FRAME_BYTES_MAX, ENTRIES_PER_FRAME_MAX},
 };
+
+/// Entries of at most `widest` bytes each that fit a frame of the control stream, whatever their numbers.
+const fn fitting(widest: usize) -> usize {
+    // Type, flag, count, and what grease may add.
+    let fit = (CONTROL_FRAME_BYTES_MAX - 32) / widest;
+    if fit < ENTRIES_PER_FRAME_MAX { fit } else { ENTRIES_PER_FRAME_MAX }
+}
+
+/// Entries of a CURSORS or ACK frame that always fit.
+pub(crate) const PAIRS_FIT: usize = fitting(2 * 8);
+
+macro_rules! split {
+    ($name:ident, $entry:ty, $widest:expr) => {
+        impl $name {
+            /// As many frames as `entries` need: none exceeds the control stream's limit, whatever the numbers.
+            pub fn split(entries: &[$entry]) -> impl Iterator<Item = Self> + '_ {
+                entries.chunks(fitting($widest)).map(|chunk| Self { entries: chunk.to_vec() })
+            }
+        }
+    };
+}
+
+split!(Ack, (ConversationId, Seq), 2 * 8);
+split!(Heads, Head, 4 * 8);
+split!(Receipts, Receipt, 4 * 8);
 
 fn decode_pairs(fields: &mut Fields<'_>) -> Result<Vec<(ConversationId, Seq)>, DecodeError> {
     let count = fields.count("entries", ENTRIES_PER_FRAME_MAX)?;

@@ -18,6 +18,7 @@ mod send;
 use bytes::{BufMut, Bytes, BytesMut};
 
 use self::codec::Fields;
+pub(crate) use self::cursor::PAIRS_FIT;
 pub use self::{
     call::{Call, CallStatus, Reply},
     codec::{Decoder, peek_varint, put_varint, varint_len},

@@ -1,0 +1,991 @@
+//! The client's half of a session: it outlives connections and says again what was not confirmed.
+//!
+//! - A send stays until it is settled: acked, refused for good, or seen as its own echo under our epoch. On a new
+//!   connection everything unsettled leaves again, in order; the gateway stores it once.
+//! - A record is handed out once and in order, per conversation; the application says when it is on disk
+//!   ([`Client::committed`]), and only then it is acknowledged.
+//! - A cursor is *dirty* until the gateway is known to have it: it answered something that was sent after the ACK.
+//!   Dirty cursors ride in the next HELLO.
+//! - Before the WELCOME only what may be replayed leaves, at most the first flight of [`crate::limit`]; and no SEND
+//!   while there is no epoch, for the gateway would store it under one we may never learn.
+//! - A WELCOME under another epoch than ours ends the connection: sends on their way are numbered for the old one, and
+//!   the gateway drops them.
+//!
+//! Not here: when to connect and where (the SDK's driver), what is on disk (the SDK's database).
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use core::time::Duration;
+
+use bytes::Bytes;
+
+use super::{
+    acks,
+    inflight::{Inflight, Room, Settled},
+    reading::Readers,
+    request::{Ask, Requests},
+    state::{ClientInput, ClientState, Step},
+    timer::{Timer, Timers},
+};
+use crate::{
+    close::{CloseCode, RefusalCode, Retry},
+    error::Violation,
+    frame::{
+        Ack, Auth, AuthProof, Block, Call, CallStatus, Channel, Cursors, Deliver, Error, Event, Frame,
+        Goaway, Head, Hello, Kicked, Limits, Mark, NetworkHint, Open, OpenTarget, Opened, Ping, PingFlags,
+        Pong, Pull, Receipt, Reply, Resumption, Send, SendAck, SendRefused, Side, Welcome,
+    },
+    id::{
+        ConversationId, DeviceClass, DeviceId, DeviceUid, Epoch, Pseq, RequestId, Seq, ServiceId, UnixMillis,
+        UserId,
+    },
+    limit::{
+        ACK_EVERY, BLOCK_RECORDS_MAX, ENTRIES_PER_FRAME_MAX, FIRST_FLIGHT_BYTES_MAX, FIRST_FLIGHT_FRAMES_MAX,
+        FIRST_FLIGHT_SENDS_MAX, HELLO_BYTES_MAX, MARKS_MAX, REORDER_BYTES_MAX, REORDER_RECORDS_MAX,
+    },
+    version::{Features, MINOR},
+};
+
+/// PINGs whose answers are waited for; of more, the oldest are forgotten.
+const PINGS_MAX: usize = 16;
+
+/// Bytes of the first flight kept for requests and read cursors.
+const FIRST_FLIGHT_RESERVE: usize = 8 * 1024;
+
+/// What may be set.
+#[derive(Clone, Debug)]
+pub struct ClientConfig {
+    /// The SDK database's own name.
+    pub device: DeviceUid,
+    /// What kind of device it is.
+    pub class: DeviceClass,
+    /// What the SDK can do.
+    pub features: Features,
+    /// From a commit to its ACK.
+    pub ack_delay: Duration,
+    /// Commits after which an ACK does not wait.
+    pub ack_every: usize,
+    /// Silence after which a PING leaves; held to the range of the WELCOME.
+    pub keepalive: Duration,
+    /// From the HELLO to its answer.
+    pub hello_timeout: Duration,
+    /// From a PING to a sign of life.
+    pub answer_timeout: Duration,
+    /// How long a hole may stay before it is pulled.
+    pub gap_delay: Duration,
+    /// Records of one conversation that may wait for their predecessors.
+    pub reorder_records: usize,
+    /// Bytes of all records that wait.
+    pub reorder_bytes: usize,
+    /// Seed of the feature bits that mean nothing (see [`Features::GREASE`]); the driver draws it.
+    pub grease: u64,
+}
+
+impl ClientConfig {
+    /// The defaults.
+    #[must_use]
+    pub fn new(device: DeviceUid, class: DeviceClass) -> Self {
+        Self {
+            device,
+            class,
+            features: Features::OURS,
+            ack_delay: Duration::from_millis(100),
+            ack_every: ACK_EVERY,
+            keepalive: Duration::from_secs(30),
+            hello_timeout: Duration::from_secs(10),
+            answer_timeout: Duration::from_secs(10),
+            gap_delay: Duration::from_secs(1),
+            reorder_records: REORDER_RECORDS_MAX,
+            reorder_bytes: REORDER_BYTES_MAX,
+            grease: 0,
+        }
+    }
+}
+
+/// What the SDK's database knows of earlier times.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Restored {
+    /// The epoch of the last WELCOME; zero before the first.
+    pub epoch: Epoch,
+    /// The own device's number of the last WELCOME.
+    pub device: Option<DeviceId>,
+    /// Every conversation and the last seq committed.
+    pub cursors: Vec<(ConversationId, Seq)>,
+    /// Conversations whose cursor the gateway may not know. May be left empty: the digest finds out, at the price of
+    /// sending all cursors.
+    pub dirty: Vec<ConversationId>,
+    /// Unsettled sends, ascending by pseq within a conversation; they may have left. At most
+    /// [`crate::limit::OUTBOX_SENDS_MAX`], the rest follows by [`Client::send`] as there is room.
+    pub unacked: Vec<Send>,
+    /// Read cursors the gateway may not know.
+    pub marks: Vec<(ConversationId, Seq)>,
+}
+
+/// What the driver and the application are to do, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// Write this frame to this channel.
+    Transmit(Channel, Frame),
+    /// The session is open.
+    Welcomed(Box<Welcome>),
+    /// Keep this epoch. From none to the first: all goes on, `unsettled` is empty. From one to another: the half has
+    /// forgotten every send and closes; number what is unsettled from 1 again, give it to [`Client::send`], connect.
+    NewEpoch {
+        /// The epoch to send under.
+        epoch: Epoch,
+        /// Sends of the old epoch that may have left, and so may be stored or not.
+        unsettled: Vec<(ConversationId, Pseq)>,
+    },
+    /// The next record of its conversation.
+    Deliver(Deliver),
+    /// These records can't be had any more.
+    Gap {
+        /// Where.
+        conversation: ConversationId,
+        /// The first.
+        from: Seq,
+        /// The last.
+        to: Seq,
+    },
+    /// A send is stored.
+    Acked {
+        /// Where.
+        conversation: ConversationId,
+        /// Which.
+        pseq: Pseq,
+        /// Its record; `None`: settled earlier, the number comes with the echo.
+        seq: Option<Seq>,
+        /// The gateway's time of the ack, not before the record's.
+        time: UnixMillis,
+    },
+    /// A send will never be stored.
+    Refused(SendRefused),
+    /// Answers an open.
+    Opened(Opened),
+    /// Answers a call.
+    Replied(Reply),
+    /// Answers a pull of the application; the last block is marked.
+    Page(Block),
+    /// How far members have come.
+    Receipts(Vec<Receipt>),
+    /// How far conversations have come; what is missing is being pulled.
+    Heads(Vec<Head>),
+    /// Something that is not stored.
+    Event(Event),
+    /// An open or a pull of the application was refused.
+    RequestRefused(Error),
+    /// The gateway is leaving: open the next connection, then leave this one.
+    Goaway(Goaway),
+    /// The device is logged out: do not connect again until the user acts.
+    Kicked(Kicked),
+    /// The HELLO or an AUTH was refused.
+    Failed(Error),
+    /// A round trip of the session's own, queueing included.
+    Rtt(Duration),
+    /// Close the connection, then call [`Client::disconnected`].
+    Close(CloseCode),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Marked {
+    read: Seq,
+    /// It left on this connection.
+    sent: bool,
+    order: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct PingSent {
+    id: u64,
+    at: Duration,
+    /// ACKs that had left before it.
+    acks: u64,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Client {
+    config: ClientConfig,
+    state: ClientState,
+    epoch: Epoch,
+    device: Option<DeviceId>,
+    user: Option<UserId>,
+    limits: Limits,
+    features: Features,
+    keepalive: Duration,
+    inflight: Inflight,
+    readers: Readers,
+    requests: Requests,
+    /// Cursors the gateway may not know; the number of the ACK that told it, if one has left on this connection.
+    dirty: BTreeMap<ConversationId, Option<u64>>,
+    /// Dirty cursors that no ACK of this connection has named.
+    due: BTreeSet<ConversationId>,
+    commits: u64,
+    acks_sent: u64,
+    /// The changed cursors of the last HELLO.
+    told: Vec<(ConversationId, Seq)>,
+    marks: BTreeMap<ConversationId, Marked>,
+    marks_due: BTreeSet<ConversationId>,
+    marks_seen: u64,
+    pings: VecDeque<PingSent>,
+    pings_sent: u64,
+    /// Frames that may still leave before the WELCOME.
+    first_flight: usize,
+    timers: Timers,
+    /// The gateway's clock and ours at the WELCOME.
+    clock: Option<(UnixMillis, Duration)>,
+    outputs: VecDeque<Output>,
+}
+
+impl Client {
+    /// A half without a connection.
+    #[must_use]
+    pub fn new(config: ClientConfig, restored: Restored) -> Self {
+        let mut inflight = Inflight::new();
+        for send in restored.unacked {
+            inflight.insert(send, true);
+        }
+        let readers =
+            Readers::new(restored.cursors, config.reorder_records, config.reorder_bytes, config.gap_delay);
+        let keepalive = config.keepalive;
+        let mut client = Self {
+            config,
+            state: ClientState::Offline,
+            epoch: restored.epoch,
+            device: restored.device,
+            user: None,
+            limits: Limits::default(),
+            features: Features::default(),
+            keepalive,
+            inflight,
+            readers,
+            requests: Requests::new(),
+            dirty: restored.dirty.into_iter().map(|conversation| (conversation, None)).collect(),
+            due: BTreeSet::new(),
+            commits: 0,
+            acks_sent: 0,
+            told: Vec::new(),
+            marks: BTreeMap::new(),
+            marks_due: BTreeSet::new(),
+            marks_seen: 0,
+            pings: VecDeque::new(),
+            pings_sent: 0,
+            first_flight: 0,
+            timers: Timers::default(),
+            clock: None,
+            outputs: VecDeque::new(),
+        };
+        for (conversation, read) in restored.marks {
+            client.remember_mark(conversation, read);
+        }
+        client
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub const fn phase(&self) -> ClientState {
+        self.state
+    }
+
+    /// The epoch sends are numbered under; zero before the first WELCOME.
+    #[must_use]
+    pub const fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The own device's number, once it was welcomed.
+    #[must_use]
+    pub const fn device(&self) -> Option<DeviceId> {
+        self.device
+    }
+
+    /// The committed cursor of a conversation.
+    #[must_use]
+    pub fn cursor(&self, conversation: ConversationId) -> Seq {
+        self.readers.cursor(conversation)
+    }
+
+    /// Conversations whose committed cursor the gateway may not know.
+    pub fn dirty(&self) -> impl Iterator<Item = ConversationId> + '_ {
+        self.dirty.keys().copied()
+    }
+
+    /// Read cursors the gateway may not know.
+    pub fn marks(&self) -> impl Iterator<Item = (ConversationId, Seq)> + '_ {
+        self.marks.iter().map(|(conversation, marked)| (*conversation, marked.read))
+    }
+
+    /// Sends that are not settled.
+    #[must_use]
+    pub fn unacked(&self) -> usize {
+        self.inflight.len()
+    }
+
+    /// Whether [`Self::send`] takes one more.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.inflight.has_room()
+    }
+
+    /// There is a new connection: HELLO leaves, and after it what is unsettled.
+    pub fn connect(&mut self, auth: AuthProof, network: NetworkHint, now: Duration) {
+        if self.state != ClientState::Offline {
+            self.disconnected(now);
+        }
+        self.enter(ClientInput::Connect);
+        self.timers.set(Timer::Hello, now + self.config.hello_timeout);
+        let mut hello = Hello {
+            minor: MINOR,
+            features: self.config.features.0 | ((self.config.grease << 56) & Features::GREASE.0),
+            auth,
+            device: self.config.device,
+            class: self.config.class,
+            epoch: self.epoch,
+            cursor_digest: self.readers.digest().0,
+            changed: self.changed(),
+            network,
+        };
+        if Frame::Hello(hello.clone()).encoded_len() > HELLO_BYTES_MAX {
+            hello.changed.clear();
+        }
+        self.told.clone_from(&hello.changed);
+        self.push(Channel::Control, Frame::Hello(hello));
+        self.first_flight = FIRST_FLIGHT_FRAMES_MAX;
+        // Without an epoch nothing may be sent: the gateway hands one out at every such HELLO.
+        let sends = if self.epoch == Epoch::ZERO { 0 } else { FIRST_FLIGHT_SENDS_MAX };
+        self.inflight.set_room(Room {
+            per_conversation: sends.min(usize::from(self.limits.inflight_per_conversation)),
+            in_all: sends.min(usize::from(self.limits.inflight_per_producer)),
+            bytes: FIRST_FLIGHT_BYTES_MAX - FIRST_FLIGHT_RESERVE,
+        });
+        self.pump(now);
+    }
+
+    fn changed(&self) -> Vec<(ConversationId, Seq)> {
+        if self.dirty.len() > ENTRIES_PER_FRAME_MAX {
+            return Vec::new();
+        }
+        self.dirty.keys().map(|conversation| (*conversation, self.readers.cursor(*conversation))).collect()
+    }
+
+    /// The connection is gone.
+    pub fn disconnected(&mut self, _now: Duration) {
+        self.enter(ClientInput::Disconnected);
+        self.timers.clear_all();
+        self.outputs.retain(|output| !matches!(output, Output::Transmit(..) | Output::Close(_)));
+        self.inflight.disconnected();
+        self.readers.disconnected();
+        self.pings.clear();
+        self.told.clear();
+        self.due = self.dirty.keys().copied().collect();
+        self.dirty.values_mut().for_each(|ack| *ack = None);
+        self.marks.values_mut().for_each(|marked| marked.sent = false);
+        self.marks_due = self.marks.keys().copied().collect();
+        for id in self.requests.disconnected() {
+            self.call_failed(id, RefusalCode::ConnectionLost);
+        }
+    }
+
+    fn call_failed(&mut self, id: RequestId, code: RefusalCode) {
+        let status = CallStatus::Refused(code);
+        self.outputs.push_back(Output::Replied(Reply { id, status, body: Bytes::new() }));
+    }
+
+    /// Enters the state an input leads to; whether there was one.
+    fn enter(&mut self, input: ClientInput) -> bool {
+        match self.state.on(input) {
+            Step::To(state) => {
+                self.state = state;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Takes a frame of the gateway.
+    ///
+    /// # Errors
+    /// The gateway broke the protocol; [`Output::Close`] is put out too.
+    pub fn handle(&mut self, channel: Channel, frame: Frame, now: Duration) -> Result<(), Violation> {
+        if matches!(self.state, ClientState::Offline | ClientState::Closing) {
+            return Ok(());
+        }
+        self.heard(now);
+        let taken = self.take(channel, frame, now);
+        match taken {
+            Ok(()) => self.pump(now),
+            Err(violation) => self.close(violation.close_code()),
+        }
+        taken
+    }
+
+    /// Something of the gateway was authenticated by the transport: it is alive.
+    pub fn heard(&mut self, now: Duration) {
+        if self.state.is_welcomed() {
+            self.timers.clear(Timer::Idle);
+            self.timers.set(Timer::Ping, now + self.keepalive);
+        }
+    }
+
+    fn close(&mut self, code: CloseCode) {
+        if self.enter(ClientInput::Close) {
+            self.end(code);
+        }
+    }
+
+    fn end(&mut self, code: CloseCode) {
+        self.timers.clear_all();
+        self.outputs.push_back(Output::Close(code));
+    }
+
+    fn take(&mut self, channel: Channel, frame: Frame, now: Duration) -> Result<(), Violation> {
+        frame.check_channel(Side::Gateway, channel)?;
+        let input = match &frame {
+            Frame::Welcome(welcome) if self.epoch != Epoch::ZERO && welcome.epoch != self.epoch => {
+                ClientInput::NewEpoch
+            }
+            Frame::Welcome(_) => ClientInput::Welcome,
+            Frame::Deliver(_) | Frame::Block(_) | Frame::Event(_) | Frame::Ping(_) => ClientInput::Record,
+            Frame::Error(error) if error.refers == RequestId::ZERO => ClientInput::Refused,
+            Frame::Goaway(_) => ClientInput::Goaway,
+            Frame::Kicked(_) => ClientInput::Kicked,
+            _ => ClientInput::Control,
+        };
+        match self.state.on(input) {
+            Step::To(state) => self.state = state,
+            Step::Violation => {
+                return Err(Violation::OutOfState { frame: frame.name(), state: self.state.name() });
+            }
+            Step::Hold | Step::Ignore => return Ok(()),
+        }
+        match frame {
+            Frame::Welcome(welcome) if input == ClientInput::NewEpoch => self.renumber(&welcome),
+            Frame::Welcome(welcome) => self.welcomed(welcome, now)?,
+            Frame::Deliver(deliver) => {
+                self.echo(&deliver, now);
+                self.readers.record(deliver, channel == Channel::Backlog, now, &mut self.outputs);
+            }
+            Frame::Block(block) => self.block(block, now),
+            Frame::SendAck(ack) => self.acked(&ack)?,
+            Frame::SendRefused(refused) => self.send_refused(refused, now),
+            Frame::Heads(heads) => {
+                for head in &heads.entries {
+                    self.readers.head(*head, now);
+                }
+                self.outputs.push_back(Output::Heads(heads.entries));
+            }
+            Frame::Receipts(receipts) => {
+                self.read_elsewhere(&receipts.entries);
+                self.outputs.push_back(Output::Receipts(receipts.entries));
+            }
+            Frame::Opened(opened) => {
+                if let Some((Ask::Open(open), acks)) = self.requests.answered(opened.id) {
+                    self.confirm(acks);
+                    if open.on_screen {
+                        self.readers.show(opened.conversation);
+                    }
+                    self.outputs.push_back(Output::Opened(opened));
+                }
+            }
+            Frame::Reply(reply) => {
+                if let Some((Ask::Call(_), acks)) = self.requests.answered(reply.id) {
+                    self.confirm(acks);
+                    self.outputs.push_back(Output::Replied(reply));
+                }
+            }
+            Frame::Error(error) => self.refused(error, now),
+            Frame::Event(event) => self.outputs.push_back(Output::Event(event)),
+            Frame::Ping(ping) => self.pong(ping, now),
+            Frame::Pong(pong) => self.ponged(pong, now),
+            Frame::Goaway(goaway) => self.outputs.push_back(Output::Goaway(goaway)),
+            Frame::Kicked(kicked) => {
+                self.outputs.push_back(Output::Kicked(kicked));
+                self.end(CloseCode::Kicked);
+            }
+            Frame::Call(call) => {
+                // This version offers no services of its own.
+                let status = CallStatus::Refused(RefusalCode::UnknownService);
+                self.push(Channel::Control, Frame::Reply(Reply { id: call.id, status, body: Bytes::new() }));
+            }
+            // `check_channel` lets no frame of a client through.
+            frame => return Err(Violation::WrongChannel { frame: frame.name(), channel: channel.name() }),
+        }
+        Ok(())
+    }
+
+    fn welcomed(&mut self, welcome: Welcome, now: Duration) -> Result<(), Violation> {
+        if welcome.minor > MINOR {
+            return Err(Violation::Version);
+        }
+        self.device = Some(welcome.device);
+        self.user = Some(welcome.user);
+        self.limits = welcome.limits;
+        self.features = Features(welcome.features).and(self.config.features);
+        self.clock = Some((welcome.server_time, now));
+        let (shortest, longest) = welcome.keepalive_ms;
+        self.keepalive = self
+            .config
+            .keepalive
+            .min(Duration::from_millis(longest.into()))
+            .max(Duration::from_millis(shortest.into()))
+            .max(Duration::from_secs(1));
+        self.timers.clear(Timer::Hello);
+        self.timers.set(Timer::Ping, now + self.keepalive);
+        self.first_flight = usize::MAX;
+        self.inflight.set_room(Room {
+            per_conversation: welcome.limits.inflight_per_conversation.into(),
+            in_all: welcome.limits.inflight_per_producer.into(),
+            bytes: usize::MAX,
+        });
+        self.requests.set_calls_max(welcome.limits.calls_inflight.into());
+        self.readers.welcomed(now);
+        if self.epoch == Epoch::ZERO && welcome.epoch != Epoch::ZERO {
+            self.epoch = welcome.epoch;
+            self.outputs.push_back(Output::NewEpoch { epoch: self.epoch, unsettled: Vec::new() });
+        }
+        let resumption = welcome.resumption;
+        self.outputs.push_back(Output::Welcomed(Box::new(welcome)));
+        match resumption {
+            Resumption::Resumed => {
+                for (conversation, seq) in core::mem::take(&mut self.told) {
+                    if self.readers.cursor(conversation) == seq {
+                        self.dirty.remove(&conversation);
+                        self.due.remove(&conversation);
+                    }
+                }
+                // What was dirty and not told made no difference: the digests are equal.
+                if !self.due.is_empty() {
+                    self.timers.set_if_clear(Timer::Ack, now + self.config.ack_delay);
+                }
+            }
+            Resumption::NeedCursors => self.send_cursors(),
+            Resumption::Fresh => {
+                for (conversation, _) in self.readers.cursors() {
+                    self.dirty.insert(conversation, None);
+                    self.due.insert(conversation);
+                }
+                self.flush_acks();
+            }
+        }
+        Ok(())
+    }
+
+    /// The gateway gave this database another epoch: what was numbered under ours is void.
+    fn renumber(&mut self, welcome: &Welcome) {
+        self.device = Some(welcome.device);
+        self.user = Some(welcome.user);
+        self.epoch = welcome.epoch;
+        let unsettled = self.inflight.forget();
+        self.outputs.push_back(Output::NewEpoch { epoch: welcome.epoch, unsettled });
+        self.end(CloseCode::Done);
+    }
+
+    fn send_cursors(&mut self) {
+        let all: Vec<_> = self.readers.cursors().collect();
+        self.acks_sent += 1;
+        let mut frames: Vec<Vec<_>> = all.chunks(crate::frame::PAIRS_FIT).map(<[_]>::to_vec).collect();
+        if frames.is_empty() {
+            frames.push(Vec::new());
+        }
+        let count = frames.len();
+        for (index, entries) in frames.into_iter().enumerate() {
+            let last = index + 1 == count;
+            self.push(Channel::Control, Frame::Cursors(Cursors { last, entries }));
+        }
+        self.due.clear();
+        self.dirty.values_mut().for_each(|ack| *ack = Some(self.acks_sent));
+    }
+
+    /// An own record came back: its send is settled.
+    fn echo(&mut self, deliver: &Deliver, now: Duration) {
+        let Some(origin) = deliver.origin else { return };
+        if Some(origin.device) != self.device || origin.epoch != self.epoch {
+            return;
+        }
+        let highest = self.inflight.highest_left(deliver.conversation);
+        if highest.is_none_or(|highest| origin.pseq > highest) {
+            return;
+        }
+        let time = deliver.time.expand(self.server_time(now));
+        let seqs = BTreeMap::from([(origin.pseq, deliver.seq)]);
+        // Log order is send order: what came before this one is settled too.
+        for settled in self.inflight.acked(deliver.conversation, origin.pseq, &seqs) {
+            self.settled(settled, time);
+        }
+    }
+
+    fn acked(&mut self, ack: &SendAck) -> Result<(), Violation> {
+        let Some(highest) = self.inflight.highest_left(ack.conversation) else { return Ok(()) };
+        if ack.up_to > highest {
+            return Err(Violation::BadAck);
+        }
+        let seqs: BTreeMap<Pseq, Seq> = acks::pairs(ack).take(crate::limit::OUTBOX_SENDS_MAX).collect();
+        for settled in self.inflight.acked(ack.conversation, ack.up_to, &seqs) {
+            self.settled(settled, ack.time);
+        }
+        Ok(())
+    }
+
+    fn settled(&mut self, settled: Settled, time: UnixMillis) {
+        let Settled { send, seq } = settled;
+        let (conversation, pseq) = (send.conversation, send.pseq);
+        self.outputs.push_back(if seq == Some(Seq::ZERO) {
+            let code = if send.cancel { RefusalCode::Cancelled } else { RefusalCode::Consumed };
+            let expected = pseq.saturating_add(1);
+            Output::Refused(SendRefused { conversation, pseq, code, expected, retry_after_ms: 0 })
+        } else {
+            Output::Acked { conversation, pseq, seq, time }
+        });
+    }
+
+    fn send_refused(&mut self, refused: SendRefused, now: Duration) {
+        let SendRefused { conversation, pseq, code, retry_after_ms, .. } = refused;
+        match code.retry() {
+            Retry::Never => {
+                if self.inflight.refused(conversation, pseq).is_some() {
+                    self.outputs.push_back(Output::Refused(refused));
+                }
+            }
+            Retry::Same | Retry::OtherNode | Retry::AfterAuth => {
+                let after = Duration::from_millis(retry_after_ms.into());
+                self.inflight.postponed(conversation, pseq, after, now);
+            }
+        }
+    }
+
+    fn block(&mut self, block: Block, now: Duration) {
+        for record in &block.records {
+            self.echo(record, now);
+        }
+        if block.pull == RequestId::ZERO {
+            self.readers.block(block, now, &mut self.outputs);
+        } else if self.requests.pulled(block.pull, &block) {
+            self.outputs.push_back(Output::Page(block));
+        } else {
+            self.readers.pulled(block, now, &mut self.outputs);
+        }
+    }
+
+    fn refused(&mut self, error: Error, now: Duration) {
+        if error.refers == RequestId::ZERO {
+            self.outputs.push_back(Output::Failed(error));
+            return self.end(CloseCode::Done);
+        }
+        let retry = match error.retry {
+            Retry::Never => None,
+            Retry::Same | Retry::OtherNode | Retry::AfterAuth => {
+                Some(Duration::from_millis(error.retry_after_ms.into()))
+            }
+        };
+        if self.readers.refused(error.refers, retry, now).is_none()
+            && self.requests.answered(error.refers).is_some()
+        {
+            self.outputs.push_back(Output::RequestRefused(error));
+        }
+    }
+
+    fn read_elsewhere(&mut self, receipts: &[Receipt]) {
+        for receipt in receipts {
+            if Some(receipt.user) == self.user
+                && self.marks.get(&receipt.conversation).is_some_and(|marked| marked.read <= receipt.read)
+            {
+                self.marks.remove(&receipt.conversation);
+                self.marks_due.remove(&receipt.conversation);
+            }
+        }
+    }
+
+    fn server_time(&self, now: Duration) -> UnixMillis {
+        self.clock
+            .and_then(|(time, at)| {
+                let elapsed = u64::try_from(now.saturating_sub(at).as_millis()).ok()?;
+                UnixMillis::new(time.get().checked_add(elapsed)?)
+            })
+            .unwrap_or_default()
+    }
+
+    fn pong(&mut self, ping: Ping, now: Duration) {
+        let waiting =
+            self.outputs.iter().filter(|o| matches!(o, Output::Transmit(_, Frame::Pong(_)))).count();
+        if waiting < PINGS_MAX {
+            let server_time = self.server_time(now);
+            let pong = Pong { id: ping.id, time_ms: ping.time_ms, server_time };
+            self.push(Channel::Control, Frame::Pong(pong));
+        }
+    }
+
+    fn ponged(&mut self, pong: Pong, now: Duration) {
+        let Some(index) = self.pings.iter().position(|ping| ping.id == pong.id) else { return };
+        let Some(ping) = self.pings.get(index).copied() else { return };
+        self.pings.drain(..=index);
+        self.outputs.push_back(Output::Rtt(now.saturating_sub(ping.at)));
+        self.confirm(ping.acks);
+    }
+
+    /// The gateway answered something that had left after `acks` ACKs: it has those.
+    fn confirm(&mut self, acks: u64) {
+        self.dirty.retain(|_, ack| ack.is_none_or(|ack| ack > acks));
+    }
+
+    /// Sends a change of a conversation; its number is the next of its lane, given by the caller's database. The same
+    /// number again with `cancel` set takes the first one's place.
+    ///
+    /// # Errors
+    /// Returns the send when there is no room ([`Self::has_room`]): send it again later, and nothing behind it before.
+    pub fn send(&mut self, send: Send, now: Duration) -> Result<(), Send> {
+        if !send.cancel && !self.inflight.has_room() {
+            return Err(send);
+        }
+        self.inflight.insert(send, false);
+        self.pump(now);
+        Ok(())
+    }
+
+    /// The application's storage has everything up to `seq`: an ACK becomes due.
+    pub fn committed(&mut self, conversation: ConversationId, seq: Seq, now: Duration) {
+        let moved = self.readers.committed(conversation, seq);
+        if moved == 0 {
+            return;
+        }
+        self.dirty.insert(conversation, None);
+        self.due.insert(conversation);
+        self.commits = self.commits.saturating_add(moved);
+        if self.state.is_welcomed() {
+            if self.commits >= self.config.ack_every as u64 {
+                self.flush_acks();
+            } else {
+                self.timers.set_if_clear(Timer::Ack, now + self.config.ack_delay);
+            }
+        }
+    }
+
+    fn flush_acks(&mut self) {
+        self.timers.clear(Timer::Ack);
+        self.commits = 0;
+        if self.due.is_empty() {
+            return;
+        }
+        self.acks_sent += 1;
+        let entries: Vec<_> = core::mem::take(&mut self.due)
+            .into_iter()
+            .map(|conversation| {
+                self.dirty.insert(conversation, Some(self.acks_sent));
+                (conversation, self.readers.cursor(conversation))
+            })
+            .collect();
+        for ack in Ack::split(&entries) {
+            self.outputs.push_back(Output::Transmit(Channel::Control, Frame::Ack(ack)));
+        }
+    }
+
+    /// The user has read up to `read`. Moves only forward.
+    pub fn mark(&mut self, conversation: ConversationId, read: Seq, now: Duration) {
+        self.remember_mark(conversation, read);
+        self.pump(now);
+    }
+
+    fn remember_mark(&mut self, conversation: ConversationId, read: Seq) {
+        if self.marks.get(&conversation).is_some_and(|marked| marked.read >= read) {
+            return;
+        }
+        self.marks_seen += 1;
+        self.marks.insert(conversation, Marked { read, sent: false, order: self.marks_seen });
+        self.marks_due.insert(conversation);
+        if self.marks.len() > MARKS_MAX {
+            // The oldest that has left: it most likely arrived, and only small conversations confirm it.
+            let oldest = self.marks.iter().min_by_key(|(_, marked)| (!marked.sent, marked.order));
+            if let Some((&oldest, _)) = oldest {
+                self.marks.remove(&oldest);
+                self.marks_due.remove(&oldest);
+            }
+        }
+    }
+
+    /// Looks a conversation up. Answered by [`Output::Opened`] or [`Output::RequestRefused`].
+    pub fn open(&mut self, target: OpenTarget, on_screen: bool, now: Duration) -> RequestId {
+        let id = self.requests.number();
+        if let (true, OpenTarget::Number(conversation)) = (on_screen, &target) {
+            self.readers.show(*conversation);
+        }
+        self.ask(id, Ask::Open(Open { id, target, on_screen }), None, now);
+        id
+    }
+
+    /// Calls a service. Answered by [`Output::Replied`], which says so when `deadline` passes first; zero leaves the
+    /// deadline to the gateway.
+    pub fn call(
+        &mut self,
+        service: ServiceId,
+        method: u32,
+        body: Bytes,
+        deadline: Duration,
+        now: Duration,
+    ) -> RequestId {
+        let id = self.requests.number();
+        let deadline_ms = u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX);
+        let call = Call { service, method, id, deadline_ms, body };
+        let at = (deadline > Duration::ZERO).then(|| now + deadline);
+        self.ask(id, Ask::Call(call), at, now);
+        id
+    }
+
+    /// Asks for records of the past. Answered by [`Output::Page`] or [`Output::RequestRefused`].
+    pub fn pull(
+        &mut self,
+        conversation: ConversationId,
+        from: Seq,
+        to: Seq,
+        limit: u32,
+        newest: bool,
+        now: Duration,
+    ) -> RequestId {
+        let id = self.requests.number();
+        let most = u32::try_from(BLOCK_RECORDS_MAX * 8).unwrap_or(u32::MAX);
+        let pull = Pull { id, conversation, from, to, limit: limit.clamp(1, most), newest };
+        self.ask(id, Ask::Pull(pull), None, now);
+        id
+    }
+
+    fn ask(&mut self, id: RequestId, ask: Ask, deadline: Option<Duration>, now: Duration) {
+        let is_call = matches!(ask, Ask::Call(_));
+        if self.requests.insert(ask, deadline) {
+            self.pump(now);
+        } else if is_call {
+            self.call_failed(id, RefusalCode::Busy);
+        } else {
+            let code = RefusalCode::Busy;
+            self.outputs.push_back(Output::RequestRefused(Error {
+                code,
+                refers: id,
+                retry: code.retry(),
+                retry_after_ms: 0,
+                text: "too many requests are unanswered".to_owned(),
+            }));
+        }
+    }
+
+    /// Sends something that is not stored; dropped when there is no welcomed connection.
+    pub fn event(&mut self, event: Event, _now: Duration) {
+        if self.state.is_welcomed() {
+            let datagram = self.features.has(Features::DATAGRAM_EVENTS);
+            let channel = if datagram { Channel::Datagram } else { Channel::Control };
+            self.push(channel, Frame::Event(event));
+        }
+    }
+
+    /// Sends a PING; its answer comes out as [`Output::Rtt`]. Nothing before the WELCOME.
+    pub fn ping(&mut self, now: Duration) {
+        self.send_ping(PingFlags::default(), now);
+    }
+
+    /// Sends a PING that asks the gateway to write everything that is due: something seems to be lost.
+    pub fn nudge(&mut self, now: Duration) {
+        self.send_ping(PingFlags::NUDGE, now);
+    }
+
+    fn send_ping(&mut self, flags: PingFlags, now: Duration) {
+        if !self.state.is_welcomed() {
+            return;
+        }
+        // So that the answer confirms them.
+        self.flush_acks();
+        self.pings_sent += 1;
+        let time_ms = u64::try_from(now.as_millis()).unwrap_or(0);
+        if self.pings.len() >= PINGS_MAX {
+            self.pings.pop_front();
+        }
+        self.pings.push_back(PingSent { id: self.pings_sent, at: now, acks: self.acks_sent });
+        self.push(Channel::Control, Frame::Ping(Ping { id: self.pings_sent, time_ms, flags: flags.0 }));
+        self.timers.set(Timer::Ping, now + self.keepalive);
+        self.timers.set_if_clear(Timer::Idle, now + self.config.answer_timeout);
+    }
+
+    /// Shows a fresh token before the old one ends.
+    pub fn reauthenticate(&mut self, auth: Auth) {
+        if self.state.is_welcomed() {
+            self.push(Channel::Control, Frame::Auth(auth));
+        }
+    }
+
+    /// The time [`Self::poll_timeout`] named has come.
+    pub fn handle_timeout(&mut self, now: Duration) {
+        while let Some(id) = self.requests.expire(now) {
+            self.call_failed(id, RefusalCode::DeadlineExceeded);
+        }
+        if self.timers.fired(Timer::Hello, now) {
+            return self.close(CloseCode::HelloTimeout);
+        }
+        if self.timers.fired(Timer::Idle, now) {
+            return self.close(CloseCode::IdleTimeout);
+        }
+        if self.timers.fired(Timer::Ping, now) {
+            self.ping(now);
+        }
+        if self.timers.fired(Timer::Ack, now) {
+            self.flush_acks();
+        }
+        self.inflight.handle_timeout(now);
+        self.readers.handle_timeout(now);
+        self.pump(now);
+    }
+
+    fn push(&mut self, channel: Channel, frame: Frame) {
+        self.outputs.push_back(Output::Transmit(channel, frame));
+    }
+
+    /// Puts out everything that may leave now.
+    fn pump(&mut self, _now: Duration) {
+        let welcomed = self.state.is_welcomed();
+        if !welcomed && self.state != ClientState::Opening {
+            return;
+        }
+        while self.first_flight > 0 {
+            let Some((channel, frame)) = self.next_frame(welcomed) else { break };
+            if matches!(frame, Frame::Send(_)) && welcomed {
+                self.flush_acks();
+            }
+            self.push(channel, frame);
+            if !welcomed {
+                self.first_flight -= 1;
+            }
+        }
+    }
+
+    fn next_frame(&mut self, welcomed: bool) -> Option<(Channel, Frame)> {
+        if let Some(send) = self.inflight.take_next() {
+            return Some((Channel::Uplink, Frame::Send(send)));
+        }
+        if let Some(conversation) = self.marks_due.pop_first()
+            && let Some(marked) = self.marks.get_mut(&conversation)
+        {
+            marked.sent = true;
+            return Some((Channel::Uplink, Frame::Mark(Mark { conversation, read: marked.read })));
+        }
+        if let Some(frame) = self.requests.take_next(!welcomed, self.acks_sent) {
+            return Some((Channel::Control, frame));
+        }
+        if welcomed && let Some(pull) = self.readers.next_pull(|| self.requests.number()) {
+            return Some((Channel::Control, Frame::Pull(pull)));
+        }
+        None
+    }
+
+    /// What to do next; `None`: nothing until the next input.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// When to call [`Self::handle_timeout`].
+    #[must_use]
+    pub fn poll_timeout(&self) -> Option<Duration> {
+        [
+            self.timers.next(),
+            self.requests.next_timeout(),
+            self.inflight.next_timeout(),
+            self.readers.next_timeout(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+}

@@ -1,0 +1,425 @@
+//! Sends of a client that are not settled, over connections.
+//!
+//! - A send stays until it is acked or finally refused; a lost connection makes it wait again, nothing else does.
+//! - Within a conversation, sends leave in the order of their pseqs. Conversations take turns.
+//! - No more fly on one connection than the window allows.
+//! - A refusal that may be retried holds its conversation back for a time, then what waits leaves again in order. Each
+//!   flying send has its own verdict coming, so one refusal causes one repetition.
+//!
+//! Not here: whether a repetition is stored twice (`producer`; it is not).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use core::{
+    ops::Bound::{Excluded, Unbounded},
+    time::Duration,
+};
+
+use crate::{
+    frame::{Frame, Send},
+    id::{ConversationId, Pseq, Seq},
+    limit::{OUTBOX_BYTES_MAX, OUTBOX_SENDS_MAX},
+};
+
+/// The shortest wait before a refused send is sent again; doubled with each failure in a row, up to 2^7 times.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+
+#[derive(Debug)]
+struct Entry {
+    send: Send,
+    flying: bool,
+    /// It may have left, on this connection or an earlier one.
+    left: bool,
+}
+
+/// What is unsettled in one conversation.
+#[derive(Debug, Default)]
+struct SendLane {
+    entries: BTreeMap<Pseq, Entry>,
+    waiting: BTreeSet<Pseq>,
+    highest_left: Pseq,
+    retry_at: Option<Duration>,
+    failures: u32,
+}
+
+impl SendLane {
+    fn flying(&self) -> usize {
+        self.entries.len() - self.waiting.len()
+    }
+}
+
+/// How many sends may fly.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    pub(super) per_conversation: usize,
+    pub(super) in_all: usize,
+    /// Bytes of frames that may still leave.
+    pub(super) bytes: usize,
+}
+
+/// What an ack or refusal settles.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Settled {
+    pub(super) send: Send,
+    /// The record; zero when the number was used up without one, `None` when the answer does not say.
+    pub(super) seq: Option<Seq>,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Inflight {
+    lanes: BTreeMap<ConversationId, SendLane>,
+    /// Lanes of which a send could leave, but for the window over all.
+    ready: BTreeSet<ConversationId>,
+    retries: BTreeSet<(Duration, ConversationId)>,
+    served: Option<ConversationId>,
+    room: Room,
+    flying: usize,
+    sends: usize,
+    bytes: usize,
+}
+
+impl Inflight {
+    pub(super) fn new() -> Self {
+        Self {
+            lanes: BTreeMap::new(),
+            ready: BTreeSet::new(),
+            retries: BTreeSet::new(),
+            served: None,
+            room: Room { per_conversation: 0, in_all: 0, bytes: 0 },
+            flying: 0,
+            sends: 0,
+            bytes: 0,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.sends
+    }
+
+    pub(super) fn has_room(&self) -> bool {
+        self.sends < OUTBOX_SENDS_MAX && self.bytes < OUTBOX_BYTES_MAX
+    }
+
+    /// Takes a send, or a tombstone in place of one. `left`: it may have been sent by an earlier process. A number
+    /// that was taken before keeps its first content.
+    pub(super) fn insert(&mut self, send: Send, left: bool) {
+        let (conversation, pseq) = (send.conversation, send.pseq);
+        let lane = self.lanes.entry(conversation).or_default();
+        match lane.entries.get_mut(&pseq) {
+            Some(entry) if send.cancel && !entry.send.cancel => {
+                self.bytes = self.bytes + send.payload.len() - entry.send.payload.len();
+                entry.send = send;
+                if core::mem::take(&mut entry.flying) {
+                    self.flying -= 1;
+                    lane.waiting.insert(pseq);
+                }
+            }
+            Some(_) => {}
+            None => {
+                self.sends += 1;
+                self.bytes += send.payload.len();
+                if left {
+                    lane.highest_left = lane.highest_left.max(pseq);
+                }
+                lane.entries.insert(pseq, Entry { send, flying: false, left });
+                lane.waiting.insert(pseq);
+            }
+        }
+        self.refresh(conversation);
+    }
+
+    /// Where the next connection, or this one from now on, has room.
+    pub(super) fn set_room(&mut self, room: Room) {
+        self.room = room;
+        let lanes: Vec<_> = self.lanes.keys().copied().collect();
+        for conversation in lanes {
+            self.refresh(conversation);
+        }
+    }
+
+    fn refresh(&mut self, conversation: ConversationId) {
+        let ready = self.lanes.get(&conversation).is_some_and(|lane| {
+            lane.retry_at.is_none() && !lane.waiting.is_empty() && lane.flying() < self.room.per_conversation
+        });
+        if ready {
+            self.ready.insert(conversation);
+        } else {
+            self.ready.remove(&conversation);
+        }
+    }
+
+    /// The next send that may leave. It flies from now on.
+    pub(super) fn take_next(&mut self) -> Option<Send> {
+        if self.flying >= self.room.in_all {
+            return None;
+        }
+        let after = self.served.and_then(|served| self.ready.range((Excluded(served), Unbounded)).next());
+        let conversation = *after.or_else(|| self.ready.first())?;
+        let lane = self.lanes.get_mut(&conversation)?;
+        let pseq = *lane.waiting.first()?;
+        let entry = lane.entries.get_mut(&pseq)?;
+        let send = entry.send.clone();
+        let size = Frame::Send(send.clone()).encoded_len();
+        self.room.bytes = self.room.bytes.checked_sub(size)?;
+        entry.flying = true;
+        entry.left = true;
+        lane.waiting.remove(&pseq);
+        lane.highest_left = lane.highest_left.max(pseq);
+        self.flying += 1;
+        self.served = Some(conversation);
+        self.refresh(conversation);
+        Some(send)
+    }
+
+    /// The highest number of a conversation that may have left; `None` when nothing is unsettled there.
+    pub(super) fn highest_left(&self, conversation: ConversationId) -> Option<Pseq> {
+        self.lanes.get(&conversation).map(|lane| lane.highest_left)
+    }
+
+    /// Everything up to `up_to` is settled; `seqs` names records of the last ones, ascending.
+    pub(super) fn acked(
+        &mut self,
+        conversation: ConversationId,
+        up_to: Pseq,
+        seqs: &BTreeMap<Pseq, Seq>,
+    ) -> Vec<Settled> {
+        let Some(lane) = self.lanes.get_mut(&conversation) else { return Vec::new() };
+        let mut settled = Vec::new();
+        while let Some(first) = lane.entries.first_entry() {
+            let pseq = *first.key();
+            if pseq > up_to {
+                break;
+            }
+            let entry = first.remove();
+            lane.waiting.remove(&pseq);
+            self.flying -= usize::from(entry.flying);
+            self.sends -= 1;
+            self.bytes -= entry.send.payload.len();
+            settled.push(Settled { send: entry.send, seq: seqs.get(&pseq).copied() });
+        }
+        if !settled.is_empty() {
+            lane.failures = 0;
+        }
+        self.drop_if_empty(conversation);
+        self.refresh(conversation);
+        settled
+    }
+
+    /// The send will never be stored under its number.
+    pub(super) fn refused(&mut self, conversation: ConversationId, pseq: Pseq) -> Option<Send> {
+        let lane = self.lanes.get_mut(&conversation)?;
+        let entry = lane.entries.remove(&pseq)?;
+        lane.waiting.remove(&pseq);
+        self.flying -= usize::from(entry.flying);
+        self.sends -= 1;
+        self.bytes -= entry.send.payload.len();
+        self.drop_if_empty(conversation);
+        self.refresh(conversation);
+        Some(entry.send)
+    }
+
+    /// The send was refused for now: it waits, and its conversation with it, for `after` or longer.
+    pub(super) fn postponed(
+        &mut self,
+        conversation: ConversationId,
+        pseq: Pseq,
+        after: Duration,
+        now: Duration,
+    ) {
+        let Some(lane) = self.lanes.get_mut(&conversation) else { return };
+        let lowest = lane.entries.keys().next() == Some(&pseq);
+        match lane.entries.get_mut(&pseq) {
+            Some(entry) if entry.flying => entry.flying = false,
+            _ => return,
+        }
+        self.flying -= 1;
+        lane.waiting.insert(pseq);
+        let backoff = RETRY_MIN * (1 << lane.failures.min(7));
+        if lowest {
+            lane.failures = lane.failures.saturating_add(1);
+        }
+        let at = now + after.max(backoff);
+        if let Some(before) = lane.retry_at {
+            self.retries.remove(&(before, conversation));
+        }
+        let at = lane.retry_at.map_or(at, |before| before.max(at));
+        lane.retry_at = Some(at);
+        self.retries.insert((at, conversation));
+        self.refresh(conversation);
+    }
+
+    /// Lets conversations go on whose wait is over.
+    pub(super) fn handle_timeout(&mut self, now: Duration) {
+        while let Some(&(at, conversation)) = self.retries.first() {
+            if at > now {
+                break;
+            }
+            self.retries.pop_first();
+            if let Some(lane) = self.lanes.get_mut(&conversation) {
+                lane.retry_at = None;
+            }
+            self.refresh(conversation);
+        }
+    }
+
+    pub(super) fn next_timeout(&self) -> Option<Duration> {
+        self.retries.first().map(|(at, _)| *at)
+    }
+
+    /// Nothing flies any more, and nobody is held back.
+    pub(super) fn disconnected(&mut self) {
+        self.retries.clear();
+        self.flying = 0;
+        for lane in self.lanes.values_mut() {
+            lane.retry_at = None;
+            lane.failures = 0;
+            for (pseq, entry) in &mut lane.entries {
+                if core::mem::take(&mut entry.flying) {
+                    lane.waiting.insert(*pseq);
+                }
+            }
+        }
+        self.set_room(Room { per_conversation: 0, in_all: 0, bytes: 0 });
+    }
+
+    /// Forgets everything; returns what may have left.
+    pub(super) fn forget(&mut self) -> Vec<(ConversationId, Pseq)> {
+        let lanes = core::mem::take(&mut self.lanes);
+        *self = Self { room: self.room, ..Self::new() };
+        lanes
+            .into_iter()
+            .flat_map(|(conversation, lane)| {
+                lane.entries
+                    .into_iter()
+                    .filter(|(_, entry)| entry.left)
+                    .map(move |(pseq, _)| (conversation, pseq))
+            })
+            .collect()
+    }
+
+    fn drop_if_empty(&mut self, conversation: ConversationId) {
+        if self.lanes.get(&conversation).is_some_and(|lane| lane.entries.is_empty())
+            && let Some(lane) = self.lanes.remove(&conversation)
+            && let Some(at) = lane.retry_at
+        {
+            self.retries.remove(&(at, conversation));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::frame::RecordKind;
+
+    fn c(n: u64) -> ConversationId {
+        ConversationId::new(n).unwrap()
+    }
+
+    fn p(n: u64) -> Pseq {
+        Pseq::new(n).unwrap()
+    }
+
+    fn send(conversation: u64, pseq: u64) -> Send {
+        Send {
+            kind: RecordKind::Message,
+            conversation: c(conversation),
+            pseq: p(pseq),
+            seen: Seq::ZERO,
+            reference: None,
+            ttl: None,
+            more: false,
+            silent: false,
+            cancel: false,
+            payload: Bytes::from_static(b"x"),
+        }
+    }
+
+    const OPEN: Room = Room { per_conversation: 3, in_all: 5, bytes: usize::MAX };
+
+    fn drain(inflight: &mut Inflight) -> Vec<(u64, u64)> {
+        core::iter::from_fn(|| inflight.take_next()).map(|s| (s.conversation.get(), s.pseq.get())).collect()
+    }
+
+    #[test]
+    fn conversations_take_turns_within_the_windows() {
+        let mut inflight = Inflight::new();
+        for pseq in 1..=5 {
+            inflight.insert(send(1, pseq), false);
+            inflight.insert(send(2, pseq), false);
+        }
+        assert_eq!(drain(&mut inflight), [], "no connection, no room");
+        inflight.set_room(OPEN);
+        assert_eq!(drain(&mut inflight), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]);
+        assert_eq!(inflight.acked(c(1), p(2), &BTreeMap::new()).len(), 2);
+        assert_eq!(drain(&mut inflight), [(2, 3), (1, 4)]);
+        inflight.disconnected();
+        inflight.set_room(OPEN);
+        assert_eq!(drain(&mut inflight).len(), 5, "all of them again");
+        assert_eq!(inflight.len(), 8);
+    }
+
+    #[test]
+    fn bytes_bound_the_first_flight() {
+        let mut inflight = Inflight::new();
+        inflight.insert(send(1, 1), false);
+        inflight.insert(send(1, 2), false);
+        let one = Frame::Send(send(1, 1)).encoded_len();
+        inflight.set_room(Room { bytes: one + 1, ..OPEN });
+        assert_eq!(drain(&mut inflight), [(1, 1)]);
+        inflight.set_room(OPEN);
+        assert_eq!(drain(&mut inflight), [(1, 2)]);
+    }
+
+    #[test]
+    fn a_postponed_send_holds_its_conversation_back_and_leaves_again_in_order() {
+        let at = Duration::from_millis;
+        let mut inflight = Inflight::new();
+        inflight.set_room(OPEN);
+        for pseq in 1..=4 {
+            inflight.insert(send(1, pseq), false);
+        }
+        inflight.insert(send(2, 1), false);
+        assert_eq!(drain(&mut inflight), [(1, 1), (2, 1), (1, 2), (1, 3)]);
+        inflight.postponed(c(1), p(1), at(200), at(1_000));
+        inflight.postponed(c(1), p(2), at(0), at(1_010));
+        inflight.postponed(c(1), p(2), at(9_000), at(1_010));
+        assert_eq!(drain(&mut inflight), [], "4 would overtake 1");
+        assert_eq!(inflight.next_timeout(), Some(at(1_200)));
+        inflight.handle_timeout(at(1_199));
+        assert_eq!(drain(&mut inflight), []);
+        inflight.handle_timeout(at(1_200));
+        assert_eq!(drain(&mut inflight), [(1, 1), (1, 2)], "3 still flies");
+        assert_eq!(inflight.refused(c(1), p(3)).map(|send| send.pseq), Some(p(3)));
+        assert_eq!(drain(&mut inflight), [(1, 4)], "a final refusal does not block what follows");
+    }
+
+    #[test]
+    fn a_tombstone_takes_the_place_of_what_flies() {
+        let mut inflight = Inflight::new();
+        inflight.set_room(OPEN);
+        inflight.insert(send(1, 1), false);
+        inflight.insert(send(1, 2), false);
+        assert_eq!(drain(&mut inflight).len(), 2);
+        inflight.insert(Send { cancel: true, payload: Bytes::new(), ..send(1, 1) }, false);
+        inflight.insert(Send { payload: Bytes::from_static(b"other"), ..send(1, 2) }, false);
+        let again = inflight.take_next().unwrap();
+        assert!(again.cancel && again.pseq == p(1));
+        assert_eq!(inflight.take_next(), None, "other content under a taken number is not sent");
+    }
+
+    #[test]
+    fn forgetting_names_what_may_have_left() {
+        let mut inflight = Inflight::new();
+        inflight.set_room(Room { per_conversation: 1, ..OPEN });
+        inflight.insert(send(1, 7), true);
+        inflight.insert(send(2, 1), false);
+        inflight.insert(send(2, 2), false);
+        assert_eq!(drain(&mut inflight), [(1, 7), (2, 1)]);
+        assert_eq!(inflight.forget(), [(c(1), p(7)), (c(2), p(1))]);
+        assert_eq!((inflight.len(), inflight.take_next()), (0, None));
+    }
+}
