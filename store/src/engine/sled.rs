@@ -1,0 +1,150 @@
+//! sled 0.34.7, one database per shard. `docs/storage.md` tells what is known about it; the guards stand here.
+//!
+//! - Single inserts only: batches and transactions take a lock over every database of the process.
+//! - The barrier is `flush()` and then `fdatasync` on a descriptor of our own: sled's `flush` ends in `sync_file_range`,
+//!   which does not reach the disk's cache and does not write the file's size. `flush_async` is never used (it deadlocks).
+//! - `snap.*.generating`, left by a process that was killed while it opened the database, is removed before opening.
+//! - sled's flusher stays on: its garbage collector runs nowhere else.
+//!
+//! Not here: any promise about several writes at once.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+};
+
+use bytes::Bytes;
+
+use super::{Direction, Engine, EngineError, Entry};
+use crate::{Durability, commit::CHUNK_BYTES, key::Table};
+
+/// Milliseconds between rounds of sled's flusher, which also collects its garbage.
+const FLUSH_EVERY_MS: u64 = 500;
+
+/// An open sled database.
+pub(crate) struct Sled {
+    tables: Vec<::sled::Tree>,
+    /// Our own descriptor of the file sled writes, for `fdatasync`.
+    file: File,
+    durability: Durability,
+    database: ::sled::Db,
+}
+
+impl std::fmt::Debug for Sled {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sled").field("durability", &self.durability).finish_non_exhaustive()
+    }
+}
+
+impl Sled {
+    /// Opens or creates the database in the folder `path`.
+    pub(crate) fn open(path: &Path, cache_bytes: u64, durability: Durability) -> Result<Self, EngineError> {
+        std::fs::create_dir_all(path)?;
+        for leftover in unfinished_snapshots(path)? {
+            tracing::warn!(file = %leftover.display(), "removing a snapshot that was never finished");
+            std::fs::remove_file(leftover)?;
+        }
+        let database = ::sled::Config::default()
+            .path(path)
+            .cache_capacity(cache_bytes)
+            .flush_every_ms(Some(FLUSH_EVERY_MS))
+            .print_profile_on_drop(false)
+            .open()
+            .map_err(failed)?;
+        let tables = Table::ALL
+            .iter()
+            .map(|table| database.open_tree(table.name()))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(failed)?;
+        let file = File::options().read(true).write(true).open(path.join("db"))?;
+        let engine = Self { tables, file, durability, database };
+        engine.barrier()?;
+        for folder in [Some(path), path.parent()].into_iter().flatten() {
+            File::open(folder)?.sync_all()?;
+        }
+        Ok(engine)
+    }
+
+    fn table(&self, table: Table) -> Result<&::sled::Tree, EngineError> {
+        let at = usize::from(table as u8).saturating_sub(1);
+        self.tables.get(at).ok_or_else(|| EngineError::Failed(format!("the table {table:?} is not open")))
+    }
+}
+
+impl Engine for Sled {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
+        let value = self.table(table)?.get(key).map_err(failed)?;
+        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    fn insert(&self, table: Table, key: &[u8], value: &[u8]) -> Result<(), EngineError> {
+        if value.len() > CHUNK_BYTES {
+            return Err(EngineError::Failed(format!("a value of {} bytes is too large", value.len())));
+        }
+        self.table(table)?.insert(key, value).map_err(failed)?;
+        Ok(())
+    }
+
+    fn remove(&self, table: Table, key: &[u8]) -> Result<(), EngineError> {
+        self.table(table)?.remove(key).map_err(failed)?;
+        Ok(())
+    }
+
+    fn scan(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: Option<&[u8]>,
+        direction: Direction,
+        limit: usize,
+    ) -> Result<Vec<Entry>, EngineError> {
+        if to.is_some_and(|to| to <= from) {
+            return Ok(Vec::new());
+        }
+        let table = self.table(table)?;
+        let range = match to {
+            Some(to) => table.range(from..to),
+            None => table.range(from..),
+        };
+        let entry = |row: ::sled::Result<(::sled::IVec, ::sled::IVec)>| {
+            let (key, value) = row.map_err(failed)?;
+            Ok((key.to_vec(), Bytes::copy_from_slice(&value)))
+        };
+        match direction {
+            Direction::Ascending => range.take(limit).map(entry).collect(),
+            Direction::Descending => range.rev().take(limit).map(entry).collect(),
+        }
+    }
+
+    fn barrier(&self) -> Result<(), EngineError> {
+        self.database.flush().map_err(failed)?;
+        if self.durability == Durability::Power {
+            rustix::fs::fdatasync(&self.file).map_err(std::io::Error::from)?;
+        }
+        Ok(())
+    }
+
+    fn size(&self) -> u64 {
+        self.file.metadata().map_or(0, |metadata| metadata.len())
+    }
+}
+
+fn failed(error: ::sled::Error) -> EngineError {
+    match error {
+        ::sled::Error::Io(error) => error.into(),
+        other => EngineError::Failed(other.to_string()),
+    }
+}
+
+fn unfinished_snapshots(folder: &Path) -> Result<Vec<PathBuf>, EngineError> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with("snap.") && name.ends_with(".generating") {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
+}

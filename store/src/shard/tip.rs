@@ -1,0 +1,110 @@
+//! The tip: the last commit that was acknowledged, noted outside the engine.
+//!
+//! - Written after a commit is durable and before it is acknowledged, into one of two slots in turn; not synced.
+//! - So it never runs ahead of the log, and after the process was killed it is exact: a log that ends before the tip has
+//!   lost something that was acknowledged, and a torn commit after the tip was not acknowledged. After a power cut it may
+//!   be older, and proves less.
+//!
+//! Not here: what is done about a difference (`recovery`).
+
+use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
+
+use crate::{
+    codec::{Cursor, Malformed},
+    commit::{ChainHash, CommitId},
+};
+
+const MAGIC: [u8; 4] = *b"FLMT";
+/// Magic, number, chain hash, checksum.
+const SLOT_BYTES: usize = 4 + 8 + 16 + 4;
+/// Slots lie apart, so that one write never touches both.
+const SLOT_EVERY: u64 = 512;
+
+/// The tip file of a shard.
+#[derive(Debug)]
+pub(crate) struct Tip {
+    file: File,
+}
+
+impl Tip {
+    /// Opens or creates the file, and reads what it says: [`CommitId::ZERO`] if nothing.
+    pub(crate) fn open(path: &Path) -> io::Result<(Self, CommitId)> {
+        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        let mut newest = CommitId::ZERO;
+        for slot in 0..2 {
+            let mut bytes = [0; SLOT_BYTES];
+            match file.read_exact_at(&mut bytes, slot * SLOT_EVERY) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue,
+                Err(error) => return Err(error),
+            }
+            match decode(&bytes) {
+                Ok(id) if id.number > newest.number => newest = id,
+                Ok(_) => {}
+                Err(_) if bytes == [0; SLOT_BYTES] => {}
+                Err(what) => {
+                    tracing::warn!(file = %path.display(), slot, %what, "one slot of the tip file is unreadable")
+                }
+            }
+        }
+        Ok((Self { file }, newest))
+    }
+
+    /// Notes `id` as acknowledged.
+    pub(crate) fn write(&self, id: CommitId) -> io::Result<()> {
+        self.file.write_all_at(&encode(id), (id.number % 2) * SLOT_EVERY)
+    }
+}
+
+fn encode(id: CommitId) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(SLOT_BYTES);
+    bytes.extend_from_slice(&MAGIC);
+    bytes.extend_from_slice(&id.number.to_be_bytes());
+    bytes.extend_from_slice(&id.chain.0);
+    let crc = crc32c::crc32c(&bytes);
+    bytes.extend_from_slice(&crc.to_be_bytes());
+    bytes
+}
+
+fn decode(bytes: &[u8]) -> Result<CommitId, Malformed> {
+    let mut at = Cursor::new(bytes);
+    if at.array("tip magic")? != MAGIC {
+        return Err(Malformed("tip magic"));
+    }
+    let number = u64::from_be_bytes(at.array("tip number")?);
+    let chain = ChainHash(at.array("tip chain hash")?);
+    let covered = at.at();
+    let crc = u32::from_be_bytes(at.array("tip checksum")?);
+    if crc != crc32c::crc32c(bytes.get(..covered).unwrap_or_default()) {
+        return Err(Malformed("tip checksum"));
+    }
+    Ok(CommitId { number, chain })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_readable_slot_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tip");
+        let id = |number| CommitId { number, chain: ChainHash([9; 16]) };
+        let (tip, found) = Tip::open(&path).unwrap();
+        assert_eq!(found, CommitId::ZERO);
+        for number in 1..=4 {
+            tip.write(id(number)).unwrap();
+        }
+        assert_eq!(Tip::open(&path).unwrap().1, id(4));
+        tip.file.write_all_at(b"x", 0).unwrap();
+        assert_eq!(Tip::open(&path).unwrap().1, id(3), "the other slot, when one is damaged");
+    }
+
+    #[test]
+    fn bytes_are_pinned() {
+        let id = CommitId { number: 258, chain: ChainHash([0xab; 16]) };
+        assert_eq!(crate::hex(&encode(id)), GOLDEN);
+    }
+
+    const GOLDEN: &str = "";
+}

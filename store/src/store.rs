@@ -1,0 +1,350 @@
+//! The store: a data folder with its shards open.
+//!
+//! - Shard count and engine are those the folder was made with.
+//! - All shards are proven and replayed before `open` returns, several at a time.
+//!
+//! Not here: reading and writing a shard (`reader`, `writer`).
+
+use std::{
+    path::Path,
+    sync::{Arc, atomic::Ordering, mpsc::sync_channel},
+    time::Duration,
+};
+
+use fulmar_protocol::{
+    id::{AppId, ShardId},
+    limit::SHARDS_MAX,
+};
+use tokio::sync::oneshot;
+
+use crate::{
+    commit::Commit,
+    engine::{Engine, memory::Memory, sled::Sled},
+    error::{CommitError, OpenError, ReadError},
+    format::Folder,
+    key,
+    log::Log,
+    reader::ShardReader,
+    row::ConversationClass,
+    shard::{
+        Shard, ShardStats,
+        committer::Request,
+        recovery::{self, NotWhole},
+        tip::Tip,
+    },
+    writer::{EmbeddedWriter, ShardWriter, ask},
+};
+
+/// Shards opened at the same time.
+const OPEN_AT_ONCE: usize = 4;
+
+/// Which engine keeps the shards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum EngineKind {
+    /// sled 0.34.7: on disk.
+    #[default]
+    Sled,
+    /// In memory: gone when the store is dropped. The path is not touched.
+    Memory,
+}
+
+/// What a commit survives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Durability {
+    /// Power loss: every commit ends in an `fdatasync`.
+    #[default]
+    Power,
+    /// The end of the process, `kill -9` included; not power loss.
+    Process,
+}
+
+/// How a store is opened.
+#[derive(Clone, Debug)]
+pub struct StoreOptions {
+    /// Shards of a folder that is made now; one that exists keeps its count. 1 to 256.
+    pub shards: u16,
+    /// The engine.
+    pub engine: EngineKind,
+    /// What a commit survives.
+    pub durability: Durability,
+    /// Bytes of recent records (and, a quarter as much, of heads) kept in memory, over all shards.
+    pub cache_bytes: u64,
+    /// Bytes the engine may cache per shard. sled uses more than it is told: keep it small.
+    pub engine_cache_bytes: u64,
+    /// Bytes of commits, with their overhead in memory, after which a shard settles them into its tables. Up to three
+    /// times as much may be in memory per shard, and has to be replayed after a crash.
+    pub settle_bytes: usize,
+    /// Commits after which a shard settles.
+    pub settle_commits: u64,
+    /// Time without a commit after which a shard settles what it has.
+    pub settle_idle: Duration,
+    /// Free bytes of the file system below which commits are refused as [`CommitError::Full`].
+    pub reserve_bytes: u64,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        Self {
+            shards: 4,
+            engine: EngineKind::Sled,
+            durability: Durability::Power,
+            cache_bytes: 64 << 20,
+            engine_cache_bytes: 16 << 20,
+            settle_bytes: 8 << 20,
+            settle_commits: 8_192,
+            settle_idle: Duration::from_secs(1),
+            reserve_bytes: 64 << 20,
+        }
+    }
+}
+
+/// Why a shard could not be taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ShardError {
+    /// There is no such shard.
+    #[error("there is no shard {shard}, only {shards} of them, counted from 0")]
+    NoSuchShard {
+        /// The shard that was asked for.
+        shard: ShardId,
+        /// How many there are.
+        shards: u16,
+    },
+    /// Its writer was handed out already.
+    #[error("the writer of shard {0} was taken already")]
+    Taken(ShardId),
+    /// It could not be acquired.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+}
+
+/// An open data folder. Clones are handles to the same one.
+#[derive(Clone, Debug)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    shards: Vec<Shard>,
+    /// Holds the folder's lock.
+    _folder: Option<Folder>,
+}
+
+impl Store {
+    /// Opens the data folder at `path`, or makes it. Blocks until every shard is proven and replayed.
+    ///
+    /// # Errors
+    /// [`OpenError`]; each is a sentence that says what to do.
+    pub fn open(path: impl AsRef<Path>, options: &StoreOptions) -> Result<Self, OpenError> {
+        let path = path.as_ref();
+        if options.shards == 0 || u64::from(options.shards) > SHARDS_MAX {
+            return Err(OpenError::Options("a store has 1 to 256 shards"));
+        }
+        if options.settle_bytes == 0 || options.settle_commits == 0 {
+            return Err(OpenError::Options("settle_bytes and settle_commits are at least 1"));
+        }
+        match options.engine {
+            EngineKind::Memory => {
+                let shards = shard_ids(options.shards)
+                    .map(|id| {
+                        Shard::open(id, Arc::new(Memory::default()), None, None, options, options.shards)
+                    })
+                    .collect::<Result<_, _>>()?;
+                Ok(Self { inner: Arc::new(Inner { shards, _folder: None }) })
+            }
+            EngineKind::Sled => {
+                let folder = Folder::open(path, options.shards, "sled")?;
+                let shards = open_shards(path, &folder, options)?;
+                folder.sync()?;
+                Ok(Self { inner: Arc::new(Inner { shards, _folder: Some(folder) }) })
+            }
+        }
+    }
+
+    /// How many shards there are.
+    #[must_use]
+    pub fn shards(&self) -> u16 {
+        u16::try_from(self.inner.shards.len()).unwrap_or(u16::MAX)
+    }
+
+    /// The shard where the user called `name` lives.
+    #[must_use]
+    pub fn shard_of_user(&self, app: AppId, name: &str) -> ShardId {
+        ShardId::of_name(app, key::KIND_USER, name.as_bytes(), self.shards())
+    }
+
+    /// The shard where the conversation called `name` lives.
+    #[must_use]
+    pub fn shard_of_conversation(&self, app: AppId, class: ConversationClass, name: &str) -> ShardId {
+        ShardId::of_name(app, key::kind_of(class), name.as_bytes(), self.shards())
+    }
+
+    /// Takes a shard's writer, once, and a reader. Waits for one commit (the epoch record).
+    ///
+    /// # Errors
+    /// [`ShardError`].
+    pub fn shard(&self, shard: ShardId) -> Result<(ShardWriter, ShardReader), ShardError> {
+        let reader = self.reader(shard)?;
+        let found = self.get(shard)?;
+        if found.taken.swap(true, Ordering::AcqRel) {
+            return Err(ShardError::Taken(shard));
+        }
+        let (reply, answer) = sync_channel(1);
+        let reply = Box::new(move |result| {
+            let _ = reply.send(result);
+        });
+        ask(&found.requests, Request::Acquire(reply))?;
+        let (epoch, last) = answer.recv().map_err(|_| thread_gone())??;
+        let writer = EmbeddedWriter::new(found.requests.clone(), epoch, last);
+        Ok((ShardWriter { writer, reader: reader.clone() }, reader))
+    }
+
+    /// A reader of a shard; as many as wanted.
+    ///
+    /// # Errors
+    /// [`ShardError::NoSuchShard`].
+    pub fn reader(&self, shard: ShardId) -> Result<ShardReader, ShardError> {
+        Ok(ShardReader { shared: Arc::clone(&self.get(shard)?.shared) })
+    }
+
+    /// Writes a row beside the log of a shard and waits for a barrier: proves that the shard can still commit.
+    ///
+    /// # Errors
+    /// As a commit.
+    pub async fn canary_write(&self, shard: ShardId) -> Result<(), ShardError> {
+        let (reply, answer) = oneshot::channel();
+        ask(&self.get(shard)?.requests, Request::Canary(reply))?;
+        Ok(answer.await.unwrap_or_else(|_| Err(thread_gone()))?)
+    }
+
+    /// Figures of a shard.
+    ///
+    /// # Errors
+    /// [`ShardError::NoSuchShard`].
+    pub fn stats(&self, shard: ShardId) -> Result<ShardStats, ShardError> {
+        Ok(self.get(shard)?.stats())
+    }
+
+    /// Settles all shards into their tables and stops their threads; commits are refused from then on. Blocks. Not
+    /// needed for safety: a store that was only dropped, or killed, replays its log when it is opened again.
+    ///
+    /// # Errors
+    /// The first shard's that could not settle; what it had committed is in its log all the same.
+    pub fn close(&self) -> Result<(), CommitError> {
+        let mut result = Ok(());
+        let mut answers = Vec::new();
+        for shard in &self.inner.shards {
+            let (reply, answer) = sync_channel(1);
+            // A thread that is gone was closed before, or failed and said so.
+            if shard.requests.send(Request::Close(reply)).is_ok() {
+                answers.push(answer);
+            }
+        }
+        for answer in answers {
+            let settled = answer.recv().unwrap_or_else(|_| Err(thread_gone()));
+            result = result.and(settled);
+        }
+        for shard in &self.inner.shards {
+            shard.join();
+        }
+        result
+    }
+
+    fn get(&self, shard: ShardId) -> Result<&Shard, ShardError> {
+        let found = self.inner.shards.get(usize::from(shard.get()));
+        found.ok_or_else(|| ShardError::NoSuchShard { shard, shards: self.shards() })
+    }
+}
+
+impl Log for Store {
+    type Writer = EmbeddedWriter;
+
+    async fn acquire(&self, shard: ShardId) -> Result<EmbeddedWriter, CommitError> {
+        let found = self.get(shard).map_err(|error| CommitError::Invalid(error.to_string()))?;
+        let (reply, answer) = oneshot::channel();
+        let reply = Box::new(move |result| {
+            let _ = reply.send(result);
+        });
+        ask(&found.requests, Request::Acquire(reply))?;
+        let (epoch, last) = answer.await.unwrap_or_else(|_| Err(thread_gone()))?;
+        Ok(EmbeddedWriter::new(found.requests.clone(), epoch, last))
+    }
+
+    async fn read(&self, shard: ShardId, from: u64, limit: usize) -> Result<Vec<Commit>, ReadError> {
+        let reason = |error: &dyn std::fmt::Display| ReadError::Engine { shard, reason: error.to_string() };
+        let engine = self.get(shard).map_err(|error| reason(&error))?.shared.view.engine().as_ref();
+        let mut chunks = recovery::Commits::after(engine, from.saturating_sub(1));
+        let mut commits = Vec::new();
+        while commits.len() < limit {
+            let Some(found) = chunks.next_chunks().map_err(|error| reason(&error))? else { break };
+            match recovery::assemble(&found) {
+                Ok(commit) => commits.push(commit),
+                // Being written right now, or being deleted.
+                Err(NotWhole::Incomplete) if found.is_last || commits.is_empty() => {}
+                Err(NotWhole::Incomplete) => break,
+                Err(NotWhole::Malformed(what)) => {
+                    let what = format!("commit {}: {what}", found.number);
+                    return Err(ReadError::Damaged { shard, conversation: None, seq: None, what });
+                }
+            }
+        }
+        Ok(commits)
+    }
+}
+
+fn thread_gone() -> CommitError {
+    CommitError::Unavailable { reason: "the shard's thread is gone".to_owned() }
+}
+
+fn shard_ids(shards: u16) -> impl Iterator<Item = ShardId> {
+    (0..shards).filter_map(ShardId::new)
+}
+
+fn open_shards(path: &Path, folder: &Folder, options: &StoreOptions) -> Result<Vec<Shard>, OpenError> {
+    let shards = folder.marker.shards;
+    let ids: Vec<ShardId> = shard_ids(shards).collect();
+    let mut opened = Vec::with_capacity(ids.len());
+    for group in ids.chunks(OPEN_AT_ONCE) {
+        let results: Vec<Result<Shard, OpenError>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = group
+                .iter()
+                .map(|id| (*id, scope.spawn(|| open_shard(*id, path, folder, options))))
+                .collect();
+            threads
+                .into_iter()
+                .map(|(shard, thread)| {
+                    thread.join().unwrap_or_else(|_| {
+                        let reason = "the engine panicked while it opened".to_owned();
+                        Err(OpenError::Engine { shard, reason })
+                    })
+                })
+                .collect()
+        });
+        for result in results {
+            opened.push(result?);
+        }
+    }
+    Ok(opened)
+}
+
+fn open_shard(id: ShardId, path: &Path, folder: &Folder, options: &StoreOptions) -> Result<Shard, OpenError> {
+    let at = folder.shard(id)?;
+    let engine = Sled::open(&at.join("sled"), options.engine_cache_bytes, options.durability)
+        .map_err(|error| OpenError::Engine { shard: id, reason: error.to_string() })?;
+    let tip_path = at.join("tip");
+    let tip = match options.durability {
+        Durability::Power => {
+            let tip = Tip::open(&tip_path).map_err(|source| OpenError::Io {
+                doing: "can't open",
+                path: tip_path,
+                source,
+            })?;
+            Some(tip)
+        }
+        // What this level may lose in a power cut must not look like damage afterwards.
+        Durability::Process => None,
+    };
+    let engine: Arc<dyn Engine> = Arc::new(engine);
+    Shard::open(id, engine, tip, Some(path.to_owned()), options, folder.marker.shards)
+}
