@@ -27,6 +27,9 @@ use self::source::{File, Origins, Sections};
 /// Name of the configuration file in a data folder; it is read when no other is named.
 pub const FILE_NAME: &str = "fulmar.toml";
 
+/// The data folder unless another is named.
+pub const DATA_FOLDER: &str = "fulmar-data";
+
 /// The app there is when the file configures none: for trying things out.
 pub const DEMO_APP: &str = "demo";
 
@@ -75,9 +78,9 @@ section! {
     /// The data folder and the log in it.
     DataConfig = "data" {
         /// Folder of the log, certificate and keys; made at first start if its parent exists.
-        path: PathBuf = PathBuf::from("fulmar-data"), "a path such as \"/var/lib/fulmar\"";
-        /// Shards of the log, each one writer with its own thread. Fixed when the data folder is made: later
-        /// values are refused at start.
+        path: PathBuf = PathBuf::from(DATA_FOLDER), "a path such as \"/var/lib/fulmar\"";
+        /// Shards of the log, each one writer with its own thread. Fixed when the data folder is made: one that
+        /// exists keeps its count.
         shards: u16 = 4, 1..=256;
         /// What keeps the log: "sled", or "memory" (nothing survives the process).
         engine: Engine = Engine::Sled, "\"sled\" or \"memory\"";
@@ -87,10 +90,8 @@ section! {
         engine_cache_mib: u64 = 64, 8..=65_536;
         /// Memory for the newest records of conversations, in MiB, over all shards.
         tail_cache_mib: u64 = 64, 1..=65_536;
-        /// Requests that may wait for one shard before senders are asked to slow down.
-        queue: usize = 4_096, 16..=1_048_576;
-        /// Records that are committed together at most.
-        commit_records_max: usize = 1_024, 1..=65_536;
+        /// Free disk space in MiB below which sends are refused, so that the log can still be repaired and read.
+        reserve_mib: u64 = 64, 0..=1_048_576;
     }
 }
 
@@ -243,8 +244,6 @@ section! {
     ReceiptsConfig = "receipts" {
         /// Members up to which a conversation shows receipts of each other.
         members_max: u64 = 64, 0..=10_000;
-        /// Milliseconds over which receipts for one connection are gathered.
-        gather_ms: u64 = 200, 10..=10_000;
         /// Milliseconds after which a device's received-cursor is written down. The device's own is the truth.
         persist_ms: u64 = 5_000, 100..=600_000;
     }
@@ -275,7 +274,10 @@ section! {
     LogConfig = "log" {
         /// Filter in the syntax of tracing: a level, or levels by target and span. Follow one conversation with
         /// "info,fulmar_gateway[{conversation=1025}]=trace".
-        filter: String = "info".to_owned(), "a filter such as \"info\" or \"info,fulmar_gateway=debug\"";
+        filter: String = "info".to_owned(),
+            Where("a filter such as \"info\" or \"info,fulmar_gateway=debug\"", |filter: &String| {
+                tracing_subscriber::EnvFilter::try_new(filter).is_ok()
+            });
         /// How lines look: "text" or "json".
         format: LogFormat = LogFormat::Text, "\"text\" or \"json\"";
         /// Seconds for which a repeated complaint about hostile input is only counted.
@@ -722,6 +724,11 @@ mod tests {
                 "/etc/f.toml:2: data.engine = \"slad\": expected \"sled\" or \"memory\"",
             ),
             (
+                "[log]\nfilter = \"x=loud\"",
+                "/etc/f.toml:2: log.filter = \"x=loud\": expected a filter such as \"info\" or \
+                 \"info,fulmar_gateway=debug\"",
+            ),
+            (
                 "address = \"0.0.0.0:1\"",
                 "/etc/f.toml:1: \"address\" stands outside any section; put it under [listen]",
             ),
@@ -808,9 +815,9 @@ mod tests {
 
     #[test]
     fn the_environment_overrides_the_file_and_flags_override_both() {
-        let file = "[data]\nshards = 2\nqueue = 100\n[drain]\ndeadline_s = 5\n";
+        let file = "[data]\nshards = 2\ntail_cache_mib = 100\n[drain]\ndeadline_s = 5\n";
         let env = [
-            ("FULMAR_DATA_QUEUE", "200"),
+            ("FULMAR_DATA_TAIL_CACHE_MIB", "200"),
             ("FULMAR_DRAIN_DEADLINE_S", "6"),
             ("FULMAR_LISTEN_PUBLIC_ADDRESSES", "a.example:1, [::1]:2"),
             ("FULMAR_TRANSPORT_MTU_DISCOVERY", "true"),
@@ -823,7 +830,7 @@ mod tests {
             Assignment::flag("--data", "data", "path", "here"),
         ];
         let config = Config::assemble(Some((Path::new("/etc/f.toml"), file)), &env, &flags).unwrap();
-        assert_eq!((config.data.shards, config.data.queue, config.drain.deadline_s), (2, 200, 7));
+        assert_eq!((config.data.shards, config.data.tail_cache_mib, config.drain.deadline_s), (2, 200, 7));
         assert_eq!(config.listen.public_addresses, ["a.example:1", "[::1]:2"]);
         assert!(config.transport.mtu_discovery);
         assert_eq!(config.data.path, Path::new("here"));
@@ -891,9 +898,9 @@ mod tests {
     #[test]
     fn the_data_folder_s_own_file_is_found() {
         let folder = tempfile::tempdir().unwrap();
-        std::fs::write(folder.path().join(FILE_NAME), "[data]\nqueue = 77\n").unwrap();
+        std::fs::write(folder.path().join(FILE_NAME), "[data]\ntail_cache_mib = 77\n").unwrap();
         let flag = Assignment::flag("--data", "data", "path", folder.path().display().to_string());
-        assert_eq!(Config::load(None, &[flag]).unwrap().data.queue, 77);
+        assert_eq!(Config::load(None, &[flag]).unwrap().data.tail_cache_mib, 77);
     }
 
     #[test]

@@ -1,2 +1,7 @@
-//! The binary.
-fn main() {}
+//! The binary `fulmar`: see `fulmar --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    fulmar_gateway::cli::run(std::env::args_os())
+}

@@ -38,13 +38,6 @@ pub struct Queue {
     pub queue: &'static str,
 }
 
-/// Which way bytes went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Direction {
-    /// `in` or `out`.
-    pub direction: &'static str,
-}
-
 macro_rules! metrics {
     ($(
         #[doc = $help:literal]
@@ -140,8 +133,10 @@ metrics! {
     calls_refused: Family<Reason, Counter> = Family::default(), None;
     /// Receipts and cursors taken from devices.
     cursors_moved: Counter = Counter::default(), None;
-    /// Bytes of frames read and written, transport overhead not included.
-    frames: Family<Direction, Counter> = Family::default(), Some(Unit::Bytes);
+    /// Bytes read from clients, transport overhead not included.
+    received: Counter = Counter::default(), Some(Unit::Bytes);
+    /// Bytes written to clients, transport overhead not included.
+    sent: Counter = Counter::default(), Some(Unit::Bytes);
     /// Open-file limit of the process.
     open_files_limit: Gauge<u64, AtomicU64> = Gauge::default(), None;
 }
@@ -186,14 +181,14 @@ impl Metrics {
         self.queue_full.get_or_create(&Queue { queue }).inc();
     }
 
-    /// Counts bytes of frames read.
+    /// Counts bytes read from a client.
     pub fn bytes_in(&self, bytes: u64) {
-        self.frames.get_or_create(&Direction { direction: "in" }).inc_by(bytes);
+        self.received.inc_by(bytes);
     }
 
-    /// Counts bytes of frames written.
+    /// Counts bytes written to a client.
     pub fn bytes_out(&self, bytes: u64) {
-        self.frames.get_or_create(&Direction { direction: "out" }).inc_by(bytes);
+        self.sent.inc_by(bytes);
     }
 }
 
@@ -223,8 +218,8 @@ mod tests {
             "fulmar_auth_refusals_total{reason=\"expired\"} 2",
             "fulmar_protocol_violations_total{code=\"malformed\"} 1",
             "fulmar_queue_full_total{queue=\"shard\"} 1",
-            "fulmar_frames_bytes_total{direction=\"in\"} 10",
-            "fulmar_frames_bytes_total{direction=\"out\"} 20",
+            "fulmar_received_bytes_total 10",
+            "fulmar_sent_bytes_total 20",
             "fulmar_commit_duration_seconds_bucket{le=\"0.0004\"} 1",
             "fulmar_commit_records_bucket{le=\"64.0\"} 1",
             "# EOF",

@@ -9,6 +9,7 @@
 //! Not here: counting for Prometheus ([`crate::metrics`]).
 
 use std::collections::HashMap;
+use std::io::IsTerminal as _;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,7 +28,10 @@ pub struct TelemetryError(String);
 /// The filter can't be read, or logging was started before.
 pub fn start(log: &LogConfig) -> Result<(), TelemetryError> {
     let filter = filter(&log.filter)?;
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
     let started = match log.format {
         LogFormat::Text => lines.try_init(),
         LogFormat::Json => lines.json().flatten_event(true).try_init(),

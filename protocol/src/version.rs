@@ -8,6 +8,12 @@ pub const ALPN: &[u8] = b"fulmar/1";
 /// The newest minor version this code speaks.
 pub const MINOR: u8 = 0;
 
+/// The minor version two ends speak: the lower of ours and `theirs`.
+#[must_use]
+pub fn minor_of(theirs: u8) -> u8 {
+    [MINOR, theirs].into_iter().min().unwrap_or(MINOR)
+}
+
 /// Optional abilities, one bit each. Unknown bits are ignored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Features(pub u64);

@@ -7,5 +7,6 @@
 
 pub mod admission;
 pub mod auth;
+pub mod endpoint;
 pub mod ticket;
 pub mod tls;

@@ -8,8 +8,8 @@
 //!   packets of old connections with resets, and phones come back at once instead of waiting for their idle timeout.
 //! - Windows, streams and buffers are sized for many idle phones; quinn's defaults are for bulk transfer.
 //!
-//! Not here: binding sockets and accepting (`endpoint`), and whether an attempt is welcome
-//! ([`super::admission`]).
+//! Not here: binding sockets and accepting (`endpoint`), whether an attempt is welcome ([`super::admission`]), and when
+//! the certificate is looked at again (`gateway`).
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -109,33 +109,6 @@ impl Certificate {
 impl ResolvesServerCert for Certificate {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         Some(self.certified())
-    }
-}
-
-/// Presents new certificates as they come: at SIGHUP, and whenever the files changed. Runs until it is dropped.
-///
-/// # Errors
-/// The process can't listen for SIGHUP.
-pub async fn keep_fresh(certificate: Arc<Certificate>, every: Option<Duration>) -> std::io::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-
-    let mut hangup = signal(SignalKind::hangup())?;
-    loop {
-        let tick = async {
-            match every {
-                Some(every) => tokio::time::sleep(every).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            received = hangup.recv() => if received.is_none() { return Ok(()) },
-            () = tick => {}
-        }
-        match certificate.reload() {
-            Ok(true) => tracing::info!(fingerprint = %certificate.fingerprint(), "new certificate"),
-            Ok(false) => {}
-            Err(error) => tracing::warn!(%error, "certificate not reloaded, the old one stays"),
-        }
     }
 }
 

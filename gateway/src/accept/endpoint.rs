@@ -1,0 +1,182 @@
+//! The socket, and who is let through it.
+//!
+//! - Every attempt is counted from its first packet to the end of its connection, in all and by IP address; the counts
+//!   decide ([`super::admission`]).
+//! - One task per connection; a handshake that stalls ends by its own timeout.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::task::JoinSet;
+use tracing::{Instrument, debug, warn};
+
+use super::admission::{Load, Verdict, admit};
+use crate::{
+    connection::{Context, serve},
+    drain::Drain,
+};
+
+#[derive(Debug, Default)]
+struct Counts {
+    connections: usize,
+    handshakes: usize,
+    by_address: HashMap<IpAddr, (usize, usize)>,
+}
+
+/// Counts one attempt until it is dropped.
+#[derive(Debug)]
+struct Counted {
+    counts: Arc<Mutex<Counts>>,
+    address: IpAddr,
+    handshaking: bool,
+}
+
+impl Counted {
+    fn new(counts: &Arc<Mutex<Counts>>, address: IpAddr) -> Self {
+        let mut guard = counts.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.handshakes += 1;
+        guard.by_address.entry(address).or_default().1 += 1;
+        drop(guard);
+        Self { counts: Arc::clone(counts), address, handshaking: true }
+    }
+
+    fn connected(&mut self) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.handshakes -= 1;
+        counts.connections += 1;
+        let of_address = counts.by_address.entry(self.address).or_default();
+        of_address.0 += 1;
+        of_address.1 = of_address.1.saturating_sub(1);
+        self.handshaking = false;
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(of_address) = counts.by_address.get_mut(&self.address) else { return };
+        if self.handshaking {
+            of_address.1 = of_address.1.saturating_sub(1);
+        } else {
+            of_address.0 = of_address.0.saturating_sub(1);
+        }
+        if *of_address == (0, 0) {
+            counts.by_address.remove(&self.address);
+        }
+        if self.handshaking {
+            counts.handshakes -= 1;
+        } else {
+            counts.connections -= 1;
+        }
+    }
+}
+
+/// Accepts connections until the drain has started and everybody has left, or its deadline has passed.
+pub async fn accept(endpoint: &quinn::Endpoint, context: &Arc<Context>, mut drain: Drain) {
+    let counts = Arc::new(Mutex::new(Counts::default()));
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            incoming = endpoint.accept() => match incoming {
+                Some(incoming) => attempt(incoming, context, &counts, &mut connections),
+                None => break,
+            },
+            Some(ended) = connections.join_next(), if !connections.is_empty() => {
+                if let Err(error) = ended && error.is_panic() {
+                    warn!(%error, "a connection's task panicked; the others go on");
+                }
+            }
+            _ = drain.started() => break,
+        }
+    }
+    let mut left = drain.clone();
+    loop {
+        tokio::select! {
+            ended = connections.join_next() => if ended.is_none() { break },
+            // Who comes now is told to go elsewhere.
+            Some(incoming) = endpoint.accept() => incoming.refuse(),
+            () = left.deadline() => {
+                warn!(connections = connections.len(), "the drain's deadline has passed; the rest is cut off");
+                connections.shutdown().await;
+                break;
+            }
+        }
+    }
+}
+
+fn attempt(
+    incoming: quinn::Incoming,
+    context: &Arc<Context>,
+    counts: &Arc<Mutex<Counts>>,
+    connections: &mut JoinSet<()>,
+) {
+    let address = incoming.remote_address().ip();
+    let load = {
+        let counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let (connections_of_address, handshakes_of_address) =
+            counts.by_address.get(&address).copied().unwrap_or_default();
+        Load {
+            connections: counts.connections,
+            connections_of_address,
+            handshakes: counts.handshakes,
+            handshakes_of_address,
+            validated: incoming.remote_address_validated(),
+            draining: context.drain.is_draining(),
+        }
+    };
+    let metrics = &context.metrics;
+    match admit(&context.config.limits, load) {
+        Verdict::Accept => {}
+        Verdict::Retry => {
+            metrics.turned_away("retry");
+            if incoming.may_retry() {
+                // Only fails for attempts that came with a token, which are validated.
+                let _ = incoming.retry();
+            } else {
+                incoming.refuse();
+            }
+            return;
+        }
+        Verdict::Refuse(why) => {
+            metrics.turned_away(why.label());
+            if let Some(suppressed) = context.complaints.due(why.label(), std::time::Instant::now()) {
+                warn!(why = why.label(), suppressed, "connection attempts are refused");
+            }
+            incoming.refuse();
+            return;
+        }
+    }
+    let mut counted = Counted::new(counts, address);
+    let context = Arc::clone(context);
+    let timeout = Duration::from_millis(context.config.limits.hello_timeout_ms);
+    let task = async move {
+        context.metrics.handshakes.inc();
+        let handshake = match incoming.accept() {
+            Ok(connecting) => tokio::time::timeout(timeout, connecting).await,
+            Err(error) => Ok(Err(error)),
+        };
+        context.metrics.handshakes.dec();
+        match handshake {
+            Ok(Ok(quic)) => {
+                counted.connected();
+                context.metrics.connections_accepted.inc();
+                context.metrics.connections.inc();
+                serve(quic, Arc::clone(&context)).await;
+                context.metrics.connections.dec();
+            }
+            Ok(Err(error)) => {
+                context.metrics.handshakes_failed.inc();
+                debug!(%error, "a handshake failed");
+            }
+            Err(_) => {
+                context.metrics.handshakes_failed.inc();
+                debug!("a handshake took too long");
+            }
+        }
+    };
+    connections.spawn(task.in_current_span());
+}

@@ -1,0 +1,514 @@
+//! What each frame sets in motion. Frames of a connection come here one after the other.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
+
+use fulmar_protocol::{
+    close::{CloseCode, RefusalCode},
+    frame::{
+        self, AuthProof, Bytes8, Frame, Hello, Limits, Mark, Open, OpenTarget, Opened, Receipt, Receipts,
+        Resumption, Welcome,
+    },
+    id::{ConversationId, Producer, RequestId, Seq, SessionId, UnixMillis},
+    limit::{ENTRIES_PER_FRAME_MAX, PULLS_INFLIGHT_MAX},
+    session::{digest::CursorDigest, gateway::Output},
+    version::{self, Features},
+};
+use fulmar_store::ConversationClass;
+use tracing::{Span, debug, warn};
+
+use super::driver::{Connection, End, Peer, describe};
+use crate::{
+    accept::ticket::Ticket,
+    conversation::{
+        Command, DirectRequest, Found, LoggedIn, LoginRequest, Refusal,
+        route::Named,
+        shard::{carry_link, unix_now},
+        state::direct_peer,
+    },
+    fanout::owed::Owed,
+    receipt::{catchup, resume},
+    service,
+};
+
+/// Records a device may be behind in one conversation and still be served by the gateway's own doing; further back
+/// it pulls, at its own pace.
+pub(super) const BACKLOG_RECORDS_MAX: u64 = 1_000;
+
+/// Cursors the client still sends after its WELCOME.
+#[derive(Debug, Default)]
+pub(super) struct CursorSync {
+    waiting: Option<HashMap<ConversationId, Seq>>,
+}
+
+/// Cursors of one device that are taken in at a resume; what is beyond starts at its oldest record.
+const CURSORS_MAX: usize = 1 << 17;
+
+/// Somebody whose proof is good.
+struct Proven {
+    app: fulmar_protocol::id::AppId,
+    name: Arc<str>,
+    ends: UnixMillis,
+    /// A user that does not exist yet may come into being.
+    open: bool,
+}
+
+impl Connection {
+    pub(super) async fn dispatch(self: &Arc<Self>, output: Output) -> Result<(), End> {
+        match output {
+            Output::Transmit(frame) => self.tell(|session| session.transmit(frame)),
+            Output::Authenticate(hello) => self.authenticate(*hello).await,
+            Output::Reauthenticate(auth) => self.reauthenticate(&auth.token),
+            Output::Send(send) => {
+                let peer = self.peer()?;
+                let (conversation, pseq) = (send.conversation, send.pseq);
+                let session = Arc::clone(&peer.owed);
+                let command = Command::Send { session, app: peer.app, producer: peer.producer, send };
+                let result = match self.context.conversation(conversation) {
+                    Ok(shard) => shard.send(command).await,
+                    Err(refusal) => Err(refusal),
+                };
+                result.or_else(|refusal| {
+                    let refused = frame::SendRefused {
+                        conversation,
+                        pseq,
+                        code: refusal.code,
+                        expected: pseq,
+                        retry_after_ms: refusal.retry_after_ms,
+                    };
+                    self.tell(|session| session.refused(refused))
+                })
+            }
+            Output::Mark(Mark { conversation, read }) => {
+                let peer = self.peer()?;
+                let command = Command::Mark { app: peer.app, user: peer.producer.user, conversation, read };
+                if let Ok(shard) = self.context.conversation(conversation) {
+                    // A mark that is refused because the shard is gone is sent again on the next connection.
+                    let _ = shard.send(command).await;
+                }
+                Ok(())
+            }
+            Output::Ack(ack) => self.acked(ack.entries).await,
+            Output::Cursors(cursors) => self.cursors(cursors).await,
+            Output::Open(open) => self.open(open).await,
+            Output::Pull(pull) => {
+                let mut pulls = self.pulls.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                if pulls.len() >= PULLS_INFLIGHT_MAX {
+                    drop(pulls);
+                    self.context.metrics.full("pulls");
+                    let error = error_frame(pull.id, RefusalCode::Busy.into());
+                    return self.tell(|session| session.transmit(Frame::Error(error)));
+                }
+                pulls.push_back(pull);
+                drop(pulls);
+                self.pulls_wake.notify_one();
+                Ok(())
+            }
+            Output::Call(call) => {
+                let peer = self.peer()?;
+                let caller =
+                    service::Caller { app: peer.app, name: Arc::clone(&peer.name), producer: peer.producer };
+                let reply = service::call(&self.context, &caller, call).await;
+                self.tell(|session| session.transmit(Frame::Reply(reply)))
+            }
+            Output::Event(mut event) => {
+                let peer = self.peer()?;
+                event.sender = peer.producer.user;
+                if let Ok(shard) = self.context.conversation(event.conversation)
+                    && !shard.offer(Command::Event { app: peer.app, event })
+                {
+                    self.context.metrics.events_dropped.inc();
+                }
+                Ok(())
+            }
+            Output::Flush => {
+                let owed = &self.peer()?.owed;
+                owed.control.notify_one();
+                owed.lanes.notify_one();
+                owed.backlog.notify_one();
+                Ok(())
+            }
+            Output::Close { code, reason } => Err(End::Close(code, reason)),
+        }
+    }
+
+    async fn authenticate(self: &Arc<Self>, hello: Hello) -> Result<(), End> {
+        match self.let_in(&hello).await {
+            Ok((proven, login)) => self.welcome(&hello, proven, login).await,
+            Err((refusal, text)) => {
+                self.context.metrics.auth_refused(refusal.code.name());
+                if let Some(suppressed) = self.context.complaints.due(refusal.code.name(), Instant::now()) {
+                    warn!(reason = text, suppressed, "a client was not let in");
+                }
+                let error = frame::Error { text, ..error_frame(RequestId::ZERO, refusal) };
+                let close = match refusal.code {
+                    RefusalCode::TokenExpired => CloseCode::AuthExpired,
+                    RefusalCode::KickedOut => CloseCode::Kicked,
+                    RefusalCode::Draining => CloseCode::Draining,
+                    RefusalCode::Busy | RefusalCode::StorageUnavailable | RefusalCode::StorageFull => {
+                        CloseCode::Overloaded
+                    }
+                    _ => CloseCode::AuthFailed,
+                };
+                let now = self.now();
+                self.session().reject(error, close, now);
+                Ok(())
+            }
+        }
+    }
+
+    async fn let_in(&self, hello: &Hello) -> Result<(Proven, LoggedIn), (Refusal, String)> {
+        let refuse = |code: RefusalCode| (Refusal::new(code), code.to_string());
+        if self.context.drain.is_draining() {
+            return Err(refuse(RefusalCode::Draining));
+        }
+        let (proven, ticket) = self.prove(&hello.auth)?;
+        let shard = self.context.named(proven.app, Named::User, &proven.name).map_err(|r| refuse(r.code))?;
+        if !proven.open {
+            let (app, name) = (proven.app, proven.name.to_string());
+            let known = shard.ask(|answer| Command::User { app, name, create: false, answer }).await;
+            known.map_err(|refusal| {
+                (refusal, "the user is not known and this app does not take new ones".to_owned())
+            })?;
+        }
+        let request = LoginRequest {
+            app: proven.app,
+            name: proven.name.to_string(),
+            uid: hello.device,
+            class: hello.class,
+            epoch: hello.epoch,
+        };
+        let login = shard.ask(|answer| Command::Login(request, answer)).await;
+        let login = login.map_err(|refusal| (refusal, refusal.code.to_string()))?;
+        if let Some(ticket) = ticket {
+            let same =
+                ticket.user == login.user && ticket.device == login.device && ticket.class == hello.class;
+            if !same {
+                return Err((
+                    Refusal::new(RefusalCode::BadTicket),
+                    "the ticket is of another device".to_owned(),
+                ));
+            }
+            if ticket.class_epoch < login.class_epoch {
+                return Err(refuse(RefusalCode::KickedOut));
+            }
+        }
+        Ok((proven, login))
+    }
+
+    fn prove(&self, proof: &AuthProof) -> Result<(Proven, Option<Ticket>), (Refusal, String)> {
+        let now = unix_now();
+        match proof {
+            AuthProof::Token(token) => match self.context.verifier.verify(token, now) {
+                Ok(identity) => {
+                    let proven = Proven {
+                        app: identity.app,
+                        name: identity.user_name,
+                        ends: identity.expires_at,
+                        open: identity.open_users,
+                    };
+                    Ok((proven, None))
+                }
+                Err(refusal) => Err((Refusal::new(refusal.code()), refusal.to_string())),
+            },
+            AuthProof::Ticket(sealed) => {
+                let bad = |text: String| (Refusal::new(RefusalCode::BadTicket), text);
+                let ticket =
+                    self.context.tickets.open(&sealed.0, now).map_err(|refusal| bad(refusal.to_string()))?;
+                if self.context.verifier.app_name(ticket.app).is_none() {
+                    return Err((Refusal::new(RefusalCode::WrongApp), RefusalCode::WrongApp.to_string()));
+                }
+                let reader = &self
+                    .context
+                    .user(ticket.user)
+                    .map_err(|_| bad("the ticket is of another data folder".to_owned()))?
+                    .reader;
+                match reader.user(ticket.user) {
+                    Ok(Some(user)) if user.app == ticket.app => {
+                        let proven = Proven {
+                            app: ticket.app,
+                            name: user.name.into(),
+                            ends: ticket.expires,
+                            open: true,
+                        };
+                        Ok((proven, Some(ticket)))
+                    }
+                    Ok(_) => Err(bad("the ticket's user is not known here".to_owned())),
+                    Err(error) => Err((Refusal::new(RefusalCode::StorageUnavailable), error.to_string())),
+                }
+            }
+        }
+    }
+
+    async fn welcome(self: &Arc<Self>, hello: &Hello, proven: Proven, login: LoggedIn) -> Result<(), End> {
+        let context = &self.context;
+        let LoggedIn { user, device, epoch, class_epoch, fresh, cursors } = login;
+        let owed = Arc::new(Owed::new(user, device, context.number(), BACKLOG_RECORDS_MAX));
+        Span::current().record("user", user.get());
+        // Present from here on: what is committed from now on is owed, whatever the resume finds.
+        for shard in &context.shards {
+            let arrived = shard.tell(|answer| Command::Arrive(Arc::clone(&owed), answer)).await;
+            arrived.map_err(|refusal| End::Close(CloseCode::Draining, refusal.code.to_string()))?;
+        }
+        let features = Features(hello.features).and(Features::OURS);
+        let peer = Peer {
+            app: proven.app,
+            name: proven.name,
+            producer: Producer { user, device, epoch },
+            features,
+            lanes: context.config.transport.lanes,
+            owed,
+        };
+        debug!(%user, %device, fresh, "{}", describe(hello));
+        if self.peer.set(peer).is_err() {
+            return Err(End::Close(CloseCode::Internal, "welcomed twice".to_owned()));
+        }
+        context.metrics.sessions.inc();
+        let now = unix_now();
+        self.auth_ends.store(proven.ends.get(), Ordering::Relaxed);
+        let mut cursors: HashMap<ConversationId, Seq> = cursors.into_iter().collect();
+        for (conversation, seq) in &hello.changed {
+            cursors.insert(*conversation, *seq);
+        }
+        let digest = CursorDigest::of(cursors.iter().map(|(conversation, seq)| (*conversation, *seq)));
+        let resumption = if digest.0 == hello.cursor_digest {
+            Resumption::Resumed
+        } else if fresh && hello.cursor_digest == 0 {
+            Resumption::Fresh
+        } else {
+            Resumption::NeedCursors
+        };
+        let session =
+            SessionId::new(context.number() & fulmar_protocol::limit::VARINT_MAX).unwrap_or_default();
+        let lifetime = context.config.auth.ticket_lifetime_s.saturating_mul(1_000);
+        let expires = UnixMillis::new(now.get().saturating_add(lifetime)).unwrap_or(now).min(proven.ends);
+        let ticket = context.tickets.seal(&Ticket {
+            app: proven.app,
+            user,
+            device,
+            class: hello.class,
+            class_epoch,
+            session,
+            issued: now,
+            expires,
+        });
+        let keepalive = &context.config.transport;
+        let welcome = Welcome {
+            minor: version::minor_of(hello.minor),
+            features: features.0,
+            session,
+            ticket: Bytes8(ticket.to_vec()),
+            user,
+            device,
+            epoch,
+            class_epoch,
+            server_time: now,
+            lanes: context.config.transport.lanes,
+            limits: Limits::default(),
+            keepalive_ms: (
+                keepalive.keepalive_min_s.saturating_mul(1_000),
+                keepalive.keepalive_max_s.saturating_mul(1_000),
+            ),
+            resumption,
+            addresses: context.config.listen.public_addresses.clone(),
+        };
+        let at = self.now();
+        self.session().welcome(welcome, at);
+        self.control_wake.notify_one();
+        if !hello.changed.is_empty() {
+            self.keep_cursors(hello.changed.clone()).await;
+        }
+        match resumption {
+            Resumption::NeedCursors => {
+                self.cursors.lock().unwrap_or_else(std::sync::PoisonError::into_inner).waiting =
+                    Some(HashMap::new());
+                Ok(())
+            }
+            Resumption::Resumed | Resumption::Fresh => self.resume(cursors).await,
+        }
+    }
+
+    /// Owes the device what it missed, and lets the writers start.
+    async fn resume(self: &Arc<Self>, cursors: HashMap<ConversationId, Seq>) -> Result<(), End> {
+        let peer = self.peer()?;
+        let user = peer.producer.user;
+        let context = Arc::clone(&self.context);
+        let found = tokio::task::spawn_blocking(move || {
+            let Ok(shard) = context.user(user) else { return Ok(Vec::new()) };
+            let shard_of = |conversation| Some(context.conversation(conversation).ok()?.reader.clone());
+            resume::missed(&shard.reader, shard_of, user, &cursors)
+        });
+        let missed = match found.await {
+            Ok(Ok(missed)) => missed,
+            Ok(Err(error)) => return Err(End::Close(CloseCode::Internal, format!("resume failed: {error}"))),
+            Err(error) => return Err(End::Close(CloseCode::Internal, format!("resume failed: {error}"))),
+        };
+        debug!(conversations = missed.len(), "resume");
+        resume::owe(&peer.owed, &missed);
+        let _ = self.ready.send_replace(true);
+        Ok(())
+    }
+
+    async fn cursors(self: &Arc<Self>, cursors: frame::Cursors) -> Result<(), End> {
+        let complete = {
+            let mut sync = self.cursors.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let Some(waiting) = sync.waiting.as_mut() else {
+                // Not asked for: nothing depends on it.
+                return Ok(());
+            };
+            for (conversation, seq) in cursors.entries {
+                if waiting.len() < CURSORS_MAX {
+                    waiting.insert(conversation, seq);
+                }
+            }
+            if cursors.last { sync.waiting.take() } else { None }
+        };
+        if let Some(cursors) = complete {
+            let entries: Vec<_> = cursors.iter().map(|(conversation, seq)| (*conversation, *seq)).collect();
+            for entries in entries.chunks(ENTRIES_PER_FRAME_MAX) {
+                self.keep_cursors(entries.to_vec()).await;
+            }
+            self.resume(cursors).await?;
+        }
+        Ok(())
+    }
+
+    async fn keep_cursors(&self, entries: Vec<(ConversationId, Seq)>) {
+        if let Ok(peer) = self.peer()
+            && let Ok(shard) = self.context.user(peer.producer.user)
+        {
+            let Producer { user, device, .. } = peer.producer;
+            // The device's own cursors are the truth: one that is not kept is asked for at the next resume.
+            let _ = shard.send(Command::Cursors { user, device, entries }).await;
+        }
+    }
+
+    async fn acked(&self, entries: Vec<(ConversationId, Seq)>) -> Result<(), End> {
+        let user = self.peer()?.producer.user;
+        let mut by_shard: HashMap<usize, Vec<(ConversationId, Seq)>> = HashMap::new();
+        for (conversation, seq) in &entries {
+            if let Some(shard) = self.context.route.conversation(*conversation) {
+                by_shard.entry(shard).or_default().push((*conversation, *seq));
+            }
+        }
+        for (shard, entries) in by_shard {
+            if let Some(shard) = self.context.shards.get(shard) {
+                // Receipts are news: a busy shard may miss some, the next ack says it all.
+                shard.offer(Command::Received { user, entries });
+            }
+        }
+        self.keep_cursors(entries).await;
+        Ok(())
+    }
+
+    fn reauthenticate(&self, token: &str) -> Result<(), End> {
+        let peer = self.peer()?;
+        let verified = self.context.verifier.verify(token, unix_now());
+        match verified {
+            Ok(identity) if identity.app == peer.app && identity.user_name == peer.name => {
+                self.auth_ends.store(identity.expires_at.get(), Ordering::Relaxed);
+                Ok(())
+            }
+            Ok(_) => {
+                let text = "the token is of another user".to_owned();
+                let error =
+                    frame::Error { text, ..error_frame(RequestId::ZERO, RefusalCode::BadToken.into()) };
+                let now = self.now();
+                self.tell(|session| session.reject(error, CloseCode::AuthFailed, now))
+            }
+            Err(refusal) => {
+                self.context.metrics.auth_refused(refusal.label());
+                let text = refusal.to_string();
+                let error = frame::Error { text, ..error_frame(RequestId::ZERO, refusal.code().into()) };
+                let now = self.now();
+                self.tell(|session| session.reject(error, CloseCode::AuthFailed, now))
+            }
+        }
+    }
+
+    async fn open(&self, open: Open) -> Result<(), End> {
+        let id = open.id;
+        match self.find(open).await {
+            Ok((opened, receipts)) => self.tell(|session| {
+                session.transmit(Frame::Opened(opened));
+                if !receipts.is_empty() {
+                    session.transmit(Frame::Receipts(Receipts { entries: receipts }));
+                }
+            }),
+            Err(refusal) => self.tell(|session| session.transmit(Frame::Error(error_frame(id, refusal)))),
+        }
+    }
+
+    async fn find(&self, open: Open) -> Result<(Opened, Vec<Receipt>), Refusal> {
+        let gone = |_| Refusal::new(RefusalCode::Draining);
+        let peer = self.peer().map_err(gone)?;
+        let (app, me) = (peer.app, peer.producer.user);
+        let conversation = match open.target {
+            OpenTarget::Number(conversation) => conversation,
+            OpenTarget::Group(name) => {
+                service::check_name(&name)?;
+                let shard = self.context.named(app, Named::Group, &name)?;
+                shard.ask(|answer| Command::GroupByName { app, name, answer }).await?
+            }
+            OpenTarget::Direct(name) => {
+                service::check_name(&name)?;
+                let with = service::user(&self.context, app, &name).await?;
+                let request = DirectRequest { app, user: (me, peer.name.to_string()), peer: (with, name) };
+                let placed = crate::conversation::state::direct_name(me, with);
+                let shard = self.context.named(app, Named::Direct, &placed)?;
+                let (conversation, links) = shard.ask(|answer| Command::Direct(request, answer)).await?;
+                for link in links {
+                    // What can't follow now follows by the repair at the next start.
+                    let _ = carry_link(&self.context.shards, self.context.route, link).await;
+                }
+                conversation
+            }
+        };
+        let shard = self.context.conversation(conversation)?;
+        let producer = peer.producer;
+        let found = shard.ask(|answer| Command::Find { app, conversation, producer, answer }).await?;
+        if open.on_screen {
+            peer.owed.prefer(conversation);
+        }
+        let Found { meta, head, member, read, last_pseq, progress, .. } = found;
+        let direct = meta.class == ConversationClass::Direct;
+        let with = direct_peer(&meta.name, me).filter(|_| direct);
+        let name = match with {
+            Some(with) => service::name_of(&self.context, app, with).unwrap_or_default(),
+            None => meta.name.clone(),
+        };
+        let opened = Opened {
+            id: open.id,
+            conversation,
+            direct,
+            name,
+            peer: with.unwrap_or_default(),
+            head: head.seq,
+            count: head.count,
+            low: catchup::low(&head, &member),
+            joined: member.joined,
+            read,
+            last_pseq,
+        };
+        let receipts = progress
+            .into_iter()
+            .filter(|(user, _)| *user != me)
+            .map(|(user, progress)| Receipt { conversation, user, recv: progress.recv, read: progress.read })
+            .collect();
+        Ok((opened, receipts))
+    }
+}
+
+/// A refusal as the client is told it.
+pub(super) fn error_frame(refers: RequestId, refusal: Refusal) -> frame::Error {
+    frame::Error {
+        code: refusal.code,
+        refers,
+        retry: refusal.code.retry(),
+        retry_after_ms: refusal.retry_after_ms,
+        text: refusal.code.text().to_owned(),
+    }
+}

@@ -1,0 +1,437 @@
+//! The life of one connection: its loops, why it ends, and what is left behind.
+
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use fulmar_protocol::{
+    close::CloseCode,
+    error::Violation,
+    frame::{Channel, Frame, Hello, Pull},
+    id::{AppId, ConversationId, Producer, UnixMillis},
+    session::gateway::{Gateway as Session, GatewayConfig, Output},
+    version::Features,
+};
+use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
+use tracing::{Instrument, debug, info_span, warn};
+
+use crate::{
+    accept::{auth::Verifier, ticket::Tickets},
+    config::Config,
+    conversation::{Command, Refusal, route::Route, shard::ShardHandle},
+    drain::Drain,
+    fanout::owed::{Ending, Owed},
+    metrics::Metrics,
+    telemetry::Complaints,
+};
+
+/// Control frames that may wait for one connection, besides what its owed set bounds. A client that asks without
+/// reading the answers is closed.
+const CONTROL_WAITING_MAX: usize = 1_024;
+
+/// How long a closing connection waits for its last frames to be taken.
+const LAST_WORDS: Duration = Duration::from_millis(1_000);
+
+/// What all connections share.
+#[derive(Debug)]
+pub struct Context {
+    /// The configuration.
+    pub config: Config,
+    /// The shards, by number.
+    pub shards: Vec<ShardHandle>,
+    /// Which shard owns what.
+    pub route: Route,
+    /// Checks tokens.
+    pub verifier: Verifier,
+    /// Seals and opens tickets.
+    pub tickets: Tickets,
+    /// Counts.
+    pub metrics: Metrics,
+    /// Says once what hostile input is wrong.
+    pub complaints: Complaints,
+    /// Learns when the gateway leaves.
+    pub drain: Drain,
+    /// Numbers connections and sessions; starts at a random place, so that numbers of two runs differ.
+    pub numbers: AtomicU64,
+}
+
+impl Context {
+    /// A number no other connection of this run has.
+    pub fn number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Whether an app takes users it never heard of.
+    #[must_use]
+    pub fn takes_new_users(&self, app: AppId) -> bool {
+        self.config.apps.iter().any(|config| AppId::of(&config.name) == app && config.open_users)
+    }
+
+    /// The shard of a conversation.
+    ///
+    /// # Errors
+    /// The number is of no shard of this gateway.
+    pub fn conversation(&self, conversation: ConversationId) -> Result<&ShardHandle, Refusal> {
+        let shard = self.route.conversation(conversation).and_then(|shard| self.shards.get(shard));
+        shard.ok_or(Refusal::new(fulmar_protocol::close::RefusalCode::UnknownConversation))
+    }
+
+    /// The shard of a user.
+    ///
+    /// # Errors
+    /// The number is of no shard of this gateway.
+    pub fn user(&self, user: fulmar_protocol::id::UserId) -> Result<&ShardHandle, Refusal> {
+        let shard = self.route.user(user).and_then(|shard| self.shards.get(shard));
+        shard.ok_or(Refusal::new(fulmar_protocol::close::RefusalCode::UnknownUser))
+    }
+
+    /// The shard that owns a name.
+    ///
+    /// # Errors
+    /// Never for a gateway with shards.
+    pub fn named(
+        &self,
+        app: AppId,
+        kind: crate::conversation::route::Named,
+        name: &str,
+    ) -> Result<&ShardHandle, Refusal> {
+        let shard = self.shards.get(self.route.name(app, kind, name));
+        shard.ok_or(Refusal::new(fulmar_protocol::close::RefusalCode::StorageUnavailable))
+    }
+}
+
+/// Who is at the other end, once it is let in.
+#[derive(Debug)]
+pub(super) struct Peer {
+    pub(super) app: AppId,
+    pub(super) name: Arc<str>,
+    pub(super) producer: Producer,
+    pub(super) features: Features,
+    pub(super) lanes: u8,
+    pub(super) owed: Arc<Owed>,
+}
+
+/// Why a connection ends.
+#[derive(Clone, Debug)]
+pub(super) enum End {
+    /// The client broke the rules.
+    Violation(Violation),
+    /// The gateway ends it.
+    Close(CloseCode, String),
+    /// The connection is gone.
+    Lost(String),
+}
+
+impl From<Violation> for End {
+    fn from(violation: Violation) -> Self {
+        Self::Violation(violation)
+    }
+}
+
+impl From<quinn::ConnectionError> for End {
+    fn from(error: quinn::ConnectionError) -> Self {
+        Self::Lost(error.to_string())
+    }
+}
+
+impl From<quinn::WriteError> for End {
+    fn from(error: quinn::WriteError) -> Self {
+        match error {
+            quinn::WriteError::Stopped(_) => {
+                Self::Violation(Violation::BadStream("the client stopped a stream it needs"))
+            }
+            other => Self::Lost(other.to_string()),
+        }
+    }
+}
+
+/// One connection.
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) quic: quinn::Connection,
+    pub(super) context: Arc<Context>,
+    pub(super) peer: OnceLock<Peer>,
+    /// Set once what the device missed is owed: the writers may start.
+    pub(super) ready: watch::Sender<bool>,
+    session: Mutex<Session>,
+    started: Instant,
+    /// Held while frames of one channel are taken in and carried out, so that their order is kept.
+    pub(super) order: AsyncMutex<()>,
+    control: Mutex<VecDeque<Frame>>,
+    /// Outputs of the session that came out where they can't be carried out.
+    stash: Mutex<VecDeque<Output>>,
+    /// The control stream, once it is there.
+    pub(super) control_out: AsyncMutex<Option<quinn::SendStream>>,
+    pub(super) control_wake: Notify,
+    timer_wake: Notify,
+    pub(super) pulls: Mutex<VecDeque<Pull>>,
+    pub(super) pulls_wake: Notify,
+    /// When the token ends, milliseconds since 1970.
+    pub(super) auth_ends: AtomicU64,
+    pub(super) cursors: Mutex<super::dispatch::CursorSync>,
+}
+
+/// Serves a connection until it ends. What it had sent and was not acked, its client sends again elsewhere.
+pub async fn serve(quic: quinn::Connection, context: Arc<Context>) {
+    let number = context.number();
+    let span = info_span!("connection", connection = number, remote = %quic.remote_address(), user = tracing::field::Empty);
+    let config = GatewayConfig {
+        hello_timeout: Duration::from_millis(context.config.limits.hello_timeout_ms),
+        idle_timeout: context.config.transport.idle_timeout(),
+        grease: number,
+        ..GatewayConfig::default()
+    };
+    let connection = Arc::new(Connection {
+        session: Mutex::new(Session::new(config, Duration::ZERO)),
+        quic,
+        peer: OnceLock::new(),
+        ready: watch::channel(false).0,
+        started: Instant::now(),
+        order: AsyncMutex::new(()),
+        control: Mutex::new(VecDeque::new()),
+        stash: Mutex::new(VecDeque::new()),
+        control_out: AsyncMutex::new(None),
+        control_wake: Notify::new(),
+        timer_wake: Notify::new(),
+        pulls: Mutex::new(VecDeque::new()),
+        pulls_wake: Notify::new(),
+        auth_ends: AtomicU64::new(u64::MAX),
+        cursors: Mutex::new(super::dispatch::CursorSync::default()),
+        context,
+    });
+    async move {
+        let end = connection.run().await;
+        connection.leave(end).await;
+    }
+    .instrument(span)
+    .await;
+}
+
+impl Connection {
+    async fn run(self: &Arc<Self>) -> End {
+        let hello = Duration::from_millis(self.context.config.limits.hello_timeout_ms);
+        let control = match tokio::time::timeout(hello, self.quic.accept_bi()).await {
+            Ok(Ok(streams)) => streams,
+            Ok(Err(error)) => return error.into(),
+            Err(_) => return End::Close(CloseCode::HelloTimeout, "no control stream in time".to_owned()),
+        };
+        let (control_out, control_in) = control;
+        *self.control_out.lock().await = Some(control_out);
+        let end = tokio::select! {
+            biased;
+            end = self.read_control(control_in) => end,
+            end = self.read_uplink() => end,
+            end = self.read_datagrams() => end,
+            end = self.write_control() => end,
+            end = self.write_lanes() => end,
+            end = self.write_backlog() => end,
+            end = self.refuse_other_streams() => end,
+            end = self.watch_timers() => end,
+        };
+        match end {
+            Ok(never) => match never {},
+            Err(end) => end,
+        }
+    }
+
+    /// The session's state, for a moment.
+    pub(super) fn session(&self) -> MutexGuard<'_, Session> {
+        // The state machine leaves nothing half done when it returns; a panic inside it closes this connection's task.
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Time on the session's clock.
+    pub(super) fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Takes in one frame and carries out what follows from it. The caller holds `order`.
+    pub(super) async fn take_in(self: &Arc<Self>, channel: Channel, frame: Frame) -> Result<(), End> {
+        let now = self.now();
+        self.session().handle(channel, frame, now)?;
+        self.carry_out().await
+    }
+
+    /// Carries out what the session wants, in order.
+    pub(super) async fn carry_out(self: &Arc<Self>) -> Result<(), End> {
+        loop {
+            let mut todo: Vec<Output> =
+                self.stash.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect();
+            {
+                let mut session = self.session();
+                while let Some(output) = session.poll_output() {
+                    match output {
+                        Output::Transmit(frame) => self.queue_control(frame)?,
+                        other => todo.push(other),
+                    }
+                }
+            }
+            self.timer_wake.notify_one();
+            if todo.is_empty() {
+                return Ok(());
+            }
+            for output in todo {
+                self.dispatch(output).await?;
+            }
+        }
+    }
+
+    /// Tells the session something and carries out what it wants transmitted.
+    pub(super) fn tell(&self, tell: impl FnOnce(&mut Session)) -> Result<(), End> {
+        let mut session = self.session();
+        tell(&mut session);
+        while let Some(output) = session.poll_output() {
+            match output {
+                Output::Transmit(frame) => self.queue_control(frame)?,
+                Output::Close { code, reason } => return Err(End::Close(code, reason)),
+                // To be carried out in order, by whoever takes in the next frame.
+                other => self.stash.lock().unwrap_or_else(PoisonError::into_inner).push_back(other),
+            }
+        }
+        Ok(())
+    }
+
+    fn queue_control(&self, frame: Frame) -> Result<(), End> {
+        let mut control = self.control.lock().unwrap_or_else(PoisonError::into_inner);
+        if control.len() >= CONTROL_WAITING_MAX {
+            self.context.metrics.full("control");
+            return Err(End::Violation(Violation::WindowExceeded { what: "answers that are not read" }));
+        }
+        control.push_back(frame);
+        drop(control);
+        self.control_wake.notify_one();
+        Ok(())
+    }
+
+    /// Control frames that wait to be written.
+    pub(super) fn take_control(&self) -> VecDeque<Frame> {
+        std::mem::take(&mut *self.control.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    async fn watch_timers(self: &Arc<Self>) -> Result<std::convert::Infallible, End> {
+        let mut drain = self.context.drain.clone();
+        let mut told = false;
+        loop {
+            let now = self.now();
+            let session_due = self.session().poll_timeout();
+            let auth_ends = UnixMillis::new(self.auth_ends.load(Ordering::Relaxed)).unwrap_or_default();
+            let auth_left = auth_ends.get().saturating_sub(crate::conversation::shard::unix_now().get());
+            if auth_ends.get() != 0 && auth_left == 0 {
+                return Err(End::Close(CloseCode::AuthExpired, "the token expired".to_owned()));
+            }
+            let wait = session_due
+                .map_or(Duration::from_secs(60), |due| due.saturating_sub(now))
+                .min(Duration::from_millis(auth_left.clamp(1, 60_000)))
+                .max(Duration::from_millis(1));
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {
+                    let now = self.now();
+                    self.session().handle_timeout(now);
+                    let _order = self.order.lock().await;
+                    self.carry_out().await?;
+                }
+                () = self.timer_wake.notified() => {}
+                _ = drain.started(), if !told => {
+                    told = true;
+                    let config = &self.context.config.drain;
+                    let goaway = fulmar_protocol::frame::Goaway {
+                        code: CloseCode::Draining,
+                        deadline_ms: u32::try_from(config.deadline().as_millis()).unwrap_or(u32::MAX),
+                        spread_ms: u32::try_from(config.spread_s * 1_000).unwrap_or(u32::MAX),
+                        addresses: Vec::new(),
+                        text: "the gateway is shutting down".to_owned(),
+                    };
+                    match self.peer.get() {
+                        Some(peer) => peer.owed.end(Ending::Drain(goaway)),
+                        None => return Err(End::Close(CloseCode::Draining, "the gateway is shutting down".to_owned())),
+                    }
+                }
+            }
+        }
+    }
+
+    async fn refuse_other_streams(&self) -> Result<std::convert::Infallible, End> {
+        self.quic.accept_bi().await?;
+        Err(Violation::BadStream("a second control stream").into())
+    }
+
+    async fn leave(&self, end: End) {
+        let (code, reason) = match end {
+            End::Violation(violation) => {
+                let code = violation.close_code();
+                self.context.metrics.violation(code.name());
+                if let Some(suppressed) = self.context.complaints.due(code.name(), Instant::now()) {
+                    warn!(%violation, suppressed, "a client broke the protocol; the connection is closed");
+                }
+                (code, violation.to_string())
+            }
+            End::Close(code, reason) => (code, reason),
+            End::Lost(reason) => {
+                debug!(reason, "connection lost");
+                (CloseCode::Done, reason)
+            }
+        };
+        debug!(code = ?code, reason, "connection ends");
+        // What was said before the end is to be heard: an ERROR, a last SEND_ACK.
+        let last = tokio::time::timeout(LAST_WORDS, self.last_words()).await;
+        if last.is_err() {
+            debug!("the client did not take the last frames in time");
+        }
+        self.session().closed();
+        self.quic
+            .close(code.code().into(), reason.as_bytes().get(..reason.len().min(200)).unwrap_or_default());
+        if let Some(peer) = self.peer.get() {
+            self.context.metrics.sessions.dec();
+            for shard in &self.context.shards {
+                let _ = shard.send(Command::Depart(Arc::clone(&peer.owed))).await;
+            }
+        }
+    }
+
+    async fn last_words(&self) {
+        if self.quic.close_reason().is_some() {
+            return;
+        }
+        let mut out = BytesMut::new();
+        for frame in self.take_control() {
+            frame.encode(&mut out);
+        }
+        if let Some(mut stream) = self.control_out.lock().await.take()
+            && (out.is_empty() || stream.write_all(&out).await.is_ok())
+            && stream.finish().is_ok()
+        {
+            let _ = stream.stopped().await;
+        }
+    }
+
+    /// Waits until what the device missed is owed.
+    pub(super) async fn wait_ready(&self) -> Result<(), End> {
+        let mut ready = self.ready.subscribe();
+        match ready.wait_for(|ready| *ready).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(End::Close(CloseCode::Internal, "the connection is gone".to_owned())),
+        }
+    }
+
+    /// The peer, which is known from the welcome on.
+    pub(super) fn peer(&self) -> Result<&Peer, End> {
+        self.peer.get().ok_or_else(|| End::Close(CloseCode::Internal, "no session yet".to_owned()))
+    }
+}
+
+/// The HELLO's first fields for a log line; its secrets are not printed.
+pub(super) fn describe(hello: &Hello) -> String {
+    format!(
+        "device {:?} ({:?}), epoch {}, {} changed cursors",
+        hello.device,
+        hello.class,
+        hello.epoch,
+        hello.changed.len()
+    )
+}

@@ -1,0 +1,330 @@
+//! Stage 5: what is owed is gathered and written, one write per channel and turn.
+//!
+//! - Control, lanes and backlog wait for the client independently of each other.
+//! - A turn of the lanes takes what is due for all conversations, up to a budget per lane, and writes it once.
+
+use std::{collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use fulmar_protocol::{
+    close::{CloseCode, RefusalCode},
+    frame::{Channel, Frame, Heads, Pull, Receipts},
+    id::{ConversationId, RequestId, Seq},
+    limit::{DATAGRAM_BYTES_MAX, ENTRIES_PER_FRAME_MAX},
+    version::Features,
+};
+use tracing::warn;
+
+use super::driver::{Connection, End};
+use crate::{
+    conversation::{Refusal, shard::unix_now},
+    fanout::owed::{ControlDue, Ending, Settled},
+    receipt::catchup::{self, BlockRequest},
+};
+
+/// Entries of a frame of four numbers each: at their widest they fit a control frame.
+const WIDE_ENTRIES_MAX: usize = 100;
+
+/// Which lane a conversation uses: spread evenly, the same for the life of a connection.
+pub(super) fn lane_of(conversation: ConversationId, lanes: u8) -> u8 {
+    let mixed = conversation.get().wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+    u8::try_from(mixed % u64::from(lanes.max(1))).unwrap_or(0)
+}
+
+impl Connection {
+    pub(super) async fn write_control(self: &Arc<Self>) -> Result<Infallible, End> {
+        let mut out = BytesMut::new();
+        if let Some(header) = Channel::Control.header() {
+            header.encode(&mut out);
+        }
+        let mut ending = None;
+        loop {
+            // Before the welcome there is no owed set, so nothing else can wake this.
+            let owed = self.peer.get().map(|peer| Arc::clone(&peer.owed));
+            if let Some(owed) = &owed {
+                let due = owed.take_control();
+                ending = due.ending.clone().or(ending);
+                self.tell_due(due)?;
+            }
+            for frame in self.take_control() {
+                frame.encode(&mut out);
+            }
+            if !out.is_empty() {
+                self.context.metrics.bytes_out(out.len() as u64);
+                if let Some(stream) = self.control_out.lock().await.as_mut() {
+                    stream.write_all(&out).await?;
+                }
+                out.clear();
+                continue;
+            }
+            match &ending {
+                Some(Ending::Close(code, reason)) => return Err(End::Close(*code, (*reason).to_owned())),
+                Some(Ending::Drain(_)) | None => {}
+            }
+            match &owed {
+                Some(owed) => tokio::select! {
+                    () = self.control_wake.notified() => {}
+                    () = owed.control.notified() => {}
+                },
+                None => self.control_wake.notified().await,
+            }
+        }
+    }
+
+    /// Turns what is owed on the control stream into frames.
+    fn tell_due(&self, due: ControlDue) -> Result<(), End> {
+        let ControlDue { settled, heads, receipts, events, ending } = due;
+        let peer = self.peer()?;
+        if let Some(Ending::Drain(goaway)) = ending {
+            let now = self.now();
+            self.tell(|session| session.drain(goaway, now))?;
+        }
+        if !settled.is_empty() {
+            self.tell(|session| {
+                for settled in settled {
+                    match settled {
+                        Settled::Acked { conversation, pseq, seq, time } => {
+                            session.acked(conversation, pseq, seq, time);
+                        }
+                        Settled::Before { conversation, up_to, time } => {
+                            session.settled(conversation, up_to, time)
+                        }
+                        Settled::Refused(refused) => session.refused(refused),
+                    }
+                }
+            })?;
+        }
+        for heads in heads.chunks(WIDE_ENTRIES_MAX) {
+            self.tell(|session| session.transmit(Frame::Heads(Heads { entries: heads.to_vec() })))?;
+        }
+        if peer.features.has(Features::RECEIPTS) {
+            for receipts in receipts.chunks(WIDE_ENTRIES_MAX.min(ENTRIES_PER_FRAME_MAX)) {
+                self.tell(|session| {
+                    session.transmit(Frame::Receipts(Receipts { entries: receipts.to_vec() }))
+                })?;
+            }
+        }
+        for event in events {
+            let frame = Frame::Event(event);
+            let fits =
+                frame.encoded_len() <= DATAGRAM_BYTES_MAX.min(self.quic.max_datagram_size().unwrap_or(0));
+            if fits && peer.features.has(Features::DATAGRAM_EVENTS) {
+                // Lost or dropped is as good as stale.
+                let _ = self.quic.send_datagram(frame.to_bytes());
+            } else {
+                self.tell(|session| session.transmit(frame))?;
+            }
+        }
+        let dropped = peer.owed.take_events_dropped();
+        if dropped > 0 {
+            self.context.metrics.events_dropped.inc_by(dropped);
+        }
+        Ok(())
+    }
+
+    pub(super) async fn write_lanes(self: &Arc<Self>) -> Result<Infallible, End> {
+        self.wait_ready().await?;
+        let peer = self.peer()?;
+        let budget = self.context.config.fanout.gather_bytes;
+        let head_interval = Duration::from_millis(self.context.config.fanout.head_interval_ms);
+        let mut lanes: Vec<Lane> = (0..peer.lanes).map(|_| Lane::default()).collect();
+        let mut told: HashMap<ConversationId, Seq> = HashMap::new();
+        let mut remind = tokio::time::interval(head_interval);
+        remind.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let now = unix_now();
+            let mut gathered = 0;
+            while gathered < budget * lanes.len() {
+                let Some((conversation, frames)) = peer.owed.take_live(budget, now) else { break };
+                let lane = lane_of(conversation, peer.lanes);
+                let Some(lane) = lanes.get_mut(usize::from(lane)) else { break };
+                gathered += frames.iter().map(Bytes::len).sum::<usize>();
+                lane.frames.extend(frames);
+            }
+            if gathered == 0 {
+                tokio::select! {
+                    () = peer.owed.lanes.notified() => {}
+                    _ = remind.tick() => peer.owed.remind_heads(&mut told),
+                }
+                continue;
+            }
+            self.context.metrics.bytes_out(gathered as u64);
+            let writes = lanes.iter_mut().enumerate().filter(|(_, lane)| !lane.frames.is_empty());
+            futures_util::future::try_join_all(writes.map(|(index, lane)| self.write_lane(index, lane)))
+                .await?;
+        }
+    }
+
+    async fn write_lane(&self, index: usize, lane: &mut Lane) -> Result<(), End> {
+        let stream = match &mut lane.stream {
+            Some(stream) => stream,
+            None => {
+                let stream = self.quic.open_uni().await?;
+                let _ = stream.set_priority(2);
+                if let Some(header) = Channel::Lane(u8::try_from(index).unwrap_or(0)).header() {
+                    let mut bytes = BytesMut::new();
+                    header.encode(&mut bytes);
+                    lane.frames.insert(0, bytes.freeze());
+                }
+                lane.stream.insert(stream)
+            }
+        };
+        let written = stream.write_all_chunks(&mut lane.frames).await;
+        lane.frames.clear();
+        Ok(written?)
+    }
+
+    pub(super) async fn write_backlog(self: &Arc<Self>) -> Result<Infallible, End> {
+        self.wait_ready().await?;
+        let owed = Arc::clone(&self.peer()?.owed);
+        let mut stream: Option<quinn::SendStream> = None;
+        loop {
+            let pull = self.pulls.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop_front();
+            if let Some(pull) = pull {
+                self.answer_pull(&mut stream, pull).await?;
+            } else if let Some((conversation, from, to)) = owed.take_backlog() {
+                self.catch_up(&mut stream, conversation, from, to).await?;
+            } else {
+                tokio::select! {
+                    () = owed.backlog.notified() => {}
+                    () = self.pulls_wake.notified() => {}
+                }
+            }
+        }
+    }
+
+    async fn catch_up(
+        &self,
+        stream: &mut Option<quinn::SendStream>,
+        conversation: ConversationId,
+        from: Seq,
+        to: Seq,
+    ) -> Result<(), End> {
+        let peer = self.peer()?;
+        match self.read_block(RequestId::ZERO, conversation, from, to).await {
+            Ok(Some((block, next))) => {
+                self.context.metrics.backlog_records.inc_by(block.records.len() as u64);
+                let next = next.max(block.first);
+                self.write_block(stream, Frame::Block(block)).await?;
+                peer.owed.backlog_written(conversation, next);
+            }
+            // No member any more: nothing is owed.
+            Ok(None) => peer.owed.backlog_written(conversation, to.saturating_add(1)),
+            Err(refusal) => {
+                warn!(%conversation, code = %refusal.code, "catch-up failed; the client is left to pull");
+                peer.owed.backlog_failed(conversation);
+            }
+        }
+        Ok(())
+    }
+
+    async fn answer_pull(&self, stream: &mut Option<quinn::SendStream>, pull: Pull) -> Result<(), End> {
+        let peer = self.peer()?;
+        let head = match self.context.conversation(pull.conversation) {
+            Ok(shard) => {
+                shard.reader.head(pull.conversation).ok().flatten().map_or(Seq::ZERO, |head| head.seq)
+            }
+            Err(refusal) => return self.refuse_request(pull.id, refusal),
+        };
+        let mut to = pull.to.min(head.max(pull.from));
+        let mut from = pull.from;
+        let limit = u64::from(pull.limit);
+        if pull.newest {
+            from = from.max(Seq::new(to.get().saturating_sub(limit - 1)).unwrap_or(from));
+        } else {
+            to = to.min(from.saturating_add(limit - 1));
+        }
+        let first = from;
+        loop {
+            let (mut block, next) = match self.read_block(pull.id, pull.conversation, from, to).await {
+                Ok(Some(read)) => read,
+                Ok(None) => return self.refuse_request(pull.id, RefusalCode::UnknownConversation.into()),
+                Err(refusal) => return self.refuse_request(pull.id, refusal),
+            };
+            let stuck = block.records.is_empty();
+            block.last |= stuck;
+            let last = block.last;
+            self.context.metrics.backlog_records.inc_by(block.records.len() as u64);
+            self.write_block(stream, Frame::Block(block)).await?;
+            peer.owed.pulled(pull.conversation, first, next);
+            if last {
+                return Ok(());
+            }
+            from = next;
+        }
+    }
+
+    fn refuse_request(&self, id: RequestId, refusal: Refusal) -> Result<(), End> {
+        self.tell(|session| session.transmit(Frame::Error(super::dispatch::error_frame(id, refusal))))
+    }
+
+    async fn read_block(
+        &self,
+        pull: RequestId,
+        conversation: ConversationId,
+        from: Seq,
+        to: Seq,
+    ) -> Result<Option<(fulmar_protocol::frame::Block, Seq)>, Refusal> {
+        let peer = self.peer().map_err(|_| Refusal::new(RefusalCode::Draining))?;
+        let reader = self.context.conversation(conversation)?.reader.clone();
+        let (app, user) = (peer.app, peer.producer.user);
+        let request = BlockRequest { pull, conversation, user, from, to };
+        let read = tokio::task::spawn_blocking(move || match reader.meta(conversation)? {
+            Some(meta) if meta.app == app => catchup::block(&reader, request),
+            _ => Ok(None),
+        });
+        match read.await {
+            Ok(Ok(block)) => Ok(block),
+            Ok(Err(error)) => {
+                warn!(%conversation, %error, "reading the log failed");
+                Err(Refusal::new(match error {
+                    fulmar_store::ReadError::Damaged { .. } => RefusalCode::Damaged,
+                    _ => RefusalCode::StorageUnavailable,
+                }))
+            }
+            Err(_) => Err(Refusal::new(RefusalCode::StorageUnavailable)),
+        }
+    }
+
+    async fn write_block(&self, stream: &mut Option<quinn::SendStream>, frame: Frame) -> Result<(), End> {
+        let mut out = BytesMut::with_capacity(frame.encoded_len() + 2);
+        let stream = match stream {
+            Some(stream) => stream,
+            None => {
+                if let Some(header) = Channel::Backlog.header() {
+                    header.encode(&mut out);
+                }
+                let opened = self.quic.open_uni().await?;
+                let _ = opened.set_priority(-1);
+                stream.insert(opened)
+            }
+        };
+        frame.encode(&mut out);
+        self.context.metrics.bytes_out(out.len() as u64);
+        match stream.write_chunk(out.freeze()).await {
+            Ok(()) => Ok(()),
+            Err(quinn::WriteError::ConnectionLost(error)) => Err(error.into()),
+            Err(error) => Err(End::Close(CloseCode::BadStream, error.to_string())),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Lane {
+    stream: Option<quinn::SendStream>,
+    frames: Vec<Bytes>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn conversations_of_one_shard_spread_over_the_lanes() {
+        let mut counts = [0u32; 4];
+        for local in 1..=4_000u64 {
+            counts[usize::from(lane_of(ConversationId::new(local * 256).unwrap(), 4))] += 1;
+        }
+        assert!(counts.iter().all(|count| (800..1_200).contains(count)), "{counts:?}");
+    }
+}

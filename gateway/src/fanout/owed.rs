@@ -1,0 +1,617 @@
+//! What one connection is owed: positions, not messages.
+//!
+//! - For a conversation without an entry the connection has everything that was published before it attached, or
+//!   will get it by its resume; the first record published after that makes the entry.
+//! - `next` never goes back, but for a resume that finds the device further behind.
+//! - Settled sends are bounded by the send window, events by [`EVENTS_MAX`] (newest per key wins), receipts by one per
+//!   (conversation, user) and [`RECEIPTS_MAX`], heads by one per conversation.
+//!
+//! Not here: writing anything (`connection::writer`), reading the log (`receipt::catchup`).
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use fulmar_protocol::{
+    close::CloseCode,
+    frame::{Event, EventKind, Goaway, Head, Receipt, SendRefused},
+    id::{ConversationId, DeviceId, Pseq, Seq, UnixMillis, UserId},
+};
+use tokio::sync::Notify;
+
+use super::ring::{Due, Ring};
+
+/// Events that wait for one connection; beyond it the oldest is dropped and counted.
+pub const EVENTS_MAX: usize = 64;
+
+/// Receipts that wait for one connection; beyond it new pairs are dropped: receipts are news, not records, and the
+/// next one of the pair says it all.
+pub const RECEIPTS_MAX: usize = 1_024;
+
+/// Conversations of one connection that count as on screen.
+pub const ON_SCREEN_MAX: usize = 4;
+
+/// How a connection is served for one conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// From the ring, on its lane.
+    Live,
+    /// From the log, on the backlog stream, by the gateway's own doing.
+    Backlog,
+    /// Too far behind: it was told the head and pulls.
+    Pulling,
+}
+
+#[derive(Debug)]
+struct Lag {
+    next: Seq,
+    head: Seq,
+    mode: Mode,
+    ring: Option<Arc<Ring>>,
+    queued: bool,
+}
+
+/// One send whose fate is decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// It is on disk, or was before.
+    Acked {
+        /// The conversation.
+        conversation: ConversationId,
+        /// The send's number.
+        pseq: Pseq,
+        /// Its record; [`Seq::ZERO`] when the number was used up without one.
+        seq: Seq,
+        /// When it was stored.
+        time: UnixMillis,
+    },
+    /// It was settled before, further back than anybody remembers as which record.
+    Before {
+        /// The conversation.
+        conversation: ConversationId,
+        /// Everything up to this number is settled.
+        up_to: Pseq,
+        /// When this was found out.
+        time: UnixMillis,
+    },
+    /// It was refused.
+    Refused(SendRefused),
+}
+
+/// Why the gateway ends a connection from inside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Say GOAWAY, flush, and close when the client does or the deadline passes.
+    Drain(Goaway),
+    /// Close now.
+    Close(CloseCode, &'static str),
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    lags: HashMap<ConversationId, Lag>,
+    live: VecDeque<ConversationId>,
+    backlog: VecDeque<ConversationId>,
+    settled: Vec<Settled>,
+    heads: HashMap<ConversationId, Head>,
+    receipts: HashMap<(ConversationId, UserId), Receipt>,
+    events: VecDeque<Event>,
+    events_dropped: u64,
+    on_screen: VecDeque<ConversationId>,
+    ending: Option<Ending>,
+}
+
+/// See the module's text. Shared by the connection and the shards.
+#[derive(Debug)]
+pub struct Owed {
+    /// The connection's user.
+    pub user: UserId,
+    /// The connection's device.
+    pub device: DeviceId,
+    /// Tells two connections of one device apart.
+    pub connection: u64,
+    inner: Mutex<Inner>,
+    /// Woken when a lane has something to write.
+    pub lanes: Notify,
+    /// Woken when the backlog stream has something to write.
+    pub backlog: Notify,
+    /// Woken when the control stream has something to write.
+    pub control: Notify,
+    backlog_max: u64,
+}
+
+/// What the control stream has to write.
+#[derive(Debug, Default)]
+pub struct ControlDue {
+    /// Sends whose fate is decided, in the order of the decisions.
+    pub settled: Vec<Settled>,
+    /// Conversations the client has to pull.
+    pub heads: Vec<Head>,
+    /// How far others have come.
+    pub receipts: Vec<Receipt>,
+    /// What need not be stored.
+    pub events: Vec<Event>,
+    /// The connection is to end.
+    pub ending: Option<Ending>,
+}
+
+impl Owed {
+    /// Nothing owed yet. Whoever is more than `backlog_max` records behind is told the head and pulls.
+    #[must_use]
+    pub fn new(user: UserId, device: DeviceId, connection: u64, backlog_max: u64) -> Self {
+        Self {
+            user,
+            device,
+            connection,
+            inner: Mutex::new(Inner::default()),
+            lanes: Notify::new(),
+            backlog: Notify::new(),
+            control: Notify::new(),
+            backlog_max,
+        }
+    }
+
+    /// A record was committed and is in `ring`.
+    ///
+    /// `inline` false: the conversation is too large for everybody to be served as it comes. A session that does not
+    /// have it open is told the head instead, at the pace of [`Self::remind_heads`].
+    pub fn publish(&self, conversation: ConversationId, seq: Seq, ring: &Arc<Ring>, inline: bool) {
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        let lag = inner.lags.entry(conversation).or_insert_with(|| Lag {
+            next: seq,
+            head: seq,
+            mode: Mode::Live,
+            ring: None,
+            queued: false,
+        });
+        lag.head = lag.head.max(seq);
+        if !inline && lag.mode == Mode::Live && !lag.queued && !inner.on_screen.contains(&conversation) {
+            lag.mode = Mode::Pulling;
+        }
+        if !lag.ring.as_ref().is_some_and(|known| Arc::ptr_eq(known, ring)) {
+            lag.ring = Some(Arc::clone(ring));
+        }
+        if lag.mode == Mode::Live && !lag.queued {
+            lag.queued = true;
+            inner.live.push_back(conversation);
+            drop(guard);
+            self.lanes.notify_one();
+        }
+    }
+
+    /// The device has everything before `next` and the conversation has come to `head`: owe it the rest.
+    pub fn resume(&self, conversation: ConversationId, next: Seq, head: Head) {
+        let mut inner = self.lock();
+        let known = inner.lags.remove(&conversation);
+        let (known_head, ring) = known.map_or((head.head, None), |lag| (lag.head.max(head.head), lag.ring));
+        if next > known_head {
+            // It has everything; an entry is only kept where a ring is known to be live.
+            if ring.is_some() {
+                let lag = Lag { next, head: known_head, mode: Mode::Live, ring, queued: false };
+                inner.lags.insert(conversation, lag);
+            }
+            return;
+        }
+        let far = known_head.since(next) >= self.backlog_max;
+        let live = !far && ring.as_ref().is_some_and(|ring| ring.serves(next));
+        let mode = if far {
+            Mode::Pulling
+        } else if live {
+            Mode::Live
+        } else {
+            Mode::Backlog
+        };
+        inner.lags.insert(conversation, Lag { next, head: known_head, mode, ring, queued: !far });
+        match mode {
+            Mode::Live => inner.live.push_back(conversation),
+            Mode::Backlog => inner.backlog.push_back(conversation),
+            Mode::Pulling => {
+                inner.heads.insert(conversation, Head { head: known_head, ..head });
+            }
+        }
+        drop(inner);
+        match mode {
+            Mode::Live => self.lanes.notify_one(),
+            Mode::Backlog => self.backlog.notify_one(),
+            Mode::Pulling => self.control.notify_one(),
+        }
+    }
+
+    /// `conversation` is on screen: its backlog goes in front of the others, and its records come inline whatever its
+    /// size. The last [`ON_SCREEN_MAX`] count as on screen.
+    pub fn prefer(&self, conversation: ConversationId) {
+        let mut inner = self.lock();
+        if inner.on_screen.len() >= ON_SCREEN_MAX && !inner.on_screen.contains(&conversation) {
+            inner.on_screen.pop_front();
+        }
+        if !inner.on_screen.contains(&conversation) {
+            inner.on_screen.push_back(conversation);
+        }
+        if let Some(at) = inner.backlog.iter().position(|waiting| *waiting == conversation) {
+            inner.backlog.remove(at);
+            inner.backlog.push_front(conversation);
+        }
+    }
+
+    /// The user is no longer a member; what was published up to here still goes out.
+    pub fn forget_when_sent(&self, conversation: ConversationId) {
+        let mut inner = self.lock();
+        if inner.lags.get(&conversation).is_some_and(|lag| lag.next > lag.head) {
+            inner.lags.remove(&conversation);
+        }
+    }
+
+    /// The next conversation with live frames, and the frames. `None`: nothing is due.
+    pub fn take_live(&self, budget: usize, now: UnixMillis) -> Option<(ConversationId, Vec<bytes::Bytes>)> {
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        while let Some(conversation) = inner.live.pop_front() {
+            let Some(lag) = inner.lags.get_mut(&conversation) else { continue };
+            lag.queued = false;
+            let due =
+                lag.ring.as_ref().map_or(Due::Behind, |ring| ring.due(lag.next, self.user, budget, now));
+            match due {
+                Due::Frames { frames, next, more } => {
+                    lag.next = next;
+                    if more {
+                        lag.queued = true;
+                        inner.live.push_back(conversation);
+                    }
+                    if !frames.is_empty() {
+                        return Some((conversation, frames));
+                    }
+                }
+                Due::Behind if lag.head.since(lag.next) >= self.backlog_max => {
+                    lag.mode = Mode::Pulling;
+                    let head = Head { conversation, head: lag.head, count: 0, low: Seq::ZERO };
+                    inner.heads.insert(conversation, head);
+                    self.control.notify_one();
+                }
+                Due::Behind => {
+                    lag.mode = Mode::Backlog;
+                    lag.queued = true;
+                    inner.backlog.push_back(conversation);
+                    self.backlog.notify_one();
+                }
+            }
+        }
+        None
+    }
+
+    /// The next conversation to be served from the log: from where to where.
+    pub fn take_backlog(&self) -> Option<(ConversationId, Seq, Seq)> {
+        let mut inner = self.lock();
+        while let Some(conversation) = inner.backlog.pop_front() {
+            if let Some(lag) = inner.lags.get_mut(&conversation) {
+                lag.queued = false;
+                return Some((conversation, lag.next, lag.head));
+            }
+        }
+        None
+    }
+
+    /// Everything before `next` of `conversation` is written to the backlog stream. Goes on from the ring where that
+    /// is possible, else from the log.
+    pub fn backlog_written(&self, conversation: ConversationId, next: Seq) {
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        let Some(lag) = inner.lags.get_mut(&conversation) else { return };
+        lag.next = lag.next.max(next);
+        if lag.next > lag.head || lag.ring.as_ref().is_some_and(|ring| ring.serves(lag.next)) {
+            lag.mode = Mode::Live;
+            if lag.next <= lag.head && !lag.queued {
+                lag.queued = true;
+                inner.live.push_back(conversation);
+                self.lanes.notify_one();
+            }
+        } else if !lag.queued {
+            lag.mode = Mode::Backlog;
+            lag.queued = true;
+            inner.backlog.push_back(conversation);
+            self.backlog.notify_one();
+        }
+    }
+
+    /// A backlog can't be read from the log at the moment: leave it to the client to pull.
+    pub fn backlog_failed(&self, conversation: ConversationId) {
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        if let Some(lag) = inner.lags.get_mut(&conversation) {
+            lag.mode = Mode::Pulling;
+            let head = Head { conversation, head: lag.head, count: 0, low: Seq::ZERO };
+            inner.heads.insert(conversation, head);
+            self.control.notify_one();
+        }
+    }
+
+    /// A PULL was answered with everything from `from` up to before `next`. When that reaches what was published, the
+    /// conversation is live again; else its head is told once more.
+    pub fn pulled(&self, conversation: ConversationId, from: Seq, next: Seq) {
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        let Some(lag) = inner.lags.get_mut(&conversation) else { return };
+        if lag.mode != Mode::Pulling || from > lag.next || next <= lag.next {
+            return;
+        }
+        lag.next = next;
+        if next > lag.head || lag.ring.as_ref().is_some_and(|ring| ring.serves(next)) {
+            lag.mode = Mode::Live;
+            if next <= lag.head && !lag.queued {
+                lag.queued = true;
+                inner.live.push_back(conversation);
+                self.lanes.notify_one();
+            }
+        } else {
+            let head = Head { conversation, head: lag.head, count: 0, low: Seq::ZERO };
+            inner.heads.insert(conversation, head);
+            self.control.notify_one();
+        }
+    }
+
+    /// Conversations the client pulls whose head has moved since it was told: tell it again. Called about once a second.
+    pub fn remind_heads(&self, told: &mut HashMap<ConversationId, Seq>) {
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        let mut any = false;
+        for (conversation, lag) in &inner.lags {
+            if lag.mode == Mode::Pulling && told.get(conversation).is_none_or(|told| *told < lag.head) {
+                let head = Head { conversation: *conversation, head: lag.head, count: 0, low: Seq::ZERO };
+                inner.heads.insert(*conversation, head);
+                told.insert(*conversation, lag.head);
+                any = true;
+            }
+        }
+        told.retain(|conversation, _| inner.lags.contains_key(conversation));
+        drop(guard);
+        if any {
+            self.control.notify_one();
+        }
+    }
+
+    /// A send's fate is decided.
+    pub fn settle(&self, settled: Settled) {
+        self.lock().settled.push(settled);
+        self.control.notify_one();
+    }
+
+    /// A member has come further.
+    pub fn receipt(&self, receipt: Receipt) {
+        let mut inner = self.lock();
+        let key = (receipt.conversation, receipt.user);
+        if inner.receipts.len() >= RECEIPTS_MAX && !inner.receipts.contains_key(&key) {
+            return;
+        }
+        let known = inner.receipts.entry(key).or_insert(receipt);
+        known.recv = known.recv.max(receipt.recv);
+        known.read = known.read.max(receipt.read);
+        drop(inner);
+        self.control.notify_one();
+    }
+
+    /// Something that need not be stored.
+    pub fn event(&self, event: Event) {
+        let mut inner = self.lock();
+        let key = |event: &Event| -> (ConversationId, EventKind, UserId) {
+            (event.conversation, event.kind, event.sender)
+        };
+        if let Some(known) = inner.events.iter_mut().find(|known| key(known) == key(&event)) {
+            if event.number >= known.number {
+                *known = event;
+            }
+        } else {
+            if inner.events.len() >= EVENTS_MAX {
+                inner.events.pop_front();
+                inner.events_dropped += 1;
+            }
+            inner.events.push_back(event);
+        }
+        drop(inner);
+        self.control.notify_one();
+    }
+
+    /// Ends the connection; the first reason stays.
+    pub fn end(&self, ending: Ending) {
+        let mut inner = self.lock();
+        if inner.ending.is_none() || matches!(ending, Ending::Close(..)) {
+            inner.ending = Some(ending);
+        }
+        drop(inner);
+        self.control.notify_one();
+    }
+
+    /// What the control stream has to write now.
+    pub fn take_control(&self) -> ControlDue {
+        let mut guard = self.lock();
+        let inner = &mut *guard;
+        ControlDue {
+            settled: std::mem::take(&mut inner.settled),
+            heads: inner.heads.drain().map(|(_, head)| head).collect(),
+            receipts: inner.receipts.drain().map(|(_, receipt)| receipt).collect(),
+            events: inner.events.drain(..).collect(),
+            ending: inner.ending.take(),
+        }
+    }
+
+    /// Conversations that wait to be written, lanes and backlog; 0 when everything owed is written.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        let inner = self.lock();
+        inner.live.len() + inner.backlog.len() + inner.settled.len()
+    }
+
+    /// Events that were dropped since the last call.
+    pub fn take_events_dropped(&self) -> u64 {
+        std::mem::take(&mut self.lock().events_dropped)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Plain data whose invariants hold between any two statements.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::fanout::ring::{RingEntry, RingLimits};
+
+    fn seq(n: u64) -> Seq {
+        Seq::new(n).unwrap()
+    }
+
+    fn conversation(n: u64) -> ConversationId {
+        ConversationId::new(n).unwrap()
+    }
+
+    fn now() -> UnixMillis {
+        UnixMillis::new(5_000).unwrap()
+    }
+
+    fn owed() -> Owed {
+        Owed::new(UserId::new(300).unwrap(), DeviceId::FIRST, 1, 100)
+    }
+
+    fn push(ring: &Ring, n: u64) {
+        ring.push(RingEntry {
+            seq: seq(n),
+            sender: UserId::new(301).unwrap(),
+            time: now(),
+            frame: Bytes::from(n.to_be_bytes().to_vec()),
+            own_frame: None,
+        });
+    }
+
+    fn head(n: u64) -> Head {
+        Head { conversation: conversation(1), head: seq(n), count: n, low: seq(1) }
+    }
+
+    fn live(owed: &Owed) -> Vec<u64> {
+        let mut got = Vec::new();
+        while let Some((_, frames)) = owed.take_live(1 << 20, now()) {
+            got.extend(frames.iter().map(|f| u64::from_be_bytes(f[..].try_into().unwrap())));
+        }
+        got
+    }
+
+    #[test]
+    fn live_records_come_once_and_in_order() {
+        let (owed, ring) = (owed(), Arc::new(Ring::new(RingLimits { records: 8, bytes: 1_000 })));
+        for n in 5..=7 {
+            push(&ring, n);
+            owed.publish(conversation(1), seq(n), &ring, true);
+        }
+        assert_eq!(live(&owed), [5, 6, 7]);
+        assert_eq!(live(&owed), [0u64; 0]);
+        push(&ring, 8);
+        owed.publish(conversation(1), seq(8), &ring, true);
+        assert_eq!(live(&owed), [8]);
+    }
+
+    #[test]
+    fn a_resume_behind_the_ring_reads_the_log_and_then_goes_on_live() {
+        let (owed, ring) = (owed(), Arc::new(Ring::new(RingLimits { records: 4, bytes: 1_000 })));
+        for n in 1..=10 {
+            push(&ring, n);
+        }
+        owed.publish(conversation(1), seq(10), &ring, true);
+        owed.resume(conversation(1), seq(3), head(10));
+        assert_eq!(live(&owed), [0u64; 0], "3 is not in the ring");
+        assert_eq!(owed.take_backlog(), Some((conversation(1), seq(3), seq(10))));
+        push(&ring, 11);
+        owed.publish(conversation(1), seq(11), &ring, true);
+        assert_eq!(live(&owed), [0u64; 0], "live records wait for the backlog of their conversation");
+        owed.backlog_written(conversation(1), seq(8));
+        assert_eq!(live(&owed), [8, 9, 10, 11]);
+        assert_eq!(owed.take_backlog(), None);
+    }
+
+    #[test]
+    fn who_is_far_behind_pulls_and_then_goes_on_live() {
+        let (owed, ring) = (owed(), Arc::new(Ring::new(RingLimits { records: 4, bytes: 1_000 })));
+        owed.resume(conversation(1), seq(1), head(500));
+        assert_eq!(owed.take_control().heads, [head(500)]);
+        assert_eq!(owed.take_backlog(), None);
+        push(&ring, 501);
+        owed.publish(conversation(1), seq(501), &ring, true);
+        assert_eq!(live(&owed), [0u64; 0]);
+        owed.pulled(conversation(1), seq(450), seq(501));
+        assert_eq!(live(&owed), [0u64; 0], "a page of the newest leaves a hole before it");
+        owed.pulled(conversation(1), seq(1), seq(400));
+        assert_eq!(owed.take_control().heads.len(), 1, "not there yet: the head is told again");
+        owed.pulled(conversation(1), seq(400), seq(501));
+        assert_eq!(live(&owed), [501]);
+    }
+
+    #[test]
+    fn a_reader_that_falls_behind_while_connected_costs_a_position_only() {
+        let (owed, ring) = (owed(), Arc::new(Ring::new(RingLimits { records: 4, bytes: 1_000 })));
+        for n in 1..=50 {
+            push(&ring, n);
+            owed.publish(conversation(1), seq(n), &ring, true);
+        }
+        assert_eq!(live(&owed), [0u64; 0]);
+        assert_eq!(owed.take_backlog(), Some((conversation(1), seq(1), seq(50))));
+        owed.backlog_written(conversation(1), seq(51));
+        for n in 51..=250 {
+            push(&ring, n);
+            owed.publish(conversation(1), seq(n), &ring, true);
+        }
+        assert_eq!(live(&owed), [0u64; 0]);
+        assert_eq!(owed.take_backlog(), None, "200 behind is too far for the backlog stream");
+        let heads = owed.take_control().heads;
+        assert_eq!((heads.len(), heads[0].head), (1, seq(250)));
+    }
+
+    #[test]
+    fn a_large_conversation_is_told_by_its_head_unless_it_is_on_screen() {
+        let (owed, ring) = (owed(), Arc::new(Ring::new(RingLimits { records: 8, bytes: 1_000 })));
+        let mut told = HashMap::new();
+        for n in 1..=3 {
+            push(&ring, n);
+            owed.publish(conversation(1), seq(n), &ring, false);
+        }
+        assert_eq!(live(&owed), [0u64; 0]);
+        owed.remind_heads(&mut told);
+        assert_eq!(owed.take_control().heads[0].head, seq(3));
+        owed.remind_heads(&mut told);
+        assert_eq!(owed.take_control().heads, [], "nothing new to tell");
+        owed.pulled(conversation(1), seq(1), seq(4));
+        owed.prefer(conversation(1));
+        push(&ring, 4);
+        owed.publish(conversation(1), seq(4), &ring, false);
+        assert_eq!(live(&owed), [4]);
+    }
+
+    #[test]
+    fn resume_of_what_is_complete_owes_nothing() {
+        let owed = owed();
+        owed.resume(conversation(1), seq(11), head(10));
+        assert_eq!((live(&owed).len(), owed.take_backlog(), owed.waiting()), (0, None, 0));
+    }
+
+    #[test]
+    fn events_are_bounded_and_newest_wins() {
+        let owed = owed();
+        let event = |sender: u64, number| Event {
+            conversation: conversation(1),
+            kind: EventKind::Typing,
+            sender: UserId::new(sender).unwrap(),
+            number,
+            ttl_ms: 1_000,
+            payload: Bytes::new(),
+        };
+        owed.event(event(1, 2));
+        owed.event(event(1, 3));
+        owed.event(event(1, 1));
+        assert_eq!(owed.take_control().events, [event(1, 3)]);
+        for sender in 0..200 {
+            owed.event(event(sender, 1));
+        }
+        assert_eq!(owed.take_control().events.len(), EVENTS_MAX);
+        assert_eq!(owed.take_events_dropped(), 200 - EVENTS_MAX as u64);
+    }
+}

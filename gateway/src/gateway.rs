@@ -1,0 +1,292 @@
+//! The composition root: opens the store, starts the shards, listens, and takes everything down in order.
+//!
+//! - Stages don't know this file; it knows all of them.
+//! - Order at the start: data folder, store, shards, endpoint, pages. At the end: GOAWAY, connections, shards, store.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, atomic::AtomicU64},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use fulmar_protocol::id::ShardId;
+use fulmar_store::{ShardReader, ShardWriter, Store, StoreOptions};
+use futures_util::FutureExt;
+use tokio::sync::watch;
+use tracing::{info, warn};
+
+use crate::{
+    accept::{
+        auth::Verifier,
+        endpoint::accept,
+        ticket::Tickets,
+        tls::{Certificate, endpoint_config, server_config, tls_config},
+    },
+    config::{Config, Engine},
+    connection::Context,
+    conversation::{
+        route::Route,
+        shard::{self, ShardHandle, ShardLimits, repair_links},
+    },
+    data_folder::{DataFolder, FolderLock},
+    drain::Drain,
+    fanout::ring::RingLimits,
+    http::{Canary, HttpServer, Pages, cannot_listen},
+    metrics::Metrics,
+    open_files,
+    telemetry::Complaints,
+};
+
+/// Conversations a shard keeps loaded. A loaded one without readers takes a few hundred bytes and its members.
+const LOADED_MAX: usize = 50_000;
+
+/// Members a group may have.
+const MEMBERS_MAX: usize = 100_000;
+
+/// A gateway that listens.
+#[derive(Debug)]
+pub struct Gateway {
+    config: Config,
+    folder: DataFolder,
+    _lock: FolderLock,
+    certificate: Arc<Certificate>,
+    endpoint: quinn::Endpoint,
+    http: Option<HttpServer>,
+    store: Arc<Store>,
+    shards: Vec<ShardHandle>,
+    threads: Vec<JoinHandle<()>>,
+    metrics: Metrics,
+}
+
+impl Gateway {
+    /// Opens the data folder (making it at the first start) and takes the addresses. Clients that come before
+    /// [`Self::run`] wait.
+    ///
+    /// # Errors
+    /// One line that says what is wrong and what to do.
+    pub async fn start(config: Config) -> anyhow::Result<Self> {
+        let open_files = open_files::raise(config.limits.open_files);
+        if let Some(warning) = open_files.warning() {
+            warn!("{warning}");
+        }
+        let metrics = Metrics::default();
+        metrics.open_files_limit.set(open_files.limit);
+
+        let folder = DataFolder::prepare(&config.data.path, &config.tls.names)?;
+        let lock = folder.lock()?;
+        let certificate = Certificate::load(&config.tls, &folder)?;
+        let quic = server_config(
+            tls_config(&config.tls, Arc::clone(&certificate))?,
+            &folder.endpoint_keys,
+            &config.transport,
+            &config.limits,
+        )?;
+        // Addresses are taken before the store is opened: a mistake in the configuration is told at once.
+        let address = config.listen.address;
+        let socket = std::net::UdpSocket::bind(address)
+            .map_err(|error| anyhow::anyhow!(cannot_listen("listen.address", "--listen", address, &error)))?;
+        let http = match config.listen.http_address {
+            Some(address) => Some(HttpServer::bind(address).await?),
+            None => None,
+        };
+
+        let options = store_options(&config);
+        let path = folder.store();
+        let opened = tokio::task::spawn_blocking(move || open_store(&path, &options)).await;
+        let (store, taken) = opened.context("opening the log panicked")??;
+        let limits = shard_limits(&config);
+        let (mut shards, mut threads) = (Vec::new(), Vec::new());
+        for (id, writer, reader) in taken {
+            let (handle, thread) = shard::start(id, writer, reader, limits, metrics.clone())
+                .context("a shard's thread can't start")?;
+            shards.push(handle);
+            threads.push(thread);
+        }
+
+        let endpoint = quinn::Endpoint::new(
+            endpoint_config(&folder.endpoint_keys, &config.transport),
+            Some(quic),
+            socket,
+            Arc::new(quinn::TokioRuntime),
+        )
+        .context("the QUIC endpoint can't start")?;
+        Ok(Self { config, folder, _lock: lock, certificate, endpoint, http, store, shards, threads, metrics })
+    }
+
+    /// Where clients connect (UDP).
+    ///
+    /// # Errors
+    /// The socket is gone.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.endpoint.local_addr()
+    }
+
+    /// Where the pages are (TCP), if they are on.
+    #[must_use]
+    pub fn http_address(&self) -> Option<SocketAddr> {
+        self.http.as_ref().map(HttpServer::address)
+    }
+
+    /// The certificate clients see.
+    #[must_use]
+    pub fn certificate(&self) -> &Certificate {
+        &self.certificate
+    }
+
+    /// The data folder.
+    #[must_use]
+    pub fn data_folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Whether the data folder was made just now.
+    #[must_use]
+    pub const fn first_start(&self) -> bool {
+        self.folder.first_start
+    }
+
+    /// Serves until the drain is over. Everything that was acked is on disk before, during and after.
+    ///
+    /// # Errors
+    /// What can't be set up; a store that can't be closed properly.
+    pub async fn run(self, mut drain: Drain) -> anyhow::Result<()> {
+        let Self { config, folder, _lock, certificate, endpoint, http, store, shards, threads, metrics } =
+            self;
+        let verifier = Verifier::new(&config.apps, &config.auth, &folder.dev_key)?;
+        let route = Route::new(store.shards());
+        let mut start = [0; 8];
+        getrandom::fill(&mut start)
+            .map_err(|error| anyhow::anyhow!("the system gives no random numbers: {error}"))?;
+        let reload = config.tls.reload_s;
+        let repeat = Duration::from_secs(config.log.repeat_s);
+        let context = Arc::new(Context {
+            route,
+            verifier,
+            tickets: Tickets::new(&folder.ticket_key),
+            metrics: metrics.clone(),
+            complaints: Complaints::new(repeat),
+            drain: drain.clone(),
+            numbers: AtomicU64::new(u64::from_le_bytes(start) >> 8),
+            shards,
+            config,
+        });
+        repair_links(&context.shards, route).await;
+
+        let (started, ready) = watch::channel(false);
+        let pages = http.map(|server| {
+            let pages =
+                Pages { metrics, canary: canary(Arc::clone(&store)), started: ready, drain: drain.clone() };
+            let mut stop = drain.clone();
+            tokio::spawn(server.serve(pages, async move { stop.deadline().await }))
+        });
+        let reloading = tokio::spawn(reload_certificate(certificate, reload));
+        started.send_replace(true);
+
+        accept(&endpoint, &context, drain.clone()).await;
+        drain.started().await;
+        info!("all connections have ended; writing down what is left");
+        endpoint.close(0u32.into(), b"");
+        reloading.abort();
+        if let Some(pages) = pages {
+            pages.abort();
+        }
+        // The shards end when nobody can ask them any more.
+        drop(context);
+        let ended = tokio::task::spawn_blocking(move || {
+            let panicked = threads.into_iter().map(JoinHandle::join).filter(Result::is_err).count();
+            (panicked, store.close())
+        });
+        let (panicked, closed) = ended.await.context("closing the store panicked")?;
+        closed?;
+        anyhow::ensure!(panicked == 0, "{panicked} shard threads had panicked; what was acked is on disk");
+        info!("bye");
+        Ok(())
+    }
+}
+
+type Taken = Vec<(ShardId, ShardWriter, ShardReader)>;
+
+/// Opens the log and takes every shard. Blocks.
+fn open_store(path: &Path, options: &StoreOptions) -> anyhow::Result<(Arc<Store>, Taken)> {
+    let store = Arc::new(Store::open(path, options)?);
+    let mut taken = Vec::new();
+    for id in (0..store.shards()).filter_map(ShardId::new) {
+        let (writer, reader) = store.shard(id)?;
+        taken.push((id, writer, reader));
+    }
+    Ok((store, taken))
+}
+
+fn store_options(config: &Config) -> StoreOptions {
+    let mib = 1024 * 1024;
+    StoreOptions {
+        shards: config.data.shards,
+        engine: match config.data.engine {
+            Engine::Sled => fulmar_store::EngineKind::Sled,
+            Engine::Memory => fulmar_store::EngineKind::Memory,
+        },
+        durability: match config.data.durability {
+            crate::config::Durability::Synced => fulmar_store::Durability::Power,
+            crate::config::Durability::Buffered => fulmar_store::Durability::Process,
+        },
+        engine_cache_bytes: config.data.engine_cache_mib * mib / u64::from(config.data.shards.max(1)),
+        cache_bytes: config.data.tail_cache_mib * mib,
+        reserve_bytes: config.data.reserve_mib * mib,
+        ..StoreOptions::default()
+    }
+}
+
+fn shard_limits(config: &Config) -> ShardLimits {
+    ShardLimits {
+        ring: RingLimits { records: config.fanout.ring_frames, bytes: config.fanout.ring_bytes },
+        loaded_max: LOADED_MAX,
+        members_max: MEMBERS_MAX,
+        inline_members_max: usize::try_from(config.fanout.inline_members_max).unwrap_or(usize::MAX),
+        receipts_members_max: usize::try_from(config.receipts.members_max).unwrap_or(usize::MAX),
+        cursor_delay: Duration::from_millis(config.receipts.persist_ms),
+    }
+}
+
+fn canary(store: Arc<Store>) -> Canary {
+    Arc::new(move || {
+        let store = Arc::clone(&store);
+        async move {
+            for number in 0..store.shards() {
+                if let Some(shard) = ShardId::new(number) {
+                    store.canary_write(shard).await.map_err(|error| error.to_string())?;
+                }
+            }
+            Ok(())
+        }
+        .boxed()
+    })
+}
+
+/// Presents a new certificate when its file changes or SIGHUP asks for it.
+async fn reload_certificate(certificate: Arc<Certificate>, every_s: u64) {
+    let Ok(mut hangup) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) else {
+        return;
+    };
+    loop {
+        let tick = async {
+            match every_s {
+                0 => std::future::pending().await,
+                seconds => tokio::time::sleep(Duration::from_secs(seconds)).await,
+            }
+        };
+        tokio::select! {
+            _ = hangup.recv() => {}
+            () = tick => {}
+        }
+        let path: PathBuf = certificate.path().to_owned();
+        let certificate = Arc::clone(&certificate);
+        match tokio::task::spawn_blocking(move || certificate.reload()).await {
+            Ok(Ok(true)) => info!(path = %path.display(), "a new certificate is presented from now on"),
+            Ok(Ok(false)) | Err(_) => {}
+            Ok(Err(error)) => warn!(%error, "the new certificate can't be used; the old one stays"),
+        }
+    }
+}
