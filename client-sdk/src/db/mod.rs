@@ -1,0 +1,177 @@
+//! The client's database: one SQLite connection on one thread, jobs through a bounded channel.
+//!
+//! - Jobs that wait while a commit is in progress share the next transaction, so a sync to the disk is paid once for
+//!   all of them. Each has a savepoint: one that fails takes nothing of the others with it.
+//! - A job's answer leaves after the commit, never before. A failed commit fails every job of it.
+//! - The file is locked for this process: two processes on one database would number their messages alike.
+//!
+//! Not here: what the jobs do (`store`, and the tables of `schema`).
+
+mod inbox;
+mod outbox;
+mod register;
+mod schema;
+mod store;
+
+use tokio::sync::{mpsc, oneshot};
+
+pub use self::register::ConversationSummary;
+pub(crate) use self::{
+    inbox::{Delivered, Marker},
+    outbox::{Draft, Outcome, Queued, Settled, Unsettled, WaitingSend},
+    register::{Identity, Restore},
+    store::Store,
+};
+use crate::{
+    error::Error,
+    options::{Database, Durability},
+};
+
+/// Jobs that may wait for the thread; whoever brings one more waits for room.
+const JOBS_MAX: usize = 256;
+
+/// Jobs of one transaction.
+const GROUP_MAX: usize = 128;
+
+/// Stack of the database's thread: several hundred clients may run in one process.
+const STACK_BYTES: usize = 512 * 1024;
+
+/// A handle to the database's thread, cheap to clone. The thread ends with the last handle.
+#[derive(Clone, Debug)]
+pub(crate) struct Db {
+    jobs: mpsc::Sender<Job>,
+}
+
+struct Job {
+    durable: bool,
+    work: Box<dyn Work>,
+}
+
+/// One job: it is run inside a transaction and answered after its commit.
+trait Work: Send {
+    /// `true` keeps what it did.
+    fn run(&mut self, store: &mut Store) -> bool;
+    fn answer(self: Box<Self>, committed: Result<(), String>);
+}
+
+struct Task<T, F> {
+    work: Option<F>,
+    result: Option<Result<T, Error>>,
+    reply: oneshot::Sender<Result<T, Error>>,
+}
+
+impl<T, F> Work for Task<T, F>
+where
+    T: Send,
+    F: FnOnce(&mut Store) -> Result<T, Error> + Send,
+{
+    fn run(&mut self, store: &mut Store) -> bool {
+        let Some(work) = self.work.take() else { return false };
+        let result = work(store);
+        let keep = result.is_ok();
+        self.result = Some(result);
+        keep
+    }
+
+    fn answer(self: Box<Self>, committed: Result<(), String>) {
+        let result = match (committed, self.result) {
+            (Ok(()), Some(result)) | (Err(_), Some(result @ Err(_))) => result,
+            (Ok(()), None) => Err(Error::Closed),
+            (Err(text), _) => Err(Error::Database(text.into())),
+        };
+        // Whoever asked may have gone; what was committed stays committed.
+        let _ = self.reply.send(result);
+    }
+}
+
+impl Db {
+    /// Opens the database and starts its thread.
+    ///
+    /// # Errors
+    /// When it can't be opened, is in use, or was written by a newer version.
+    pub(crate) async fn open(database: Database, durability: Durability) -> Result<Self, Error> {
+        let (jobs, inbox) = mpsc::channel(JOBS_MAX);
+        let (opened, ready) = oneshot::channel();
+        std::thread::Builder::new()
+            .name("fulmar-db".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || match Store::open(&database, durability) {
+                Ok(store) => {
+                    if opened.send(Ok(())).is_ok() {
+                        serve(store, inbox);
+                    }
+                }
+                Err(error) => {
+                    let _ = opened.send(Err(error));
+                }
+            })
+            .map_err(|error| Error::Database(Box::new(error)))?;
+        ready.await.map_err(|_| Error::Closed)??;
+        Ok(Self { jobs })
+    }
+
+    /// Runs `work` and waits for its commit. `durable`: synced to the disk before the answer, where the durability
+    /// asked for says so; else it may be undone by a power cut (never partly, never out of order).
+    pub(crate) async fn run<T, F>(&self, durable: bool, work: F) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut Store) -> Result<T, Error> + Send + 'static,
+    {
+        let (reply, answer) = oneshot::channel();
+        let work = Box::new(Task { work: Some(work), result: None, reply });
+        self.jobs.send(Job { durable, work }).await.map_err(|_| Error::Closed)?;
+        answer.await.map_err(|_| Error::Closed)?
+    }
+
+    /// Like [`Self::run`], without waiting; `false` when there is no room. For what is repeated later anyway.
+    pub(crate) fn try_run<F>(&self, work: F) -> bool
+    where
+        F: FnOnce(&mut Store) -> Result<(), Error> + Send + 'static,
+    {
+        let (reply, _) = oneshot::channel();
+        let work = Box::new(Task { work: Some(work), result: None, reply });
+        self.jobs.try_send(Job { durable: false, work }).is_ok()
+    }
+}
+
+fn serve(mut store: Store, mut inbox: mpsc::Receiver<Job>) {
+    let mut group = Vec::with_capacity(GROUP_MAX);
+    while let Some(first) = inbox.blocking_recv() {
+        group.push(first);
+        while group.len() < GROUP_MAX {
+            let Ok(job) = inbox.try_recv() else { break };
+            group.push(job);
+        }
+        let durable = group.iter().any(|job| job.durable);
+        let committed = transact(&mut store, durable, &mut group).map_err(|error| error.to_string());
+        if let Err(text) = &committed {
+            tracing::error!(error = %text, "the client's database could not commit");
+        }
+        for job in group.drain(..) {
+            job.work.answer(committed.clone());
+        }
+    }
+}
+
+fn transact(store: &mut Store, durable: bool, group: &mut [Job]) -> Result<(), Error> {
+    store.begin(durable)?;
+    let mut outcome = Ok(());
+    for job in group {
+        outcome = store.savepoint();
+        if outcome.is_err() {
+            break;
+        }
+        let keep = job.work.run(store);
+        outcome = store.release(keep);
+        if outcome.is_err() {
+            break;
+        }
+    }
+    match outcome {
+        Ok(()) => store.commit(),
+        Err(error) => {
+            store.roll_back();
+            Err(error)
+        }
+    }
+}
