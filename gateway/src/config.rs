@@ -177,8 +177,9 @@ section! {
         handshakes_per_address: usize = 512, 1..=1_000_000;
         /// Milliseconds an accepted connection has to finish its handshake and say HELLO.
         hello_timeout_ms: u64 = 10_000, 100..=120_000;
-        /// Open files the process asks the system for at start, as far as the hard limit allows.
-        open_files: u64 = 65_536, 256..=1_048_576;
+        /// Open files the process asks the system for at start, as far as the hard limit allows. QUIC connections share
+        /// one; the log takes some per shard.
+        open_files: u64 = 8_192, 256..=1_048_576;
     }
 }
 

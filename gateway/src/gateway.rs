@@ -212,6 +212,12 @@ type Taken = Vec<(ShardId, ShardWriter, ShardReader)>;
 /// Opens the log and takes every shard. Blocks.
 fn open_store(path: &Path, options: &StoreOptions) -> anyhow::Result<(Arc<Store>, Taken)> {
     let store = Arc::new(Store::open(path, options)?);
+    if store.shards() != options.shards {
+        let (kept, wanted) = (store.shards(), options.shards);
+        warn!(
+            "data.shards = {wanted}, but the data folder was made with {kept}, which stays: set data.shards = {kept}"
+        );
+    }
     let mut taken = Vec::new();
     for id in (0..store.shards()).filter_map(ShardId::new) {
         let (writer, reader) = store.shard(id)?;

@@ -161,7 +161,8 @@ async fn serve(config: Config, drain: Drain) -> anyhow::Result<()> {
         app: app.as_deref(),
         first_start: gateway.first_start(),
     };
-    tracing::info!(address = %reach.address, fingerprint = %reach.fingerprint, "listening");
+    let http = reach.http.map(tracing::field::display);
+    tracing::info!(address = %reach.address, http, fingerprint = %reach.fingerprint, "listening");
     if format == LogFormat::Text {
         eprintln!("{reach}");
     }
