@@ -12,10 +12,15 @@
 //! | say what a network does to packets | [`net::Impairment`], [`Path`], or a named [`Profile`] |
 //! | let things go wrong at a moment | [`FaultPlan`] |
 //! | put that between clients and a gateway | [`Proxy`] |
+//! | note what happened, and judge it | [`history::Recorder`], [`checker::check`] |
+//! | say how long it took | [`figures::Latencies`] |
 //! | have something to say | [`dialogue::read_file`], [`dialogue::generate`] |
 
+pub mod checker;
 pub mod dialogue;
 pub mod fault;
+pub mod figures;
+pub mod history;
 pub mod net;
 pub mod profile;
 pub mod proxy;
