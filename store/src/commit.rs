@@ -191,7 +191,14 @@ mod tests {
         );
     }
 
-    const GOLDEN: &str = "";
+    // magic version | number 2 | previous chain | chain | 3 operations | 5 bytes | body crc | reserved | header crc | "hello"
+    const GOLDEN: &str = concat!(
+        "464c4d43010000000000000000000002",
+        "ed8b7b2c2c6bae3a650fe15699b56315",
+        "bb492dbdbbcfdcda6ced1f883f5d57bd",
+        "00000003000000059a71bb4c00000000000000003d0c6edb",
+        "68656c6c6f"
+    );
 
     proptest! {
         #[test]

@@ -33,6 +33,8 @@
 
 mod codec;
 mod commit;
+#[cfg(test)]
+mod conformance;
 mod engine;
 mod error;
 mod format;

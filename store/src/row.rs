@@ -295,7 +295,7 @@ mod tests {
             low_count: 1,
             members: 2,
         };
-        assert_eq!(crate::hex(&head.to_row()), "01ac02ab028095ffbc31010102");
+        assert_eq!(crate::hex(&head.to_row()), "01ac02ab0280d095ffbc31010102");
         let member =
             Member { role: Role::Owner, joined: Seq::new(2).unwrap(), since: UnixMillis::new(5).unwrap() };
         assert_eq!(crate::hex(&member.to_row()), "01020205");

@@ -11,6 +11,8 @@ use bytes::Bytes;
 
 use crate::key::Table;
 
+#[cfg(test)]
+pub(crate) mod faulty;
 pub(crate) mod memory;
 pub(crate) mod sled;
 

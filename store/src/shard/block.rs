@@ -175,7 +175,8 @@ mod tests {
         );
     }
 
-    const GOLDEN: &str = "";
+    // version, two records, 28 bytes | record 5 | record 6
+    const GOLDEN: &str = "01021c01000501800205026869ebbefeb201000601800206026869bbb0980b";
 
     proptest! {
         #[test]

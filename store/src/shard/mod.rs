@@ -166,6 +166,15 @@ impl Shard {
         }
     }
 
+    /// Lets go of the committer and waits for it to be gone, without settling anything: as a crash would leave it.
+    #[cfg(test)]
+    pub(crate) fn abandon(self) {
+        let Self { requests, thread, .. } = self;
+        drop(requests);
+        let thread = thread.into_inner().unwrap();
+        thread.unwrap().join().unwrap();
+    }
+
     /// Waits for the committer to be gone, after it was told to close.
     pub(crate) fn join(&self) {
         let thread = self.thread.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();

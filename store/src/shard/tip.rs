@@ -106,5 +106,5 @@ mod tests {
         assert_eq!(crate::hex(&encode(id)), GOLDEN);
     }
 
-    const GOLDEN: &str = "";
+    const GOLDEN: &str = "464c4d540000000000000102ababababababababababababababababaaf6cbfc";
 }

@@ -1,0 +1,120 @@
+//! What every engine must make true, and what must hold when one fails.
+//!
+//! The same suite runs over sled and memory; `crash` cuts the power at random writes; `faults` fails single calls and
+//! damages single rows.
+
+mod crash;
+mod faults;
+mod suite;
+
+use std::{path::Path, sync::Arc};
+
+use bytes::Bytes;
+use fulmar_protocol::id::{AppId, ConversationId, DeviceId, Epoch, Pseq, Seq, ShardId, UnixMillis, UserId};
+
+use crate::{
+    Op, OpenError, Record, RecordKind, ShardReader, ShardWriter, StoreOptions,
+    commit::CommitId,
+    engine::Engine,
+    shard::{Shard, committer::Request, tip::Tip},
+    writer::{EmbeddedWriter, ask},
+};
+
+pub(crate) const SHARD: u16 = 3;
+
+pub(crate) fn shard_id() -> ShardId {
+    ShardId::new(SHARD).unwrap()
+}
+
+pub(crate) fn conversation(local: u64) -> ConversationId {
+    ConversationId::new(shard_id().number(local).unwrap()).unwrap()
+}
+
+pub(crate) fn user(local: u64) -> UserId {
+    UserId::new(shard_id().number(local).unwrap()).unwrap()
+}
+
+pub(crate) fn seq(n: u64) -> Seq {
+    Seq::new(n).unwrap()
+}
+
+pub(crate) fn app() -> AppId {
+    AppId::of("demo")
+}
+
+pub(crate) fn message(n: u64, payload: impl Into<Bytes>) -> Record {
+    Record {
+        seq: seq(n),
+        kind: RecordKind::Message,
+        sender: user(1),
+        device: DeviceId::FIRST,
+        epoch: Epoch::FIRST,
+        pseq: Pseq::new(n).unwrap(),
+        time: UnixMillis::new(1_700_000_000_000 + n).unwrap(),
+        count: n,
+        target: None,
+        ttl: None,
+        more: false,
+        silent: false,
+        payload: payload.into(),
+    }
+}
+
+pub(crate) fn append(local: u64, n: u64, payload: impl Into<Bytes>) -> Op {
+    Op::Append { conversation: conversation(local), record: message(n, payload) }
+}
+
+/// A shard over an engine, without a data folder.
+pub(crate) struct Open {
+    pub(crate) shard: Shard,
+    pub(crate) writer: ShardWriter,
+    pub(crate) reader: ShardReader,
+}
+
+impl Open {
+    pub(crate) fn over(
+        engine: Arc<dyn Engine>,
+        tip: Option<&Path>,
+        options: &StoreOptions,
+    ) -> Result<Self, OpenError> {
+        let tip = tip.map(|path| Tip::open(path).unwrap());
+        let shard = Shard::open(shard_id(), engine, tip, None, options, 1)?;
+        let (epoch, last) = acquire(&shard)
+            .map_err(|error| OpenError::Engine { shard: shard_id(), reason: error.to_string() })?;
+        let reader = ShardReader { shared: Arc::clone(&shard.shared) };
+        let writer = ShardWriter {
+            writer: EmbeddedWriter::new(shard.requests.clone(), epoch, last),
+            reader: reader.clone(),
+        };
+        Ok(Self { shard, writer, reader })
+    }
+
+    pub(crate) fn commit(&mut self, batch: &[Op]) -> Result<CommitId, crate::CommitError> {
+        block_on(self.writer.commit(batch)).map(|committed| committed.commit)
+    }
+
+    /// Waits until the thread is gone, so that nothing is written any more. Nothing is settled that was not.
+    pub(crate) fn abandon(self) {
+        let Self { shard, writer, reader } = self;
+        drop((writer, reader));
+        shard.abandon();
+    }
+
+    pub(crate) fn close(self) -> Result<(), crate::CommitError> {
+        let (reply, answer) = std::sync::mpsc::sync_channel(1);
+        self.shard.requests.send(Request::Close(reply)).unwrap();
+        let result = answer.recv().unwrap();
+        self.abandon();
+        result
+    }
+}
+
+pub(crate) fn acquire(shard: &Shard) -> Result<(u64, CommitId), crate::CommitError> {
+    let (reply, answer) = std::sync::mpsc::sync_channel(1);
+    ask(&shard.requests, Request::Acquire(Box::new(move |result| reply.send(result).unwrap())))?;
+    answer.recv().unwrap()
+}
+
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+}
