@@ -1,7 +1,7 @@
 //! The client: what the app holds, and what it shares with the driver.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -11,7 +11,7 @@ use std::{
 
 use fulmar_protocol::{
     frame::OpenTarget,
-    id::{ConversationId, DeviceUid, Seq, ServiceId, UnixMillis, UserId},
+    id::{ConversationId, DeviceUid, Pseq, Seq, ServiceId, UnixMillis, UserId},
     limit::{CALL_BODY_BYTES_MAX, NAME_BYTES_MAX},
     service::{
         self, ConversationPage, CreateGroup, DeviceEntry, Devices, GroupCreated, ListConversations, Method,
@@ -27,7 +27,7 @@ use tokio::{
 use crate::{
     conversation::Conversation,
     db::{ConversationSummary, Db, Settled},
-    driver::{self, Request},
+    driver::{self, Call, Request},
     error::Error,
     event::{ClientEvent, ConnectionState, OfflineReason},
     messages::{Events, Messages, States},
@@ -78,15 +78,17 @@ pub(crate) struct Shared {
     telling: Arc<AtomicBool>,
     taken: Arc<AtomicU64>,
     taking: Arc<AtomicBool>,
-    traffic: Mutex<Traffic>,
+    traffic: Mutex<Meter>,
 }
 
-/// What the app did that the driver has not seen. Bounded by the number of conversations.
+/// What the app did that the driver has not seen. Bounded by the conversations and the unsettled sends there are.
 #[derive(Debug, Default)]
 pub(crate) struct Fresh {
     /// Conversations with new sends, and read marks.
     pub(crate) sends: BTreeMap<ConversationId, ()>,
     pub(crate) marks: BTreeMap<ConversationId, Seq>,
+    /// Sends that were taken back.
+    pub(crate) cancelled: BTreeSet<(ConversationId, Pseq)>,
     /// Sends wait for a name.
     pub(crate) unresolved: bool,
 }
@@ -102,6 +104,17 @@ pub struct Traffic {
     pub received_bytes: u64,
     /// The round-trip time measured last.
     pub rtt: Duration,
+}
+
+/// What [`Traffic`] is made from.
+#[derive(Debug, Default)]
+pub(crate) struct Meter {
+    pub(crate) connections: u64,
+    pub(crate) past_sent_bytes: u64,
+    pub(crate) past_received_bytes: u64,
+    pub(crate) rtt: Duration,
+    /// The connection that is up.
+    pub(crate) link: Option<quinn::Connection>,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -146,7 +159,7 @@ impl Shared {
         lock(&self.handles)
     }
 
-    pub(crate) fn traffic(&self) -> MutexGuard<'_, Traffic> {
+    pub(crate) fn traffic(&self) -> MutexGuard<'_, Meter> {
         lock(&self.traffic)
     }
 
@@ -169,6 +182,12 @@ impl Shared {
         let mark = fresh.marks.entry(conversation).or_insert(seq);
         *mark = (*mark).max(seq);
         drop(fresh);
+        self.wake.notify_one();
+    }
+
+    /// Sends were taken back.
+    pub(crate) fn cancelled(&self, sends: &[(ConversationId, Pseq)]) {
+        lock(&self.fresh).cancelled.extend(sends);
         self.wake.notify_one();
     }
 
@@ -265,6 +284,7 @@ impl Client {
                     identity: store.identity()?,
                     restore: store.restore()?,
                     arrival: store.last_arrival()?,
+                    unacked: store.oldest_waiting(driver::Start::UNACKED_MAX, wall_clock())?,
                     waiting: store.waiting_conversations()?,
                 })
             })
@@ -485,7 +505,8 @@ impl Client {
         if body.len() > CALL_BODY_BYTES_MAX {
             return Err(Error::BodyTooLarge { bytes: body.len() });
         }
-        self.request(timeout, |reply, expires| Request::Call { service, method, body, expires, reply }).await
+        self.request(timeout, |reply, expires| Request::Call(Call { service, method, body, expires, reply }))
+            .await
     }
 
     pub(crate) async fn builtin<T: DeserializeOwned>(
@@ -539,7 +560,14 @@ impl Client {
     /// What the connections have cost so far.
     #[must_use]
     pub fn traffic(&self) -> Traffic {
-        *self.shared.traffic()
+        let meter = self.shared.traffic();
+        let now = meter.link.as_ref().map(|link| link.stats());
+        Traffic {
+            connections: meter.connections,
+            sent_bytes: meter.past_sent_bytes + now.map_or(0, |now| now.udp_tx.bytes),
+            received_bytes: meter.past_received_bytes + now.map_or(0, |now| now.udp_rx.bytes),
+            rtt: meter.rtt,
+        }
     }
 
     /// Ends the client, for all its clones: sends what can be sent at once, writes what is left to write, closes the

@@ -81,7 +81,7 @@ impl Conversation {
         let target = self.target.clone();
         let opened = self
             .client
-            .request(REQUEST_TIMEOUT, |reply, expires| Request::Open { target, on_screen, expires, reply })
+            .request(REQUEST_TIMEOUT, |reply, _| Request::Open { target, on_screen, reply })
             .await?;
         Ok(opened.conversation)
     }

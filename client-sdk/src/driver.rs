@@ -1,48 +1,66 @@
-//! The driver: one task per client.
+//! The driver: one task per client, which waits for everything and decides nothing.
+//!
+//! ```text
+//! app ──▶ outbox (database) ──▶ session half ──▶ link ──▶ gateway
+//! app ◀── messages (database) ◀── ledger ◀── session half ◀── link ◀──
+//! ```
+//!
+//! - What the session half says goes out in its order. What changes the database is gathered in the [`Ledger`] and
+//!   committed together, one commit at a time; only then are handles resolved, messages shown and records acknowledged.
+//! - Bounded: when the ledger is full, records are not read from the connection; when the half has no room, sends stay in
+//!   the database.
+//! - An epoch is on disk before the first send leaves under it.
+//!
+//! Not here: when to connect (`state`), exactly-once (`fulmar_protocol::session::client`).
 
-use std::sync::Arc;
+mod feed;
+mod ledger;
+mod requests;
 
-use bytes::Bytes;
+use std::{future::poll_fn, pin::Pin, sync::Arc, time::Duration};
+
 use fulmar_protocol::{
-    frame::{Event, NetworkHint, OpenTarget, Opened},
-    id::{ConversationId, ServiceId},
+    close::{CloseCode, RefusalCode, Retry},
+    frame::{AuthProof, Channel, Frame, Welcome},
+    id::{ConversationId, Epoch, Pseq},
+    limit::OUTBOX_SENDS_MAX,
+    session::client::{Client as Half, ClientConfig, Output, Restored},
 };
 use tokio::{
     sync::{mpsc, oneshot},
     time::Instant,
 };
 
+pub(crate) use self::requests::{Call, Request};
+use self::{
+    feed::Feed,
+    ledger::{Change, Ledger},
+    requests::Requests,
+};
 use crate::{
-    client::Shared,
-    db::{Identity, Restore},
+    client::{Shared, wall_clock},
+    db::{Identity, Marker, Own, Restore, WaitingSend},
     error::Error,
-    event::{CloseReason, ConnectionState},
-    options::Options,
-    transport::Tls,
+    event::{ClientEvent, CloseReason, ConnectionState, OfflineReason},
+    options::{BoxFuture, Options, Token},
+    state::{Action, Event, Machine, State},
+    transport::{
+        Dialer, Tls,
+        link::{Link, LinkEvent},
+    },
 };
 
-/// What the app wants from the driver.
-#[derive(Debug)]
-pub(crate) enum Request {
-    Call {
-        service: ServiceId,
-        method: u32,
-        body: Bytes,
-        expires: Instant,
-        reply: oneshot::Sender<Result<Bytes, Error>>,
-    },
-    Open {
-        target: OpenTarget,
-        on_screen: bool,
-        expires: Instant,
-        reply: oneshot::Sender<Result<Opened, Error>>,
-    },
-    Event(Event),
-    Network(NetworkHint),
-    Suspend,
-    Resume,
-    Close(oneshot::Sender<()>),
-}
+/// How long an answer may be overdue before the connection is suspect; three round trips when those are longer.
+const OVERDUE_MIN: Duration = Duration::from_secs(1);
+
+/// How long after the WELCOME what was missed may still be coming in while the client counts as live.
+const SYNC_MAX: Duration = Duration::from_secs(5);
+
+/// How long closing waits for what is on its way.
+const LINGER: Duration = Duration::from_millis(500);
+
+/// How long the app's provider may take for a token.
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What the database held when the client was made.
 #[derive(Debug)]
@@ -50,7 +68,52 @@ pub(crate) struct Start {
     pub(crate) identity: Identity,
     pub(crate) restore: Restore,
     pub(crate) arrival: u64,
+    pub(crate) unacked: Vec<WaitingSend>,
     pub(crate) waiting: Vec<ConversationId>,
+}
+
+impl Start {
+    /// Sends the session half starts with.
+    pub(crate) const UNACKED_MAX: usize = OUTBOX_SENDS_MAX;
+}
+
+type Dialled = Result<(Link, AuthProof), DialError>;
+
+/// Why a race has no winner.
+enum DialError {
+    Unreachable(String),
+    NoToken(String),
+}
+
+struct Driver {
+    shared: Arc<Shared>,
+    options: Options,
+    started: Instant,
+    half: Half,
+    machine: Machine,
+    dialer: Arc<Dialer>,
+    dialing: Option<BoxFuture<Dialled>>,
+    dialled: Option<(Link, AuthProof)>,
+    link: Option<Link>,
+    ledger: Ledger,
+    feed: Feed,
+    requests: Requests,
+    identity: Identity,
+    /// How the connection proved who it is, until the WELCOME.
+    by_ticket: bool,
+    /// Since when nothing was heard that should have been.
+    waiting_since: Option<Duration>,
+    packets: u64,
+    rtt: Duration,
+    /// When the first PONG after the WELCOME came, until what was missed is in.
+    ponged_at: Option<Duration>,
+    /// It came.
+    ponged: bool,
+    reason: OfflineReason,
+    /// The end, once it is decided.
+    end: Option<CloseReason>,
+    /// Not again before.
+    lost_after: Duration,
 }
 
 /// Runs one client to its end.
@@ -59,16 +122,695 @@ pub(crate) async fn run(
     options: Options,
     tls: Tls,
     start: Start,
-    mut requests: mpsc::Receiver<Request>,
+    mut inbox: mpsc::Receiver<Request>,
 ) {
-    let _ = (options, tls, start);
-    while let Some(request) = requests.recv().await {
-        if let Request::Close(reply) = request {
-            shared.states.send_replace(ConnectionState::Closed { reason: CloseReason::Requested });
-            shared.closed.send_replace(true);
-            shared.handles().close();
-            let _ = reply.send(());
-            return;
+    let dialer = Arc::new(Dialer::new(tls, options.address.clone(), options.server_name.clone()));
+    let mut config = ClientConfig::new(start.identity.uid, options.class);
+    config.grease = random();
+    let feed = Feed::new(&start.unacked, start.waiting);
+    let half = Half::new(
+        config,
+        Restored {
+            epoch: start.identity.epoch,
+            device: start.identity.device,
+            cursors: start.restore.cursors,
+            dirty: Vec::new(),
+            unacked: start.unacked.into_iter().map(|waiting| waiting.send).collect(),
+            marks: start.restore.marks,
+        },
+    );
+    let mut driver = Driver {
+        ledger: Ledger::default(),
+        requests: Requests::default(),
+        started: Instant::now(),
+        machine: Machine::new(),
+        dialing: None,
+        dialled: None,
+        link: None,
+        by_ticket: false,
+        waiting_since: None,
+        packets: 0,
+        rtt: Duration::ZERO,
+        ponged_at: None,
+        ponged: false,
+        reason: OfflineReason::Starting,
+        end: None,
+        lost_after: Duration::ZERO,
+        identity: start.identity,
+        shared,
+        options,
+        half,
+        dialer,
+        feed,
+    };
+    driver.step(Event::Start);
+    let reply = driver.serve(&mut inbox).await;
+    driver.finish().await;
+    // Requests that are still queued are answered by being dropped.
+    drop(inbox);
+    if let Some(reply) = reply {
+        let _ = reply.send(());
+    }
+}
+
+/// A number nobody can guess; without a source of randomness, one that varies.
+fn random() -> u64 {
+    getrandom::u64().unwrap_or_else(|_| wall_clock())
+}
+
+/// What woke the driver.
+enum Woken {
+    Link(LinkEvent),
+    Dialled(Dialled),
+    Committed(Result<ledger::Committed, Error>),
+    Fed(Result<feed::Fed, Error>),
+    Request(Option<Request>),
+    App,
+    Time,
+}
+
+impl Driver {
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    async fn serve(&mut self, inbox: &mut mpsc::Receiver<Request>) -> Option<oneshot::Sender<()>> {
+        let shared = Arc::clone(&self.shared);
+        let mut app = Box::pin(shared.wake.notified());
+        self.take_fresh();
+        loop {
+            if let Err(error) = self.carry_out().await {
+                self.fail(&error);
+            }
+            if self.end.is_some() {
+                return None;
+            }
+            self.ledger.start(&self.shared, self.own());
+            self.feed.start(&self.shared, &self.half);
+            match self.woken(inbox, &mut app).await {
+                Woken::Link(event) => self.link_event(event),
+                Woken::Dialled(dialled) => self.dialled(dialled),
+                Woken::Committed(Ok(committed)) => self.committed(committed),
+                Woken::Fed(Ok(fed)) => {
+                    let now = self.now();
+                    self.shared.settle(&fed.expired);
+                    for target in fed.unresolved.iter().flatten() {
+                        self.open(target.clone(), false, None);
+                    }
+                    self.feed.fed(fed, &mut self.half, now);
+                }
+                Woken::Committed(Err(error)) | Woken::Fed(Err(error)) => self.fail(&error),
+                Woken::Request(Some(Request::Close(reply))) => {
+                    self.end = Some(CloseReason::Requested);
+                    return Some(reply);
+                }
+                Woken::Request(Some(request)) => self.request(request),
+                Woken::Request(None) => {
+                    // The last handle is gone.
+                    self.end = Some(CloseReason::Requested);
+                    return None;
+                }
+                Woken::App => {
+                    app = Box::pin(shared.wake.notified());
+                    self.take_fresh();
+                }
+                Woken::Time => {}
+            }
+            self.time_passed();
         }
+    }
+
+    async fn woken(
+        &mut self,
+        inbox: &mut mpsc::Receiver<Request>,
+        app: &mut Pin<Box<tokio::sync::futures::Notified<'_>>>,
+    ) -> Woken {
+        let timeout = self.timeout();
+        let records = self.ledger.has_room();
+        let Self { link, dialing, ledger, feed, .. } = self;
+        let io = poll_fn(|cx| {
+            use std::task::Poll::{Pending, Ready};
+            if let Some(link) = link
+                && let Ready(event) = link.poll(records, cx)
+            {
+                return Ready(Woken::Link(event));
+            }
+            if let Some(dial) = dialing
+                && let Ready(dialled) = dial.as_mut().poll(cx)
+            {
+                *dialing = None;
+                return Ready(Woken::Dialled(dialled));
+            }
+            if let Ready(committed) = ledger.poll(cx) {
+                return Ready(Woken::Committed(committed));
+            }
+            if let Ready(fed) = feed.poll(cx) {
+                return Ready(Woken::Fed(fed));
+            }
+            Pending
+        });
+        tokio::select! {
+            biased;
+            woken = io => woken,
+            () = app.as_mut() => Woken::App,
+            request = inbox.recv() => Woken::Request(request),
+            () = sleep_until(timeout.map(|at| self.started + at)) => Woken::Time,
+        }
+    }
+
+    /// The next moment at which something is due.
+    fn timeout(&self) -> Option<Duration> {
+        [
+            self.half.poll_timeout(),
+            self.machine.poll_timeout(),
+            self.overdue_at(),
+            self.feed.poll_timeout(self.now()),
+            self.ponged_at.map(|at| at + SYNC_MAX),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    fn time_passed(&mut self) {
+        let now = self.now();
+        if self.half.poll_timeout().is_some_and(|at| at <= now) {
+            self.half.handle_timeout(now);
+        }
+        self.feed.handle_timeout(&mut self.half, now);
+        if self.overdue_at().is_some_and(|at| at <= now) && !self.listen() {
+            self.step(Event::Overdue);
+        }
+        if self.machine.poll_timeout().is_some_and(|at| at <= now) {
+            self.step(Event::Timer);
+        }
+    }
+
+    /// When a missing answer makes the connection suspect.
+    fn overdue_at(&self) -> Option<Duration> {
+        let watched = matches!(self.machine.state(), State::Syncing | State::Live);
+        let since = self.waiting_since.filter(|_| watched)?;
+        Some(since + OVERDUE_MIN.max(self.rtt * 3))
+    }
+
+    /// Whether the gateway was heard since the last look: any packet counts.
+    fn listen(&mut self) -> bool {
+        let Some(link) = &self.link else { return false };
+        let stats = link.connection().stats();
+        self.rtt = stats.path.rtt;
+        let heard = stats.udp_rx.datagrams > self.packets;
+        self.packets = stats.udp_rx.datagrams;
+        if heard {
+            self.waiting_since = None;
+            let now = self.now();
+            self.half.heard(now);
+            if self.machine.state() == State::Suspect {
+                self.step(Event::Heard);
+            }
+        }
+        heard
+    }
+
+    fn step(&mut self, event: Event) {
+        let now = self.now();
+        let before = self.machine.state();
+        for action in self.machine.step(event, now, random()) {
+            match action {
+                Action::Race => self.race(),
+                Action::EndRace => {
+                    self.dialing = None;
+                    self.dialled = None;
+                }
+                Action::Adopt => self.adopt(),
+                Action::Nudge => self.half.nudge(now),
+                Action::Drop => self.drop_link(CloseCode::Done),
+                Action::NewSocket => self.dialer.forget_sockets(),
+            }
+        }
+        let after = self.machine.state();
+        if before != after {
+            tracing::debug!(?before, ?after, ?event, "connection");
+        }
+        self.show();
+    }
+
+    /// Shows the app where the connection stands.
+    fn show(&self) {
+        let state = match self.machine.state() {
+            State::Racing | State::Handshaking => ConnectionState::Connecting,
+            State::Syncing => ConnectionState::Syncing,
+            State::Live => ConnectionState::Live,
+            State::Suspect => ConnectionState::Suspect,
+            State::Draining => ConnectionState::Draining,
+            State::Suspended => ConnectionState::Offline { reason: OfflineReason::Suspended, retry_in: None },
+            State::Offline | State::Backoff => ConnectionState::Offline {
+                reason: self.reason.clone(),
+                retry_in: self.machine.poll_timeout().map(|at| at.saturating_sub(self.now())),
+            },
+            State::Closed => return,
+        };
+        self.shared.states.send_if_modified(|shown| {
+            let changed = *shown != state;
+            if changed {
+                *shown = state;
+            }
+            changed
+        });
+    }
+
+    /// Begins a race for a connection, and gets a token meanwhile when there is no ticket.
+    fn race(&mut self) {
+        let dialer = Arc::clone(&self.dialer);
+        let ticket =
+            self.identity.ticket.as_deref().filter(|_| self.identity.server == self.options.server_name);
+        let ticket = ticket.map(AuthProof::ticket);
+        let token = self.options.token.clone();
+        let grease = random();
+        self.dialing = Some(Box::pin(async move {
+            let proof = async {
+                match ticket {
+                    Some(ticket) => Ok(ticket),
+                    None => prove(&token).await.map_err(DialError::NoToken),
+                }
+            };
+            let connection = async { dialer.race().await.map_err(DialError::Unreachable) };
+            let (proof, connection) = tokio::try_join!(proof, connection)?;
+            let link = Link::open(connection, grease).await;
+            Ok((link.map_err(|error| DialError::Unreachable(error.to_string()))?, proof))
+        }));
+    }
+
+    fn dialled(&mut self, dialled: Dialled) {
+        match dialled {
+            Ok(dialled) => {
+                self.dialled = Some(dialled);
+                self.step(Event::Reached);
+            }
+            Err(error) => {
+                self.reason = match error {
+                    DialError::Unreachable(text) => OfflineReason::Unreachable(text),
+                    DialError::NoToken(text) => OfflineReason::NoToken(text),
+                };
+                // A socket that went bad shows only as silence.
+                self.dialer.forget_sockets();
+                self.step(Event::Unreached);
+            }
+        }
+    }
+
+    /// Says HELLO on the new connection; what was before is left.
+    fn adopt(&mut self) {
+        let Some((link, proof)) = self.dialled.take() else { return };
+        self.drop_link(CloseCode::Done);
+        let now = self.now();
+        self.packets = 0;
+        self.ponged = false;
+        self.by_ticket = matches!(proof, AuthProof::Ticket(_));
+        let mut network = self.options.network;
+        network.rtt_ms = u32::try_from(self.rtt.as_millis()).unwrap_or(0);
+        self.link = Some(link);
+        self.half.connect(proof, network, now);
+    }
+
+    fn drop_link(&mut self, code: CloseCode) {
+        let Some(link) = self.link.take() else { return };
+        let stats = link.connection().stats();
+        let mut traffic = self.shared.traffic();
+        traffic.past_sent_bytes += stats.udp_tx.bytes;
+        traffic.past_received_bytes += stats.udp_rx.bytes;
+        traffic.link = None;
+        drop(traffic);
+        link.close(code);
+        self.waiting_since = None;
+        self.ponged_at = None;
+        let now = self.now();
+        self.half.disconnected(now);
+    }
+
+    /// The connection is gone or of no use.
+    fn lost(&mut self, reason: OfflineReason, code: CloseCode) {
+        self.drop_link(code);
+        self.reason = reason;
+        let after = std::mem::take(&mut self.lost_after);
+        self.step(Event::Lost { after });
+    }
+
+    fn link_event(&mut self, event: LinkEvent) {
+        let now = self.now();
+        match event {
+            LinkEvent::Frames(frames) => {
+                self.waiting_since = None;
+                for (channel, frame) in frames {
+                    // The half closes by itself when the gateway breaks the rules.
+                    if let Err(violation) = self.half.handle(channel, frame, now) {
+                        tracing::warn!(%violation, "the gateway broke the protocol");
+                    }
+                }
+                if self.machine.state() == State::Suspect {
+                    self.step(Event::Heard);
+                }
+            }
+            LinkEvent::Violation(violation) => {
+                tracing::warn!(%violation, "the gateway broke the framing");
+                self.lost(OfflineReason::Lost(violation.to_string()), violation.close_code());
+            }
+            LinkEvent::Lost(code, text) => {
+                tracing::debug!(?code, %text, "connection lost");
+                self.closed_by_gateway(code, text);
+            }
+        }
+    }
+
+    fn closed_by_gateway(&mut self, code: Option<CloseCode>, text: String) {
+        match code {
+            Some(CloseCode::Superseded) => self.end = Some(CloseReason::Superseded),
+            Some(CloseCode::Kicked) => self.end = Some(CloseReason::Kicked(String::new())),
+            Some(CloseCode::VersionUnsupported) => self.end = Some(CloseReason::Incompatible(text)),
+            Some(CloseCode::AuthExpired | CloseCode::AuthFailed) => {
+                self.identity.ticket = None;
+                self.lost(OfflineReason::Lost(text), CloseCode::Done);
+            }
+            _ => self.lost(OfflineReason::Lost(text), CloseCode::Done),
+        }
+    }
+
+    /// Does what the half says, in its order.
+    async fn carry_out(&mut self) -> Result<(), Error> {
+        while let Some(output) = self.half.poll_output() {
+            let now = self.now();
+            match output {
+                Output::Transmit(channel, frame) => self.transmit(channel, &frame, now),
+                Output::Welcomed(welcome) => self.welcomed(&welcome),
+                Output::NewEpoch { epoch, unsettled } => self.new_epoch(epoch, &unsettled).await?,
+                Output::Deliver(record) => self.ledger.push(Change::Marker(Marker::Record(Box::new(record)))),
+                Output::Gap { conversation, from, to } => {
+                    self.event(ClientEvent::Gap { conversation, from, to });
+                    self.ledger.push(Change::Marker(Marker::Gone(conversation, to)));
+                }
+                Output::Acked { conversation, pseq, seq, .. } => {
+                    self.feed.settled(conversation, pseq);
+                    // Without a seq the record itself is on its way and settles it.
+                    if let Some(seq) = seq {
+                        self.ledger.push(Change::Acked(conversation, pseq, seq));
+                    }
+                }
+                Output::Refused(refused) => {
+                    self.feed.settled(refused.conversation, refused.pseq);
+                    self.ledger.push(Change::Refused(refused.conversation, refused.pseq, refused.code));
+                }
+                Output::Opened(opened) => self.opened(opened),
+                Output::Replied(reply) => self.replied(reply),
+                Output::Page(_) => {}
+                Output::Receipts(receipts) => self.ledger.push(Change::Receipts(receipts)),
+                Output::Heads(heads) => {
+                    for head in &heads {
+                        if head.head > self.half.cursor(head.conversation) {
+                            self.ledger.behind(head.conversation, head.head);
+                        }
+                    }
+                    self.ledger.push(Change::Heads(heads));
+                }
+                Output::Event(event) => self.event(ClientEvent::Ephemeral {
+                    conversation: event.conversation,
+                    kind: event.kind,
+                    sender: event.sender,
+                    ttl: Duration::from_millis(event.ttl_ms.into()),
+                    payload: bytes::Bytes::copy_from_slice(&event.payload),
+                }),
+                Output::RequestRefused(error) => self.request_refused(error),
+                Output::Goaway(goaway) => {
+                    self.step(Event::Goaway { spread: Duration::from_millis(goaway.spread_ms.into()) });
+                }
+                Output::Kicked(kicked) => self.end = Some(CloseReason::Kicked(kicked.by)),
+                Output::Failed(error) => self.refused(&error),
+                Output::Rtt(rtt) => {
+                    if !std::mem::replace(&mut self.ponged, true) {
+                        self.ponged_at = Some(now);
+                    }
+                    self.shared.traffic().rtt = rtt;
+                }
+                Output::Close(code) => {
+                    let reason = match &self.reason {
+                        OfflineReason::Refused(code) if self.machine.state() == State::Handshaking => {
+                            OfflineReason::Refused(*code)
+                        }
+                        _ => OfflineReason::Lost(code.to_string()),
+                    };
+                    self.lost(reason, code);
+                }
+            }
+        }
+        let now = self.now();
+        if let Some(at) = self.ponged_at
+            && (self.ledger.is_caught_up() || now >= at + SYNC_MAX)
+        {
+            self.ponged_at = None;
+            self.step(Event::Synced);
+        }
+        Ok(())
+    }
+
+    fn transmit(&mut self, channel: Channel, frame: &Frame, now: Duration) {
+        let Some(link) = &mut self.link else { return };
+        match frame {
+            Frame::Send(send) => {
+                if let Some(id) = self.feed.id(send.conversation, send.pseq) {
+                    self.shared.handles().sent(id);
+                }
+                self.waiting_since.get_or_insert(now);
+            }
+            Frame::Ping(_) => {
+                self.waiting_since.get_or_insert(now);
+            }
+            _ => {}
+        }
+        link.write(channel, frame);
+    }
+
+    fn welcomed(&mut self, welcome: &Welcome) {
+        let now = self.now();
+        if let Some(link) = &self.link {
+            let mut traffic = self.shared.traffic();
+            traffic.connections += 1;
+            traffic.link = Some(link.connection().clone());
+        }
+        self.identity.user = Some(welcome.user);
+        self.identity.device = Some(welcome.device);
+        self.identity.ticket = Some(welcome.ticket.0.clone());
+        self.identity.server.clone_from(&self.options.server_name);
+        self.ledger.push(Change::Welcomed {
+            user: welcome.user,
+            device: welcome.device,
+            ticket: welcome.ticket.0.clone(),
+            server: self.options.server_name.clone(),
+            server_time: welcome.server_time,
+        });
+        self.step(Event::Welcomed);
+        self.half.ping(now);
+        for target in self.feed.unresolved() {
+            self.open(target, false, None);
+        }
+        self.ask_names();
+    }
+
+    /// Keeps the epoch before anything leaves under it; another one than ours numbers what waits anew.
+    async fn new_epoch(&mut self, epoch: Epoch, unsettled: &[(ConversationId, Pseq)]) -> Result<(), Error> {
+        // What was settled under the old numbers is written under them.
+        while !self.ledger.is_empty() {
+            self.ledger.start(&self.shared, self.own());
+            let committed = poll_fn(|cx| self.ledger.poll(cx)).await?;
+            self.committed(committed);
+        }
+        if self.identity.epoch == Epoch::ZERO {
+            self.shared.db.run(true, move |store| store.first_epoch(epoch)).await?;
+        } else {
+            tracing::warn!(%epoch, unsettled = unsettled.len(), "the gateway did not know this device's sends");
+            let waiting = self
+                .shared
+                .db
+                .run(true, move |store| {
+                    store.new_epoch(epoch)?;
+                    store.waiting_conversations()
+                })
+                .await?;
+            self.feed.renumbered(waiting);
+        }
+        self.identity.epoch = epoch;
+        Ok(())
+    }
+
+    fn own(&self) -> Own {
+        Own {
+            user: self.identity.user.unwrap_or_default(),
+            device: self.identity.device.unwrap_or_default(),
+            epoch: self.identity.epoch,
+        }
+    }
+
+    /// The HELLO was refused.
+    fn refused(&mut self, error: &fulmar_protocol::frame::Error) {
+        tracing::info!(code = %error.code, text = %error.text, "the gateway refused the connection");
+        self.lost_after = Duration::from_millis(error.retry_after_ms.into());
+        self.reason = OfflineReason::Refused(error.code);
+        let changes = matches!(self.options.token, Token::Provider(_));
+        match error.code.retry() {
+            Retry::AfterAuth if self.by_ticket => {
+                // The ticket is of no use any more; the token is.
+                self.identity.ticket = None;
+                self.shared.db.try_run(|store| store.forget_ticket());
+            }
+            Retry::AfterAuth if changes || error.code == RefusalCode::TokenNotYetValid => {}
+            Retry::AfterAuth => self.end = Some(CloseReason::Refused(error.code)),
+            Retry::Never if error.code == RefusalCode::KickedOut => {
+                self.end = Some(CloseReason::Kicked(error.text.clone()));
+            }
+            Retry::Never => self.end = Some(CloseReason::Refused(error.code)),
+            Retry::Same | Retry::OtherNode => {}
+        }
+    }
+
+    fn committed(&mut self, committed: ledger::Committed) {
+        let now = self.now();
+        let ledger::Committed { delivered, arrival, receipts, names, resolved, replies } = committed;
+        for (conversation, seq) in delivered.cursors {
+            self.ledger.reached(conversation, seq);
+            self.half.committed(conversation, seq, now);
+        }
+        self.shared.arrivals.send_if_modified(|newest| {
+            let moved = arrival > *newest;
+            *newest = arrival.max(*newest);
+            moved
+        });
+        self.shared.settle(&delivered.settled);
+        for conversation in delivered.fresh {
+            self.event(ClientEvent::Conversation { conversation });
+        }
+        let user = self.identity.user;
+        for receipt in receipts {
+            if Some(receipt.user) != user {
+                self.shared.handles().receipt(receipt.conversation, receipt.recv, receipt.read);
+            }
+            let fulmar_protocol::frame::Receipt { conversation, user, recv, read } = receipt;
+            self.event(ClientEvent::Receipt { conversation, user, recv, read });
+        }
+        for (user, name) in names {
+            self.event(ClientEvent::Name { user, name });
+        }
+        for conversation in resolved {
+            self.feed.hungry(conversation);
+        }
+        replies.send();
+        self.requests.nameless(delivered.nameless);
+        self.ask_names();
+    }
+
+    fn take_fresh(&mut self) {
+        let now = self.now();
+        let fresh = self.shared.fresh();
+        let something = !fresh.sends.is_empty() || fresh.unresolved;
+        for (conversation, ()) in fresh.sends {
+            self.feed.hungry(conversation);
+        }
+        for (conversation, read) in fresh.marks {
+            self.half.mark(conversation, read, now);
+        }
+        for (conversation, pseq) in fresh.cancelled {
+            self.feed.cancel(conversation, pseq, &mut self.half, now);
+        }
+        if fresh.unresolved {
+            self.feed.look_for_names();
+        }
+        if something {
+            self.step(Event::Poke);
+        }
+    }
+
+    fn event(&self, event: ClientEvent) {
+        // Nobody may be looking.
+        let _ = self.shared.events.send(event);
+    }
+
+    /// The database failed: nothing can be promised any more.
+    fn fail(&mut self, error: &Error) {
+        tracing::error!(%error, "the client's database failed");
+        self.end = Some(CloseReason::Database(error.to_string()));
+    }
+
+    /// Ends it: what is in the ledger is committed, what is in the buffers is sent if that is quick.
+    async fn finish(&mut self) {
+        let reason = self.end.take().unwrap_or(CloseReason::Requested);
+        if !matches!(reason, CloseReason::Database(_)) {
+            let lingered = tokio::time::timeout(LINGER, self.linger()).await;
+            if lingered.is_err() {
+                tracing::debug!("not everything was sent before closing");
+            }
+        }
+        self.step(Event::Close);
+        self.requests.close();
+        self.shared.handles().close();
+        self.shared.closed.send_replace(true);
+        self.shared.states.send_replace(ConnectionState::Closed { reason });
+    }
+
+    async fn linger(&mut self) {
+        loop {
+            // Acknowledges what was committed; the PING makes the ACK leave.
+            let now = self.now();
+            if self.carry_out().await.is_err() {
+                return;
+            }
+            self.ledger.start(&self.shared, self.own());
+            let committing = !self.ledger.is_empty();
+            let sending =
+                self.link.as_ref().is_some_and(|link| !link.is_flushed()) || self.half.unacked() > 0;
+            let online = matches!(self.machine.state(), State::Syncing | State::Live | State::Draining);
+            if !committing && !(online && sending && self.link.is_some()) {
+                self.half.ping(now);
+                let _ = self.carry_out().await;
+                return;
+            }
+            let Self { link, ledger, .. } = self;
+            let woken = poll_fn(|cx| {
+                use std::task::Poll::{Pending, Ready};
+                if let Ready(committed) = ledger.poll(cx) {
+                    return Ready(Woken::Committed(committed));
+                }
+                if let Some(link) = link
+                    && let Ready(event) = link.poll(true, cx)
+                {
+                    return Ready(Woken::Link(event));
+                }
+                Pending
+            })
+            .await;
+            match woken {
+                Woken::Link(LinkEvent::Frames(frames)) => {
+                    let now = self.now();
+                    for (channel, frame) in frames {
+                        let _ = self.half.handle(channel, frame, now);
+                    }
+                }
+                Woken::Committed(Ok(committed)) => self.committed(committed),
+                _ => return,
+            }
+        }
+    }
+}
+
+async fn prove(token: &Token) -> Result<AuthProof, String> {
+    match token {
+        Token::Fixed(token) => Ok(AuthProof::Token(token.clone())),
+        Token::Provider(provider) => match tokio::time::timeout(TOKEN_TIMEOUT, provider()).await {
+            Ok(Ok(token)) => Ok(AuthProof::Token(token)),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("the token provider did not answer".to_owned()),
+        },
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }

@@ -34,6 +34,7 @@
 //! `link` → `driver` → `db::inbox` → [`Messages::next`]. Who decides: the connection's states are in `state` (pure),
 //! exactly-once is in `fulmar_protocol`.
 
+mod backoff;
 mod client;
 mod conversation;
 mod db;
@@ -43,6 +44,7 @@ mod event;
 mod messages;
 mod options;
 mod send;
+mod state;
 mod transport;
 
 pub use bytes::Bytes;

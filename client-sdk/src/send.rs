@@ -185,10 +185,11 @@ impl SendHandle {
     /// When the database fails.
     pub async fn cancel(&self) -> Result<(), Error> {
         let id = self.id;
-        let settled = self.shared.db.run(true, move |store| store.cancel(id)).await?;
+        let (settled, numbered) = self.shared.db.run(true, move |store| store.cancel(id)).await?;
         if let Some(settled) = settled {
             self.shared.settle(&[settled]);
         }
+        self.shared.cancelled(&numbered);
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use std::collections::{BTreeSet, HashMap};
 use bytes::Bytes;
 use fulmar_protocol::{
     frame::{Deliver, RecordKind},
-    id::{ConversationId, DeviceId, Seq, UnixMillis, UserId},
+    id::{ConversationId, DeviceId, Epoch, Seq, UnixMillis, UserId},
     limit::BODY_BYTES_MAX,
 };
 use rusqlite::{OptionalExtension, Row, params};
@@ -39,14 +39,20 @@ pub(crate) enum Marker {
     Gone(ConversationId, Seq),
 }
 
+/// Whose database it is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Own {
+    pub(crate) user: UserId,
+    pub(crate) device: DeviceId,
+    pub(crate) epoch: Epoch,
+}
+
 /// What came of a batch.
 #[derive(Debug, Default)]
 pub(crate) struct Delivered {
     /// The cursors that moved.
     pub(crate) cursors: HashMap<ConversationId, Seq>,
-    /// The newest arrival.
-    pub(crate) arrival: u64,
-    /// Own sends that were known by their echo.
+    /// Sends that ended: by their echo, or by an answer.
     pub(crate) settled: Vec<Settled>,
     /// Senders without a name.
     pub(crate) nameless: BTreeSet<UserId>,
@@ -55,51 +61,47 @@ pub(crate) struct Delivered {
 }
 
 impl Store {
-    /// Stores a batch of records and moves the cursors behind them.
+    /// Stores a record, or notes that it is gone, and moves the cursor behind it.
     pub(crate) fn deliver(
         &self,
-        batch: &[Marker],
+        marker: &Marker,
         now: UnixMillis,
-        user: UserId,
-        device: DeviceId,
-    ) -> Result<Delivered, Error> {
-        let mut delivered = Delivered::default();
-        for marker in batch {
-            let (conversation, seq) = match marker {
-                Marker::Record(record) => (record.conversation, record.seq),
-                Marker::Gone(conversation, to) => (*conversation, *to),
-            };
-            if self.know(conversation)? {
-                delivered.fresh.push(conversation);
-            }
-            if let Marker::Record(record) = marker {
-                self.store_record(record, now, user, device, &mut delivered)?;
-            }
-            let mut cursor = self.sql.prepare_cached(
-                "UPDATE conversations SET recv = ?2, head = max(head, ?2) WHERE number = ?1 AND recv < ?2",
-            )?;
-            cursor.execute(params![int(conversation), int(seq)])?;
-            delivered.cursors.insert(conversation, seq);
+        own: Own,
+        delivered: &mut Delivered,
+    ) -> Result<(), Error> {
+        let (conversation, seq) = match marker {
+            Marker::Record(record) => (record.conversation, record.seq),
+            Marker::Gone(conversation, to) => (*conversation, *to),
+        };
+        if self.know(conversation)? {
+            delivered.fresh.push(conversation);
         }
-        delivered.arrival = self.last_arrival()?;
-        Ok(delivered)
+        if let Marker::Record(record) = marker {
+            self.store_record(record, now, own, delivered)?;
+        }
+        let mut cursor = self.sql.prepare_cached(
+            "UPDATE conversations SET recv = ?2, head = max(head, ?2) WHERE number = ?1 AND recv < ?2",
+        )?;
+        cursor.execute(params![int(conversation), int(seq)])?;
+        let moved = delivered.cursors.entry(conversation).or_insert(seq);
+        *moved = (*moved).max(seq);
+        Ok(())
     }
 
     fn store_record(
         &self,
         record: &Deliver,
         now: UnixMillis,
-        user: UserId,
-        device: DeviceId,
+        own: Own,
         delivered: &mut Delivered,
     ) -> Result<(), Error> {
-        let own = record.sender == user;
-        let this_device = own && record.origin.is_some_and(|origin| origin.device == device);
+        let by_user = record.sender == own.user;
+        let this_device = by_user && record.origin.is_some_and(|origin| origin.device == own.device);
         let (first, truncated) = self.chain(record)?;
         let flag = |on: bool, flag: i64| if on { flag } else { 0 };
         let flags = flag(record.more, MORE)
             | flag(record.silent, SILENT)
-            | flag(own, OWN)
+            | flag(by_user, OWN)
             | flag(this_device, THIS_DEVICE)
             | flag(truncated, TRUNCATED);
         let time = record.time.expand(now);
@@ -123,14 +125,14 @@ impl Store {
         if inserted == 0 {
             return Ok(());
         }
-        if let Some(origin) = record.origin.filter(|_| this_device)
+        if let Some(origin) = record.origin.filter(|origin| this_device && origin.epoch == own.epoch)
             && let Some(settled) = self.acked(record.conversation, origin.pseq, record.seq)?
         {
             delivered.settled.push(settled);
         }
         match record.kind {
             RecordKind::Created | RecordKind::Joined | RecordKind::Left => self.take_roster(record)?,
-            _ if !own && record.sender.get() != 0 && self.user_name(record.sender)?.is_none() => {
+            _ if !by_user && record.sender.get() != 0 && self.user_name(record.sender)?.is_none() => {
                 delivered.nameless.insert(record.sender);
             }
             _ => {}

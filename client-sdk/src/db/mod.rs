@@ -17,8 +17,8 @@ use tokio::sync::{mpsc, oneshot};
 
 pub use self::register::ConversationSummary;
 pub(crate) use self::{
-    inbox::{Delivered, Marker},
-    outbox::{Draft, Outcome, Queued, Settled, Unsettled, WaitingSend},
+    inbox::{Delivered, Marker, Own},
+    outbox::{Draft, Outcome, Settled, Unsettled, WaitingSend},
     register::{Identity, Restore},
     store::Store,
 };

@@ -60,6 +60,8 @@ pub(crate) struct Queued {
 pub(crate) struct WaitingSend {
     pub(crate) id: u64,
     pub(crate) send: Send,
+    /// When it is of no use any more, milliseconds since 1970 by the device's clock.
+    pub(crate) ends: Option<u64>,
 }
 
 /// How a send ended.
@@ -264,14 +266,15 @@ impl Store {
             let flags: i64 = row.get(3)?;
             let ttl: Option<u32> = row.get(5)?;
             let created: u64 = number(row, 6)?;
-            let age = now.saturating_sub(created);
             // A body of several pieces is never cut in the middle by its age.
             let whole = flags & MORE == 0 && row.get::<_, Option<i64>>(9)?.is_none();
-            let old = whole && ttl.is_some_and(|ttl| age / 1000 >= u64::from(ttl));
+            let ends = ttl.filter(|_| whole).map(|ttl| created.saturating_add(u64::from(ttl) * 1000));
+            let old = ends.is_some_and(|ends| ends <= now);
             let cancel = flags & CANCEL != 0 || old;
             let payload: Option<Vec<u8>> = row.get(7)?;
             Ok(WaitingSend {
                 id: number(row, 0)?,
+                ends,
                 send: Send {
                     kind: kind(row, 2)?,
                     conversation,
@@ -310,35 +313,36 @@ impl Store {
         Ok(settled)
     }
 
-    /// Turns what is left of a body into tombstones, or ends it when it has no number yet.
-    pub(crate) fn cancel(&self, id: u64) -> Result<Option<Settled>, Error> {
+    /// Turns what is left of a body into tombstones, or ends it when it has no number yet. What has one is named.
+    pub(crate) fn cancel(&self, id: u64) -> Result<(Option<Settled>, Vec<(ConversationId, Pseq)>), Error> {
         let nameless = self.sql.execute(
             "UPDATE outbox SET state = ?2, payload = NULL
-                 WHERE coalesce(body, id) = ?1 AND (id = ?1 OR body = ?1) AND state = 0 AND conversation IS NULL",
+                 WHERE (id = ?1 OR body = ?1) AND state = 0 AND conversation IS NULL",
             params![int(id), EXPIRED],
         )?;
         if nameless > 0 {
-            return Ok(Some(Settled { id, conversation: None, outcome: Outcome::Expired }));
+            let settled = Settled { id, conversation: None, outcome: Outcome::Expired };
+            return Ok((Some(settled), Vec::new()));
         }
-        self.sql.execute(
-            "UPDATE outbox SET flags = flags | ?2 WHERE (id = ?1 OR body = ?1) AND state = 0",
-            params![int(id), CANCEL],
+        let mut update = self.sql.prepare_cached(
+            "UPDATE outbox SET flags = flags | ?2 WHERE (id = ?1 OR body = ?1) AND state = 0
+                 RETURNING conversation, pseq",
         )?;
-        Ok(None)
+        let rows =
+            update.query_map(params![int(id), CANCEL], |row| Ok((number(row, 0)?, number(row, 1)?)))?;
+        Ok((None, rows.collect::<Result<_, _>>()?))
     }
 
-    /// A send is settled: `seq` zero means that its number was consumed without a record. Again: nothing happens.
+    /// A send is stored at the gateway. Again: nothing happens.
     pub(crate) fn acked(
         &self,
         conversation: ConversationId,
         pseq: Pseq,
         seq: Seq,
     ) -> Result<Option<Settled>, Error> {
-        let stored = seq != Seq::ZERO;
         let mut update = self.sql.prepare_cached(
             "UPDATE outbox SET payload = NULL, seq = ?3,
-                 state = CASE WHEN code IS NOT NULL THEN 2 WHEN ?3 > 0 THEN 1
-                     WHEN flags & 4 OR ttl IS NOT NULL THEN 3 ELSE 2 END
+                 state = CASE WHEN code IS NULL THEN 1 ELSE 2 END
                  WHERE conversation = ?1 AND pseq = ?2 AND state = 0
                  RETURNING coalesce(body, id), flags, state, code",
         )?;
@@ -350,9 +354,6 @@ impl Store {
         let Some((id, flags, state, code)) = row else { return Ok(None) };
         let code: Option<u32> = code;
         if flags & MORE != 0 {
-            if !stored {
-                self.spoil(id, code.unwrap_or(0))?;
-            }
             return Ok(None);
         }
         let outcome = outcome(state, Some(seq), code);
@@ -367,11 +368,11 @@ impl Store {
         code: RefusalCode,
     ) -> Result<Option<Settled>, Error> {
         let mut update = self.sql.prepare_cached(
-            "UPDATE outbox SET payload = NULL, state = ?3, code = coalesce(code, ?4)
+            "UPDATE outbox SET payload = NULL, state = 2, code = coalesce(code, ?3)
                  WHERE conversation = ?1 AND pseq = ?2 AND state = 0 RETURNING coalesce(body, id), flags, code",
         )?;
         let row = update
-            .query_row(params![int(conversation), int(pseq), REFUSED, code.code()], |row| {
+            .query_row(params![int(conversation), int(pseq), code.code()], |row| {
                 Ok((number::<u64>(row, 0)?, row.get::<_, i64>(1)?, row.get::<_, u32>(2)?))
             })
             .optional()?;
@@ -380,8 +381,7 @@ impl Store {
             self.spoil(id, code)?;
             return Ok(None);
         }
-        let outcome = Outcome::Refused(RefusalCode::from_code(code));
-        Ok(Some(Settled { id, conversation: Some(conversation), outcome }))
+        Ok(Some(Settled { id, conversation: Some(conversation), outcome: refusal(code) }))
     }
 
     /// A piece of a body will never be stored: the whole body ends as refused, when its last piece is settled.
@@ -393,9 +393,32 @@ impl Store {
         Ok(())
     }
 
-    /// The server handed out a new epoch: what is unsettled is numbered from 1 again, in the same order.
-    pub(crate) fn new_epoch(&self, epoch: Epoch) -> Result<(), Error> {
+    /// The first sends of every lane, `limit` in all, by age: what may have left before is among them.
+    pub(crate) fn oldest_waiting(&self, limit: usize, now: u64) -> Result<Vec<WaitingSend>, Error> {
+        let mut select = self.sql.prepare(
+            "SELECT conversation, count(*) FROM (SELECT conversation FROM outbox
+                 WHERE state = 0 AND pseq IS NOT NULL ORDER BY id LIMIT ?1) GROUP BY conversation",
+        )?;
+        let limit = i64::try_from(limit).unwrap_or(i64::MAX);
+        let lanes = select.query_map([limit], |row| Ok((number(row, 0)?, number::<u64>(row, 1)?)))?;
+        let mut sends = Vec::new();
+        for lane in lanes {
+            let (conversation, count) = lane?;
+            let count = usize::try_from(count).unwrap_or(usize::MAX);
+            sends.extend(self.waiting(conversation, Pseq::ZERO, count, now)?);
+        }
+        Ok(sends)
+    }
+
+    /// The server handed out the first epoch: sends were numbered from 1 already.
+    pub(crate) fn first_epoch(&self, epoch: Epoch) -> Result<(), Error> {
         self.sql.execute("UPDATE device SET epoch = ?1", [int(epoch)])?;
+        Ok(())
+    }
+
+    /// The server handed out another epoch: what is unsettled is numbered from 1 again, in the same order.
+    pub(crate) fn new_epoch(&self, epoch: Epoch) -> Result<(), Error> {
+        self.first_epoch(epoch)?;
         let conversations = self.waiting_conversations()?;
         self.sql.execute("UPDATE conversations SET pseq = 0 WHERE pseq > 0", [])?;
         for conversation in conversations {
@@ -470,7 +493,15 @@ fn outcome(state: i64, seq: Option<Seq>, code: Option<u32>) -> Option<Outcome> {
         WAITING => None,
         ACKED => Some(Outcome::Acked(seq.unwrap_or(Seq::ZERO))),
         EXPIRED => Some(Outcome::Expired),
-        _ => Some(Outcome::Refused(RefusalCode::from_code(code.unwrap_or(0)))),
+        _ => Some(refusal(code.unwrap_or(0))),
+    }
+}
+
+/// A refusal as the app sees it: what was taken back by this side has expired.
+fn refusal(code: u32) -> Outcome {
+    match RefusalCode::from_code(code) {
+        RefusalCode::Cancelled => Outcome::Expired,
+        code => Outcome::Refused(code),
     }
 }
 

@@ -2,17 +2,25 @@
 //!
 //! TLS 1.3 only, one ALPN. Session tickets are kept per client, so that a later connection can resume.
 
-use std::sync::Arc;
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
-use fulmar_protocol::version::ALPN;
-use quinn::crypto::rustls::QuicClientConfig;
+use fulmar_protocol::{
+    limit::{ADDRESSES_MAX, LANES_MAX},
+    version::ALPN,
+};
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use quinn::{Connecting, Connection, Endpoint, TransportConfig, VarInt, crypto::rustls::QuicClientConfig};
 use rustls::{
     RootCertStore,
     client::Resumption,
     pki_types::{CertificateDer, pem::PemObject},
 };
 
-use crate::{error::Error, options::Trust};
+use crate::{client::lock, error::Error, options::Trust};
 
 /// TLS sessions kept for resumption: a client talks to one gateway.
 const SESSIONS_KEPT: usize = 8;
@@ -61,4 +69,159 @@ fn certificates(trust: &Trust) -> Result<Vec<CertificateDer<'static>>, Error> {
         return Err(Error::Certificate("no certificate in the PEM file".to_owned()));
     }
     Ok(certificates)
+}
+
+/// Attempts of one race that are under way at once.
+const ATTEMPTS_MAX: usize = 3;
+
+/// From one attempt of a race to the next.
+const STAGGER: Duration = Duration::from_millis(250);
+
+/// What one attempt may take.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Idle connections end after this long; the session's PINGs keep those alive that are wanted.
+const IDLE_TIMEOUT_MS: u32 = 180_000;
+
+/// Bytes the gateway may have under way to this client, on one stream and in all. A full backlog stream must leave room
+/// for the lanes.
+const STREAM_WINDOW: u32 = 128 * 1024;
+const WINDOW: u32 = 512 * 1024;
+
+/// Bytes this client may have under way.
+const SEND_WINDOW: u64 = 256 * 1024;
+
+/// Bytes of datagrams kept in either direction; they are small and stale soon.
+const DATAGRAM_BUFFER: usize = 32 * 1024;
+
+/// The socket of a client, and how it reaches a gateway.
+#[derive(Debug)]
+pub(crate) struct Dialer {
+    config: quinn::ClientConfig,
+    address: String,
+    server_name: String,
+    /// One for IPv4, one for IPv6.
+    sockets: Mutex<[Option<Endpoint>; 2]>,
+}
+
+impl Dialer {
+    pub(crate) fn new(tls: Tls, address: String, server_name: String) -> Self {
+        let mut transport = TransportConfig::default();
+        transport
+            .max_concurrent_bidi_streams(0u8.into())
+            .max_concurrent_uni_streams((u32::from(LANES_MAX) + 2).into())
+            .max_idle_timeout(Some(VarInt::from_u32(IDLE_TIMEOUT_MS).into()))
+            // The session's PINGs do that, when they are wanted.
+            .keep_alive_interval(None)
+            .stream_receive_window(STREAM_WINDOW.into())
+            .receive_window(WINDOW.into())
+            .send_window(SEND_WINDOW)
+            .send_fairness(false)
+            .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
+            .datagram_send_buffer_size(DATAGRAM_BUFFER);
+        let mut config = quinn::ClientConfig::new(tls.0);
+        config.transport_config(Arc::new(transport));
+        Self { config, address, server_name, sockets: Mutex::default() }
+    }
+
+    /// The next race gets new sockets; connections that are up keep theirs.
+    pub(crate) fn forget_sockets(&self) {
+        *lock(&self.sockets) = [None, None];
+    }
+
+    /// Moves connections that are up to new sockets.
+    pub(crate) fn rebind(&self) {
+        for (v6, endpoint) in [false, true].into_iter().zip(lock(&self.sockets).iter()) {
+            let Some(endpoint) = endpoint else { continue };
+            let moved = UdpSocket::bind(any(v6)).and_then(|socket| endpoint.rebind(socket));
+            if let Err(error) = moved {
+                tracing::debug!(%error, "no new socket; the old one is kept");
+            }
+        }
+    }
+
+    fn connecting(&self, address: SocketAddr) -> Result<Connecting, String> {
+        let v6 = address.is_ipv6();
+        let mut sockets = lock(&self.sockets);
+        let [four, six] = &mut *sockets;
+        let slot = if v6 { six } else { four };
+        let endpoint = match slot {
+            Some(endpoint) => endpoint,
+            None => slot.insert(Endpoint::client(any(v6)).map_err(|error| format!("no socket: {error}"))?),
+        };
+        endpoint
+            .connect_with(self.config.clone(), address, &self.server_name)
+            .map_err(|error| format!("{address}: {error}"))
+    }
+
+    /// Looks the address up and races for a connection: attempts begin 250 ms apart, or when the one before failed; the
+    /// first that succeeds wins and ends the others. The text of an error is for people.
+    pub(crate) async fn race(&self) -> Result<Connection, String> {
+        let found = tokio::net::lookup_host(&self.address).await;
+        let addresses: Vec<SocketAddr> =
+            found.map_err(|error| format!("{}: {error}", self.address))?.take(ADDRESSES_MAX).collect();
+        let mut addresses = addresses.into_iter();
+        let mut attempts = FuturesUnordered::new();
+        let mut last_error = format!("{}: no address", self.address);
+        let mut next = addresses.next();
+        loop {
+            if let Some(address) = next.take() {
+                match self.connecting(address) {
+                    Ok(connecting) => attempts.push(async move {
+                        match tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await {
+                            Ok(Ok(connection)) => Ok(connection),
+                            Ok(Err(error)) => Err(format!("{address}: {error}")),
+                            Err(_) => Err(format!("{address}: no answer")),
+                        }
+                    }),
+                    Err(error) => last_error = error,
+                }
+            }
+            let may_start = attempts.len() < ATTEMPTS_MAX && addresses.len() > 0;
+            if attempts.is_empty() && !may_start {
+                return Err(last_error);
+            }
+            tokio::select! {
+                Some(attempt) = attempts.next(), if !attempts.is_empty() => match attempt {
+                    Ok(connection) => return Ok(connection),
+                    Err(error) => {
+                        last_error = error;
+                        next = addresses.next();
+                    }
+                },
+                () = tokio::time::sleep(STAGGER), if may_start => next = addresses.next(),
+            }
+        }
+    }
+}
+
+fn any(v6: bool) -> SocketAddr {
+    let address = if v6 { IpAddr::V6(Ipv6Addr::UNSPECIFIED) } else { IpAddr::V4(Ipv4Addr::UNSPECIFIED) };
+    SocketAddr::new(address, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn certificates_are_read_as_pem_and_der() {
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let der = made.cert.der().to_vec();
+        let pem = made.cert.pem().into_bytes();
+        assert_eq!(certificates(&Trust::Certificate(der.clone())).unwrap(), [der.clone().into()]);
+        assert_eq!(certificates(&Trust::Certificate(pem)).unwrap(), [der.into()]);
+    }
+
+    #[test]
+    fn what_is_no_certificate_is_refused() {
+        for bytes in
+            [&b"rubbish"[..], b"", b"-----BEGIN CERTIFICATE-----\n", b"-----BEGIN X-----\n-----END X-----\n"]
+        {
+            let refused = client_tls(Some(&Trust::Certificate(bytes.to_vec())));
+            assert!(matches!(refused, Err(Error::Certificate(_))), "{bytes:?}");
+        }
+        let refused = client_tls(Some(&Trust::CertificateFile("/does/not/exist".into())));
+        assert!(matches!(refused, Err(Error::Certificate(_))));
+    }
 }
