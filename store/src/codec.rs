@@ -17,11 +17,15 @@ const VARINT_BYTES_MAX: usize = 10;
 
 /// Appends `value` as a varint.
 pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push((value & 0x7f) as u8 | 0x80);
+    loop {
+        let [low, ..] = value.to_le_bytes();
         value >>= 7;
+        if value == 0 {
+            out.push(low);
+            return;
+        }
+        out.push(low | 0x80);
     }
-    out.push(value as u8 & 0x7f);
 }
 
 /// Walks over bytes from disk.

@@ -39,7 +39,7 @@ pub(crate) struct Marker {
 /// An open, locked data folder.
 #[derive(Debug)]
 pub(crate) struct Folder {
-    path: PathBuf,
+    pub(crate) path: PathBuf,
     pub(crate) marker: Marker,
     /// Holds the lock until it is dropped.
     _lock: File,

@@ -34,6 +34,7 @@
 mod codec;
 mod commit;
 #[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "payloads made of small numbers")]
 mod conformance;
 mod engine;
 mod error;

@@ -118,7 +118,8 @@ pub enum ShardError {
     Commit(#[from] CommitError),
 }
 
-/// An open data folder. Clones are handles to the same one.
+/// An open data folder. Clones are handles to the same one; the folder is free for others when the last of them and all
+/// writers and readers are dropped.
 #[derive(Clone, Debug)]
 pub struct Store {
     inner: Arc<Inner>,
@@ -127,8 +128,6 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     shards: Vec<Shard>,
-    /// Holds the folder's lock.
-    _folder: Option<Folder>,
 }
 
 impl Store {
@@ -151,13 +150,13 @@ impl Store {
                         Shard::open(id, Arc::new(Memory::default()), None, None, options, options.shards)
                     })
                     .collect::<Result<_, _>>()?;
-                Ok(Self { inner: Arc::new(Inner { shards, _folder: None }) })
+                Ok(Self { inner: Arc::new(Inner { shards }) })
             }
             EngineKind::Sled => {
-                let folder = Folder::open(path, options.shards, "sled")?;
-                let shards = open_shards(path, &folder, options)?;
+                let folder = Arc::new(Folder::open(path, options.shards, "sled")?);
+                let shards = open_shards(&folder, options)?;
                 folder.sync()?;
-                Ok(Self { inner: Arc::new(Inner { shards, _folder: Some(folder) }) })
+                Ok(Self { inner: Arc::new(Inner { shards }) })
             }
         }
     }
@@ -301,16 +300,14 @@ fn shard_ids(shards: u16) -> impl Iterator<Item = ShardId> {
     (0..shards).filter_map(ShardId::new)
 }
 
-fn open_shards(path: &Path, folder: &Folder, options: &StoreOptions) -> Result<Vec<Shard>, OpenError> {
+fn open_shards(folder: &Arc<Folder>, options: &StoreOptions) -> Result<Vec<Shard>, OpenError> {
     let shards = folder.marker.shards;
     let ids: Vec<ShardId> = shard_ids(shards).collect();
     let mut opened = Vec::with_capacity(ids.len());
     for group in ids.chunks(OPEN_AT_ONCE) {
         let results: Vec<Result<Shard, OpenError>> = std::thread::scope(|scope| {
-            let threads: Vec<_> = group
-                .iter()
-                .map(|id| (*id, scope.spawn(|| open_shard(*id, path, folder, options))))
-                .collect();
+            let threads: Vec<_> =
+                group.iter().map(|id| (*id, scope.spawn(|| open_shard(*id, folder, options)))).collect();
             threads
                 .into_iter()
                 .map(|(shard, thread)| {
@@ -328,7 +325,7 @@ fn open_shards(path: &Path, folder: &Folder, options: &StoreOptions) -> Result<V
     Ok(opened)
 }
 
-fn open_shard(id: ShardId, path: &Path, folder: &Folder, options: &StoreOptions) -> Result<Shard, OpenError> {
+fn open_shard(id: ShardId, folder: &Arc<Folder>, options: &StoreOptions) -> Result<Shard, OpenError> {
     let at = folder.shard(id)?;
     let engine = Sled::open(&at.join("sled"), options.engine_cache_bytes, options.durability)
         .map_err(|error| OpenError::Engine { shard: id, reason: error.to_string() })?;
@@ -346,5 +343,5 @@ fn open_shard(id: ShardId, path: &Path, folder: &Folder, options: &StoreOptions)
         Durability::Process => None,
     };
     let engine: Arc<dyn Engine> = Arc::new(engine);
-    Shard::open(id, engine, tip, Some(path.to_owned()), options, folder.marker.shards)
+    Shard::open(id, engine, tip, Some(Arc::clone(folder)), options, folder.marker.shards)
 }

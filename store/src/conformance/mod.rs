@@ -97,7 +97,7 @@ impl Open {
     pub(crate) fn abandon(self) {
         let Self { shard, writer, reader } = self;
         drop((writer, reader));
-        shard.abandon();
+        drop(shard);
     }
 
     pub(crate) fn close(self) -> Result<(), crate::CommitError> {

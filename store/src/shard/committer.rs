@@ -44,6 +44,9 @@ const SPACE_EVERY: u64 = 32;
 /// Key of the canary in [`Table::Shard`].
 const CANARY: &[u8] = b"canary";
 
+/// A new writer's epoch, and where the log ends.
+pub(crate) type Acquired = Result<(u64, CommitId), CommitError>;
+
 /// What the thread is asked for.
 pub(crate) enum Request {
     Commit {
@@ -54,9 +57,11 @@ pub(crate) enum Request {
         reply: oneshot::Sender<Result<CommitId, CommitError>>,
     },
     /// Takes the shard over: answers the new epoch and where the log ends.
-    Acquire(Box<dyn FnOnce(Result<(u64, CommitId), CommitError>) + Send>),
+    Acquire(Box<dyn FnOnce(Acquired) + Send>),
     /// A write and a barrier beside the log.
     Canary(oneshot::Sender<Result<(), CommitError>>),
+    /// Stop at once; what is not settled is replayed when the store is opened again.
+    Stop,
     /// Settle everything, then stop.
     Close(std::sync::mpsc::SyncSender<Result<(), CommitError>>),
 }
@@ -108,7 +113,7 @@ impl Committer {
                     return;
                 }
                 Err(RecvTimeoutError::Timeout) => self.settle_idle(),
-                Err(RecvTimeoutError::Disconnected) => return,
+                Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }

@@ -11,7 +11,6 @@ pub(crate) mod tip;
 pub(crate) mod view;
 
 use std::{
-    path::PathBuf,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -27,7 +26,7 @@ use self::{
     tip::Tip,
     view::View,
 };
-use crate::{StoreOptions, commit::CommitId, engine::Engine, error::OpenError};
+use crate::{StoreOptions, commit::CommitId, engine::Engine, error::OpenError, format::Folder};
 
 /// Requests that may wait for a committer: one commit of its writer, and a few canaries.
 const REQUESTS_MAX: usize = 16;
@@ -41,6 +40,8 @@ pub(crate) struct Shared {
     /// The last local number handed out.
     pub(crate) users: AtomicU64,
     pub(crate) conversations: AtomicU64,
+    /// Keeps the folder locked for as long as anybody can read this shard.
+    pub(crate) _folder: Option<Arc<Folder>>,
 }
 
 /// What a shard counts.
@@ -104,10 +105,11 @@ impl Shard {
         id: ShardId,
         engine: Arc<dyn Engine>,
         tip: Option<(Tip, CommitId)>,
-        folder: Option<PathBuf>,
+        folder: Option<Arc<Folder>>,
         options: &StoreOptions,
         shards: u16,
     ) -> Result<Self, OpenError> {
+        let path = folder.as_ref().map(|folder| folder.path.clone());
         let cache_bytes = options.cache_bytes / u64::from(shards.max(1));
         let view = View::new(id, engine, cache_bytes);
         let (tip, acknowledged) = match tip {
@@ -122,13 +124,14 @@ impl Shard {
             counts: Counts::default(),
             users: AtomicU64::new(counters.users),
             conversations: AtomicU64::new(counters.conversations),
+            _folder: folder.clone(),
         });
         let committer = Committer {
             shared: Arc::clone(&shared),
             last: recovered.last,
             settler: recovered.settler,
             tip,
-            folder: folder.clone(),
+            folder: path.clone(),
             options: options.clone(),
             closed: None,
             until_space_check: 0,
@@ -139,7 +142,7 @@ impl Shard {
             .spawn(move || committer.run(&receiver))
             .map_err(|source| OpenError::Io {
                 doing: "can't start the thread of a shard in",
-                path: folder.unwrap_or_default(),
+                path: path.unwrap_or_default(),
                 source,
             })?;
         Ok(Self {
@@ -166,15 +169,6 @@ impl Shard {
         }
     }
 
-    /// Lets go of the committer and waits for it to be gone, without settling anything: as a crash would leave it.
-    #[cfg(test)]
-    pub(crate) fn abandon(self) {
-        let Self { requests, thread, .. } = self;
-        drop(requests);
-        let thread = thread.into_inner().unwrap();
-        thread.unwrap().join().unwrap();
-    }
-
     /// Waits for the committer to be gone, after it was told to close.
     pub(crate) fn join(&self) {
         let thread = self.thread.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
@@ -183,5 +177,18 @@ impl Shard {
         {
             tracing::error!(shard = %self.shared.id, "the shard's thread had panicked");
         }
+    }
+
+    /// Stops the committer without settling, and waits for it.
+    fn stop(&self) {
+        // A thread that is gone needs no telling.
+        let _ = self.requests.send(Request::Stop);
+        self.join();
+    }
+}
+
+impl Drop for Shard {
+    fn drop(&mut self) {
+        self.stop();
     }
 }
