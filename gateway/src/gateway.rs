@@ -189,6 +189,9 @@ impl Gateway {
         drain.started().await;
         info!("all connections have ended; writing down what is left");
         endpoint.close(0u32.into(), b"");
+        // The last CLOSE frames leave, and the port with them.
+        let _ = tokio::time::timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
+        drop(endpoint);
         reloading.abort();
         if let Some(pages) = pages {
             pages.abort();

@@ -6,6 +6,7 @@
 //! Not here: what the commands do beyond reading their flags.
 
 pub mod completions;
+pub mod demo;
 pub mod inspect;
 pub mod serve;
 pub mod token;
@@ -51,6 +52,8 @@ pub struct Cli {
 pub enum Command {
     /// Run the gateway
     Serve(serve::ServeArgs),
+    /// The main job in one command: phones on a bad network, kill -9 in the middle, everything checked
+    Demo(demo::DemoArgs),
     /// Make a development token, and print it
     Token(token::TokenArgs),
     /// Say what frames the given bytes are
@@ -101,6 +104,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let done = match cli.command {
         Command::Serve(args) => serve::run(&args),
+        Command::Demo(args) => demo::run(&args),
         Command::Token(args) => token::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Completions(args) => completions::run(&args),

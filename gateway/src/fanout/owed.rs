@@ -248,7 +248,8 @@ impl Owed {
         let mut guard = self.lock();
         let inner = &mut *guard;
         while let Some(conversation) = inner.live.pop_front() {
-            let Some(lag) = inner.lags.get_mut(&conversation) else { continue };
+            // A resume may have changed its mode while it waited here.
+            let Some(lag) = inner.lags.get_mut(&conversation).filter(|lag| lag.mode == Mode::Live) else { continue };
             lag.queued = false;
             let due =
                 lag.ring.as_ref().map_or(Due::Behind, |ring| ring.due(lag.next, self.user, budget, now));
@@ -284,7 +285,7 @@ impl Owed {
     pub fn take_backlog(&self) -> Option<(ConversationId, Seq, Seq)> {
         let mut inner = self.lock();
         while let Some(conversation) = inner.backlog.pop_front() {
-            if let Some(lag) = inner.lags.get_mut(&conversation) {
+            if let Some(lag) = inner.lags.get_mut(&conversation).filter(|lag| lag.mode == Mode::Backlog) {
                 lag.queued = false;
                 return Some((conversation, lag.next, lag.head));
             }

@@ -124,12 +124,16 @@ impl Plan {
         }
     }
 
-    /// The phones that must receive a line: all members but the speaker.
+    /// The phones whose apps must be handed a line: all members, the speaker's echo included.
+    pub(super) fn listeners(&self, line: usize) -> impl Iterator<Item = usize> + '_ {
+        let room = self.lines.get(line).and_then(|planned| self.rooms.get(planned.room));
+        room.map(|room| room.members.as_slice()).unwrap_or_default().iter().copied()
+    }
+
+    /// The phones a line must be delivered to: all members but the speaker.
     pub(super) fn recipients(&self, line: usize) -> impl Iterator<Item = usize> + '_ {
-        let planned = self.lines.get(line);
-        let room = planned.and_then(|planned| self.rooms.get(planned.room));
-        let members = room.map(|room| room.members.as_slice()).unwrap_or_default();
-        members.iter().copied().filter(move |member| planned.is_some_and(|planned| planned.speaker != *member))
+        let speaker = self.lines.get(line).map(|planned| planned.speaker);
+        self.listeners(line).filter(move |member| speaker != Some(*member))
     }
 
     /// Deliveries there must be in the end.
