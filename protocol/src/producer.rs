@@ -4,6 +4,8 @@
 //! - `last` only grows within an epoch, and an epoch never goes back: what was decided stays decided.
 //! - [`Lane::offer`] decides and changes nothing that lasts; [`Lane::appended`] and [`Lane::consumed`] record what the
 //!   caller did. A number is used up exactly once, by one of the two.
+//! - A final refusal leaves only when [`Lane::consumed`] is on disk: its sender goes on with the next number, which a
+//!   lane that forgot would never accept.
 //! - [`Decision::Again`] speaks of the caller's batch, which may not be on disk yet: the ack waits for the commit of
 //!   the batch that holds the record, whichever copy of the send asks.
 //!
@@ -204,12 +206,14 @@ impl<T> Default for Parked<T> {
 }
 
 impl<T> Parked<T> {
-    /// Keeps `send` until `until`. A number that is parked already keeps its first copy and its time.
+    /// Keeps `send` until `until`. Of a number that is parked already the newer copy is kept, for its sender is the one
+    /// that still waits for an answer; the time stays.
     ///
     /// # Errors
     /// Returns the send when there is no room: refuse it naming the expected number.
     pub fn insert(&mut self, pseq: Pseq, send: T, until: Duration) -> Result<(), T> {
-        if self.waiting.contains_key(&pseq) {
+        if let Some((_, parked)) = self.waiting.get_mut(&pseq) {
+            *parked = send;
             return Ok(());
         }
         if self.waiting.len() >= LANE_PARKED_MAX {
@@ -418,7 +422,7 @@ mod tests {
         assert_eq!(parked.insert(p(9), "i", at(7)), Ok(()));
         assert_eq!(parked.next_expiry(), Some(at(5)));
         assert_eq!(parked.take_next(p(1)), None);
-        assert_eq!(parked.take_next(p(2)), Some("c"), "the first copy");
+        assert_eq!(parked.take_next(p(2)), Some("C"), "the newer copy");
         assert_eq!(parked.take_next(p(3)), Some("d"));
         assert_eq!(parked.expire(at(6)), None);
         assert_eq!(parked.expire(at(7)), Some((p(9), "i")));

@@ -124,7 +124,9 @@ pub struct AckRun {
     pub base: Seq,
 }
 
-/// Sends of one conversation that are on disk. Cumulative: everything up to `up_to` is settled.
+/// Sends of one conversation that are on disk. Everything up to `up_to` is settled; `runs` says how the last of them
+/// were. A number that is covered and not named was answered before, or to an earlier connection: a client that still
+/// waits for it sends it again, and gets an answer that names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SendAck {
     /// The conversation.
@@ -133,7 +135,8 @@ pub struct SendAck {
     pub up_to: Pseq,
     /// Server time of the last of them.
     pub time: UnixMillis,
-    /// The seqs of the last pseqs, in order, ending with `up_to`; what is further back was acked before.
+    /// The seqs of the last pseqs, in order, ending with `up_to`. Empty: all of it was settled so long ago that the
+    /// gateway does not remember how.
     pub runs: Vec<AckRun>,
 }
 

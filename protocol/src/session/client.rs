@@ -153,7 +153,7 @@ pub enum Output {
         conversation: ConversationId,
         /// Which.
         pseq: Pseq,
-        /// Its record; `None`: settled earlier, the number comes with the echo.
+        /// Its record; `None`: settled so long ago that the gateway does not remember, the echo tells.
         seq: Option<Seq>,
         /// The gateway's time of the ack, not before the record's.
         time: UnixMillis,
@@ -463,10 +463,10 @@ impl Client {
             Frame::Welcome(welcome) => self.welcomed(welcome, now)?,
             Frame::Deliver(deliver) => {
                 self.echo(&deliver, now);
-                self.readers.record(deliver, channel == Channel::Backlog, now, &mut self.outputs);
+                self.readers.record(deliver, now, &mut self.outputs);
             }
             Frame::Block(block) => self.block(block, now),
-            Frame::SendAck(ack) => self.acked(&ack)?,
+            Frame::SendAck(ack) => self.acked(&ack, now)?,
             Frame::SendRefused(refused) => self.send_refused(refused, now),
             Frame::Heads(heads) => {
                 for head in &heads.entries {
@@ -607,20 +607,24 @@ impl Client {
             return;
         }
         let time = deliver.time.expand(self.server_time(now));
-        let seqs = BTreeMap::from([(origin.pseq, deliver.seq)]);
-        // Log order is send order: what came before this one is settled too.
-        for settled in self.inflight.acked(deliver.conversation, origin.pseq, &seqs) {
-            self.settled(settled, time);
+        // Only this one: what came before it may have been refused, and that answer is on its way.
+        if let Some(send) = self.inflight.remove(deliver.conversation, origin.pseq) {
+            self.settled(Settled { send, seq: Some(deliver.seq) }, time);
         }
     }
 
-    fn acked(&mut self, ack: &SendAck) -> Result<(), Violation> {
+    fn acked(&mut self, ack: &SendAck, now: Duration) -> Result<(), Violation> {
         let Some(highest) = self.inflight.highest_left(ack.conversation) else { return Ok(()) };
         if ack.up_to > highest {
             return Err(Violation::BadAck);
         }
         let seqs: BTreeMap<Pseq, Seq> = acks::pairs(ack).take(crate::limit::OUTBOX_SENDS_MAX).collect();
-        for settled in self.inflight.acked(ack.conversation, ack.up_to, &seqs) {
+        let settled = if seqs.is_empty() {
+            self.inflight.forgotten(ack.conversation, ack.up_to)
+        } else {
+            self.inflight.acked(ack.conversation, ack.up_to, &seqs, now)
+        };
+        for settled in settled {
             self.settled(settled, ack.time);
         }
         Ok(())
@@ -642,7 +646,7 @@ impl Client {
         let SendRefused { conversation, pseq, code, retry_after_ms, .. } = refused;
         match code.retry() {
             Retry::Never => {
-                if self.inflight.refused(conversation, pseq).is_some() {
+                if self.inflight.remove(conversation, pseq).is_some() {
                     self.outputs.push_back(Output::Refused(refused));
                 }
             }
@@ -736,7 +740,12 @@ impl Client {
         if !send.cancel && !self.inflight.has_room() {
             return Err(send);
         }
-        self.inflight.insert(send, false);
+        if let Some(tombstone) = self.inflight.insert(send, false)
+            && self.first_flight > 0
+        {
+            self.first_flight -= usize::from(!self.state.is_welcomed());
+            self.push(Channel::Uplink, Frame::Send(tombstone));
+        }
         self.pump(now);
         Ok(())
     }

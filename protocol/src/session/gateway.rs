@@ -25,7 +25,7 @@ use super::{
     window::Window,
 };
 use crate::{
-    close::CloseCode,
+    close::{CloseCode, RefusalCode, Retry},
     error::Violation,
     frame::{
         Ack, Auth, Call, Channel, Cursors, Error, Event, Frame, Goaway, Hello, Kicked, Limits, Mark, Open,
@@ -324,7 +324,8 @@ impl Gateway {
         if self.state == GatewayState::Closed {
             return;
         }
-        self.window.refused(refused.conversation, refused.pseq);
+        let settled = refused.code.retry() == Retry::Never && refused.code != RefusalCode::StaleEpoch;
+        self.window.refused(refused.conversation, refused.pseq, settled);
         let before = self.acks.take(refused.conversation);
         self.push_ack(before);
         self.outputs.push_back(Output::Transmit(Frame::SendRefused(refused)));

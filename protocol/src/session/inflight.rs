@@ -102,20 +102,18 @@ impl Inflight {
     }
 
     /// Takes a send, or a tombstone in place of one. `left`: it may have been sent by an earlier process. A number
-    /// that was taken before keeps its first content.
-    pub(super) fn insert(&mut self, send: Send, left: bool) {
+    /// that was taken before keeps its first content. Returns a tombstone of what flies: it may leave at once, in the
+    /// place the first copy has in the window.
+    pub(super) fn insert(&mut self, send: Send, left: bool) -> Option<Send> {
         let (conversation, pseq) = (send.conversation, send.pseq);
         let lane = self.lanes.entry(conversation).or_default();
         match lane.entries.get_mut(&pseq) {
             Some(entry) if send.cancel && !entry.send.cancel => {
                 self.bytes = self.bytes + send.payload.len() - entry.send.payload.len();
                 entry.send = send;
-                if core::mem::take(&mut entry.flying) {
-                    self.flying -= 1;
-                    lane.waiting.insert(pseq);
-                }
+                return entry.flying.then(|| entry.send.clone());
             }
-            Some(_) => {}
+            Some(_) => return None,
             None => {
                 self.sends += 1;
                 self.bytes += send.payload.len();
@@ -127,6 +125,7 @@ impl Inflight {
             }
         }
         self.refresh(conversation);
+        None
     }
 
     /// Where the next connection, or this one from now on, has room.
@@ -177,37 +176,43 @@ impl Inflight {
         self.lanes.get(&conversation).map(|lane| lane.highest_left)
     }
 
-    /// Everything up to `up_to` is settled; `seqs` names records of the last ones, ascending.
+    /// The sends named in `seqs` are settled, with these records. Others up to `up_to` are settled too, but how was
+    /// answered to somebody else (an earlier connection): those that fly leave again, to be answered by name.
     pub(super) fn acked(
         &mut self,
         conversation: ConversationId,
         up_to: Pseq,
         seqs: &BTreeMap<Pseq, Seq>,
+        now: Duration,
     ) -> Vec<Settled> {
-        let Some(lane) = self.lanes.get_mut(&conversation) else { return Vec::new() };
         let mut settled = Vec::new();
-        while let Some(first) = lane.entries.first_entry() {
-            let pseq = *first.key();
-            if pseq > up_to {
-                break;
+        for (pseq, seq) in seqs {
+            if let Some(send) = self.remove(conversation, *pseq) {
+                settled.push(Settled { send, seq: Some(*seq) });
             }
-            let entry = first.remove();
-            lane.waiting.remove(&pseq);
-            self.flying -= usize::from(entry.flying);
-            self.sends -= 1;
-            self.bytes -= entry.send.payload.len();
-            settled.push(Settled { send: entry.send, seq: seqs.get(&pseq).copied() });
         }
+        let Some(lane) = self.lanes.get_mut(&conversation) else { return settled };
         if !settled.is_empty() {
             lane.failures = 0;
         }
-        self.drop_if_empty(conversation);
-        self.refresh(conversation);
+        let unnamed: Vec<Pseq> =
+            lane.entries.range(..=up_to).filter(|(_, entry)| entry.flying).map(|(pseq, _)| *pseq).collect();
+        for pseq in unnamed {
+            self.postponed(conversation, pseq, Duration::ZERO, now);
+        }
         settled
     }
 
-    /// The send will never be stored under its number.
-    pub(super) fn refused(&mut self, conversation: ConversationId, pseq: Pseq) -> Option<Send> {
+    /// Everything up to `up_to` was settled so long ago that nobody remembers how.
+    pub(super) fn forgotten(&mut self, conversation: ConversationId, up_to: Pseq) -> Vec<Settled> {
+        let Some(lane) = self.lanes.get(&conversation) else { return Vec::new() };
+        let pseqs: Vec<Pseq> = lane.entries.range(..=up_to).map(|(pseq, _)| *pseq).collect();
+        let removed = pseqs.into_iter().filter_map(|pseq| self.remove(conversation, pseq));
+        removed.map(|send| Settled { send, seq: None }).collect()
+    }
+
+    /// The send is settled: stored, or never to be stored under its number.
+    pub(super) fn remove(&mut self, conversation: ConversationId, pseq: Pseq) -> Option<Send> {
         let lane = self.lanes.get_mut(&conversation)?;
         let entry = lane.entries.remove(&pseq)?;
         lane.waiting.remove(&pseq);
@@ -323,6 +328,10 @@ mod tests {
         Pseq::new(n).unwrap()
     }
 
+    fn s(n: u64) -> Seq {
+        Seq::new(n).unwrap()
+    }
+
     fn send(conversation: u64, pseq: u64) -> Send {
         Send {
             kind: RecordKind::Message,
@@ -354,7 +363,10 @@ mod tests {
         assert_eq!(drain(&mut inflight), [], "no connection, no room");
         inflight.set_room(OPEN);
         assert_eq!(drain(&mut inflight), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]);
-        assert_eq!(inflight.acked(c(1), p(2), &BTreeMap::new()).len(), 2);
+        assert_eq!(
+            inflight.acked(c(1), p(2), &BTreeMap::from([(p(1), s(8)), (p(2), s(9))]), Duration::ZERO).len(),
+            2
+        );
         assert_eq!(drain(&mut inflight), [(2, 3), (1, 4)]);
         inflight.disconnected();
         inflight.set_room(OPEN);
@@ -393,8 +405,25 @@ mod tests {
         assert_eq!(drain(&mut inflight), []);
         inflight.handle_timeout(at(1_200));
         assert_eq!(drain(&mut inflight), [(1, 1), (1, 2)], "3 still flies");
-        assert_eq!(inflight.refused(c(1), p(3)).map(|send| send.pseq), Some(p(3)));
+        assert_eq!(inflight.remove(c(1), p(3)).map(|send| send.pseq), Some(p(3)));
         assert_eq!(drain(&mut inflight), [(1, 4)], "a final refusal does not block what follows");
+    }
+
+    #[test]
+    fn what_an_ack_covers_but_does_not_name_is_asked_again() {
+        let at = Duration::from_secs;
+        let mut inflight = Inflight::new();
+        inflight.set_room(OPEN);
+        for pseq in 1..=3 {
+            inflight.insert(send(1, pseq), false);
+        }
+        assert_eq!(drain(&mut inflight).len(), 3);
+        let settled = inflight.acked(c(1), p(2), &BTreeMap::from([(p(2), s(9))]), at(1));
+        assert_eq!(settled, [Settled { send: send(1, 2), seq: Some(s(9)) }], "1 may have been refused");
+        inflight.handle_timeout(at(2));
+        assert_eq!(drain(&mut inflight), [(1, 1)]);
+        assert_eq!(inflight.forgotten(c(1), p(3)).len(), 2);
+        assert_eq!(inflight.len(), 0);
     }
 
     #[test]
@@ -404,11 +433,16 @@ mod tests {
         inflight.insert(send(1, 1), false);
         inflight.insert(send(1, 2), false);
         assert_eq!(drain(&mut inflight).len(), 2);
-        inflight.insert(Send { cancel: true, payload: Bytes::new(), ..send(1, 1) }, false);
-        inflight.insert(Send { payload: Bytes::from_static(b"other"), ..send(1, 2) }, false);
-        let again = inflight.take_next().unwrap();
-        assert!(again.cancel && again.pseq == p(1));
-        assert_eq!(inflight.take_next(), None, "other content under a taken number is not sent");
+        let tombstone = Send { cancel: true, payload: Bytes::new(), ..send(1, 1) };
+        assert_eq!(inflight.insert(tombstone.clone(), false), Some(tombstone.clone()));
+        assert_eq!(inflight.insert(tombstone.clone(), false), None, "once");
+        let other = Send { payload: Bytes::from_static(b"other"), ..send(1, 2) };
+        assert_eq!(inflight.insert(other, false), None, "other content under a taken number is not sent");
+        assert_eq!(drain(&mut inflight), []);
+        inflight.disconnected();
+        inflight.set_room(OPEN);
+        assert_eq!(inflight.take_next(), Some(tombstone), "on the next connection too");
+        assert_eq!(inflight.take_next(), Some(send(1, 2)));
     }
 
     #[test]
