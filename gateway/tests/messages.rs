@@ -9,8 +9,8 @@ use fulmar_protocol::{
     frame::{Event, EventKind, OpenTarget, RecordKind, Resumption, Send as SendFrame},
     id::{ConversationId, Pseq, Seq, UserId},
     service::{
-        ChangeMembers, ConversationPage, CreateGroup, Devices, GroupCreated, ListConversations, ListMembers, MemberPage,
-        MembersChanged, Method, Role,
+        ChangeMembers, ConversationPage, CreateGroup, Devices, GroupCreated, ListConversations, ListMembers,
+        MemberPage, MembersChanged, Method, Role,
     },
 };
 use support::{Phone, Running, config};
@@ -49,7 +49,10 @@ async fn a_message_is_acked_delivered_and_echoed_in_order() {
     assert_eq!(alice.messages(conversation), texts(1..=200), "the sender's own echo");
     for n in 1..=200u64 {
         let acked = alice.acked[&(conversation, Pseq::new(n).unwrap())];
-        assert!(acked.is_none_or(|seq| seq == Seq::new(n + 1).unwrap()), "record 1 is the conversation's beginning");
+        assert!(
+            acked.is_none_or(|seq| seq == Seq::new(n + 1).unwrap()),
+            "record 1 is the conversation's beginning"
+        );
     }
     gateway.stop().await;
 }
@@ -60,7 +63,9 @@ async fn whoever_was_away_catches_up_however_far_behind() {
     let (mut bob, mut alice) = (phones.pop().unwrap(), phones.pop().unwrap());
     let conversation = alice.direct("bob").await;
     bob.until(|bob| bob.received.contains_key(&conversation)).await;
-    for (away, from, to) in [("a little", 1, 20), ("beyond the ring", 21, 620), ("beyond the backlog", 621, 2_200)] {
+    for (away, from, to) in
+        [("a little", 1, 20), ("beyond the ring", 21, 620), ("beyond the backlog", 621, 2_200)]
+    {
         // Cursors are kept by the gateway before it matters that they are.
         bob.work(Duration::from_millis(100)).await;
         bob.disconnect();
@@ -128,7 +133,10 @@ async fn groups_have_members_pages_roles_and_unread() {
     let stranger = ben.call::<MemberPage>(Method::ListMembers, &first_page).await;
     assert_eq!(stranger, Err(RefusalCode::UnknownConversation), "who is no member learns nothing");
     let not_allowed = ann
-        .call::<MembersChanged>(Method::AddMembers, &ChangeMembers { conversation, members: vec!["ben".to_owned()] })
+        .call::<MembersChanged>(
+            Method::AddMembers,
+            &ChangeMembers { conversation, members: vec!["ben".to_owned()] },
+        )
         .await;
     assert_eq!(not_allowed, Err(RefusalCode::NotAllowed));
 
@@ -140,7 +148,8 @@ async fn groups_have_members_pages_roles_and_unread() {
     }
     let (mut after, mut listed, mut pages) = (UserId::default(), Vec::new(), 0);
     loop {
-        let page: MemberPage = ann.call(Method::ListMembers, &ListMembers { conversation, after }).await.unwrap();
+        let page: MemberPage =
+            ann.call(Method::ListMembers, &ListMembers { conversation, after }).await.unwrap();
         assert_eq!(page.total, 182);
         pages += 1;
         after = page.members.last().unwrap().user;
@@ -155,7 +164,10 @@ async fn groups_have_members_pages_roles_and_unread() {
     assert_eq!((entry("ann").online, entry("member-0-0").online), (true, false));
 
     let added: MembersChanged = owner
-        .call(Method::AddMembers, &ChangeMembers { conversation, members: vec!["ben".to_owned(), "ann".to_owned()] })
+        .call(
+            Method::AddMembers,
+            &ChangeMembers { conversation, members: vec!["ben".to_owned(), "ann".to_owned()] },
+        )
         .await
         .unwrap();
     assert_eq!(added.changed, 1, "ann was a member before");
@@ -168,7 +180,10 @@ async fn groups_have_members_pages_roles_and_unread() {
     assert_eq!((joined.kind, joined.seq), (RecordKind::Joined, added.seq), "ben sees it from its joining on");
     let list = ListConversations { after: ConversationId::default() };
     let page: ConversationPage = ben.call(Method::ListConversations, &list).await.unwrap();
-    assert_eq!(page.conversations.iter().map(|entry| (entry.name.as_str(), entry.unread)).collect::<Vec<_>>(), [("climbers", 5)]);
+    assert_eq!(
+        page.conversations.iter().map(|entry| (entry.name.as_str(), entry.unread)).collect::<Vec<_>>(),
+        [("climbers", 5)]
+    );
     let head = page.conversations[0].head;
     let now = ben.now();
     ben.half().mark(conversation, head.prev(), now);
@@ -183,7 +198,8 @@ async fn groups_have_members_pages_roles_and_unread() {
         .await
         .unwrap();
     assert_eq!(removed.changed, 1);
-    ben.until(|ben| ben.received[&conversation].last().is_some_and(|record| record.kind == RecordKind::Left)).await;
+    ben.until(|ben| ben.received[&conversation].last().is_some_and(|record| record.kind == RecordKind::Left))
+        .await;
     owner.send(conversation, "without ben");
     owner.until(|owner| owner.unacked() == 0).await;
     ann.until(|ann| ann.messages(conversation).len() == 6).await;
@@ -214,7 +230,11 @@ async fn refusals_say_which_and_do_not_block_what_follows() {
         payload: bytes::Bytes::from_static(b"x"),
     };
     alice.send_frame(SendFrame { ttl: Some(0), ..base.clone() });
-    alice.send_frame(SendFrame { kind: RecordKind::Edit, reference: Some(Seq::new(99).unwrap()), ..base.clone() });
+    alice.send_frame(SendFrame {
+        kind: RecordKind::Edit,
+        reference: Some(Seq::new(99).unwrap()),
+        ..base.clone()
+    });
     alice.send_frame(SendFrame { cancel: true, ..base.clone() });
     alice.send(conversation, "goes through");
     alice.until(|alice| alice.unacked() == 0 && alice.refused.len() == 3).await;
@@ -228,7 +248,9 @@ async fn refusals_say_which_and_do_not_block_what_follows() {
     bob.send_frame(SendFrame { kind: RecordKind::Reaction, reference: Some(message), ..base });
     bob.until(|bob| bob.unacked() == 0 && bob.refused.len() == 1).await;
     assert_eq!(bob.refused[0].code, RefusalCode::NotAllowed);
-    alice.until(|alice| alice.received[&conversation].last().is_some_and(|r| r.kind == RecordKind::Reaction)).await;
+    alice
+        .until(|alice| alice.received[&conversation].last().is_some_and(|r| r.kind == RecordKind::Reaction))
+        .await;
 
     let nowhere = ConversationId::new(256 * 77_777).unwrap();
     alice.send(nowhere, "to nobody");

@@ -142,7 +142,10 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         // Found out now rather than after a minute.
         std::fs::write(path, "").with_context(|| format!("{} can't be written", path.display()))?;
     }
-    let folder = tempfile::Builder::new().prefix("fulmar-demo-").tempdir().context("no temporary folder can be made")?;
+    let folder = tempfile::Builder::new()
+        .prefix("fulmar-demo-")
+        .tempdir()
+        .context("no temporary folder can be made")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("fulmar-demo")
@@ -161,7 +164,8 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     });
     // The phones' databases are let go of before their folder goes.
     runtime.shutdown_timeout(Duration::from_secs(5));
-    let failed = !matches!(&end, Ok(End::Interrupted)) && !matches!(&end, Ok(End::Judged(verdict)) if verdict.passed());
+    let failed = !matches!(&end, Ok(End::Interrupted))
+        && !matches!(&end, Ok(End::Judged(verdict)) if verdict.passed());
     if args.keep || failed {
         let kept = folder.keep();
         eprintln!("fulmar: the gateway's data and log and the phones' databases are in {}", kept.display());
@@ -237,10 +241,8 @@ async fn perform(args: &DemoArgs, plan: Arc<Plan>, folder: &Path) -> anyhow::Res
     display.stage("making groups, opening conversations");
     let opened = Arc::new(open_rooms(&plan, &phones, &board).await?);
 
-    let rates = FaultRates {
-        rebind_every: Some(REBIND_EVERY / u32::from(args.phones)),
-        ..FaultRates::default()
-    };
+    let rates =
+        FaultRates { rebind_every: Some(REBIND_EVERY / u32::from(args.phones)), ..FaultRates::default() };
     let length = Duration::from_secs(args.timeout.min(3_600));
     proxy.play(FaultPlan::seeded(args.seed, length, &rates)).context("the bad network does not answer")?;
 
@@ -316,7 +318,8 @@ async fn all_online(plan: &Plan, phones: &[Phone], board: &Board) -> anyhow::Res
         Err(_) => {
             let states = phones.iter().enumerate().map(|(number, phone)| (plan.phone(number), phone.state()));
             let missing: Vec<_> = states.filter(|(_, state)| state != "live").collect();
-            let shown: Vec<_> = missing.iter().take(5).map(|(name, state)| format!("{name} is {state}")).collect();
+            let shown: Vec<_> =
+                missing.iter().take(5).map(|(name, state)| format!("{name} is {state}")).collect();
             bail!(
                 "{} of {} phones were not connected after {} s: {}",
                 missing.len(),
@@ -393,7 +396,9 @@ impl Run<'_> {
         loop {
             sleep_until((Instant::now() + Duration::from_millis(50)).min(self.ends_at)).await;
             gateway.still_runs()?;
-            if self.killed < self.kills && self.board.counts.sent.load(Ordering::Relaxed) >= self.kill_at(self.killed) {
+            if self.killed < self.kills
+                && self.board.counts.sent.load(Ordering::Relaxed) >= self.kill_at(self.killed)
+            {
                 self.kill(gateway).await?;
                 last.1 = Instant::now();
             }
@@ -405,7 +410,11 @@ impl Run<'_> {
             if progress != last.0 {
                 last = (progress, now);
             } else if now >= last.1 + STALL_TIMEOUT {
-                return Ok(Some(format!("nothing moved for {} s; {}", STALL_TIMEOUT.as_secs(), self.what_is_missing())));
+                return Ok(Some(format!(
+                    "nothing moved for {} s; {}",
+                    STALL_TIMEOUT.as_secs(),
+                    self.what_is_missing()
+                )));
             }
             if now >= self.ends_at {
                 return Ok(Some(format!("the time was up (--timeout); {}", self.what_is_missing())));
@@ -440,7 +449,10 @@ impl Run<'_> {
     /// Half of what lies behind the next kill waits for it, so that it is in the middle however fast the phones are.
     fn set_gate(&self) {
         let gate = match self.killed < self.kills {
-            true => self.kill_at(self.killed).saturating_add(self.plan.lines.len() / (2 * (self.kills + 1))).max(1),
+            true => self
+                .kill_at(self.killed)
+                .saturating_add(self.plan.lines.len() / (2 * (self.kills + 1)))
+                .max(1),
             false => usize::MAX,
         };
         self.board.open_gate(gate);
@@ -462,10 +474,18 @@ impl Run<'_> {
         for (line, phone) in undelivered {
             if seen.times.get(line).is_some_and(|(_, acked)| acked.is_some()) {
                 let what = self.plan.describe(line);
-                parts.push(format!("{what}: acked and not with {} (which is {})", self.plan.phone(phone), state(phone)));
+                parts.push(format!(
+                    "{what}: acked and not with {} (which is {})",
+                    self.plan.phone(phone),
+                    state(phone)
+                ));
             }
         }
         parts.truncate(shown);
-        if parts.is_empty() { "everything was there".to_owned() } else { format!("missing: {}", parts.join("; ")) }
+        if parts.is_empty() {
+            "everything was there".to_owned()
+        } else {
+            format!("missing: {}", parts.join("; "))
+        }
     }
 }

@@ -34,9 +34,6 @@ pub(super) fn lane_of(conversation: ConversationId, lanes: u8) -> u8 {
 impl Connection {
     pub(super) async fn write_control(self: &Arc<Self>) -> Result<Infallible, End> {
         let mut out = BytesMut::new();
-        if let Some(header) = Channel::Control.header() {
-            header.encode(&mut out);
-        }
         let mut ending = None;
         loop {
             // Before the welcome there is no owed set, so nothing else can wake this.

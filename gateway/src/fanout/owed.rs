@@ -249,7 +249,9 @@ impl Owed {
         let inner = &mut *guard;
         while let Some(conversation) = inner.live.pop_front() {
             // A resume may have changed its mode while it waited here.
-            let Some(lag) = inner.lags.get_mut(&conversation).filter(|lag| lag.mode == Mode::Live) else { continue };
+            let Some(lag) = inner.lags.get_mut(&conversation).filter(|lag| lag.mode == Mode::Live) else {
+                continue;
+            };
             lag.queued = false;
             let due =
                 lag.ring.as_ref().map_or(Due::Behind, |ring| ring.due(lag.next, self.user, budget, now));

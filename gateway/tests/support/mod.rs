@@ -21,8 +21,8 @@ use fulmar_gateway::{
 };
 use fulmar_protocol::{
     frame::{
-        AuthProof, Channel, Decoder, Deliver, Error as ErrorFrame, Frame, NetworkHint, OpenTarget, Opened, RecordKind,
-        Reply, Send as SendFrame, SendRefused, StreamHeader, Welcome,
+        AuthProof, Channel, Decoder, Deliver, Error as ErrorFrame, Frame, NetworkHint, OpenTarget, Opened,
+        RecordKind, Reply, Send as SendFrame, SendRefused, StreamHeader, Welcome,
     },
     id::{ConversationId, DeviceClass, DeviceUid, Pseq, Seq, UnixMillis},
     session::client::{Client as Half, ClientConfig, Output, Restored},
@@ -52,7 +52,8 @@ pub fn token(folder: &Path, user: &str) -> String {
     let folder = DataFolder::prepare(folder, &[]).unwrap();
     let config = Config::in_folder(folder.path());
     let app = &config.apps[0];
-    mint(&folder.dev_key, Mint { app: &app.name, issuer: &app.issuer, user, ttl_s: 3_600 }, unix_now()).unwrap()
+    mint(&folder.dev_key, Mint { app: &app.name, issuer: &app.issuer, user, ttl_s: 3_600 }, unix_now())
+        .unwrap()
 }
 
 /// A gateway that runs in this process.
@@ -79,7 +80,11 @@ impl Running {
 
     pub async fn stop(self) {
         self.drain();
-        tokio::time::timeout(Duration::from_secs(20), self.task).await.expect("the gateway leaves").unwrap().unwrap();
+        tokio::time::timeout(Duration::from_secs(20), self.task)
+            .await
+            .expect("the gateway leaves")
+            .unwrap()
+            .unwrap();
     }
 }
 
@@ -100,7 +105,9 @@ pub fn endpoint(folder: &Path) -> quinn::Endpoint {
     let mut config =
         quinn::ClientConfig::new(Arc::new(quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap()));
     let mut transport = quinn::TransportConfig::default();
-    transport.initial_rtt(Duration::from_millis(50)).max_idle_timeout(Some(Duration::from_secs(20).try_into().unwrap()));
+    transport
+        .initial_rtt(Duration::from_millis(50))
+        .max_idle_timeout(Some(Duration::from_secs(20).try_into().unwrap()));
     config.transport_config(Arc::new(transport));
     let mut endpoint = quinn::Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
     endpoint.set_default_client_config(config);
@@ -269,7 +276,14 @@ impl Phone {
     pub async fn until(&mut self, done: impl Fn(&Self) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !done(self) {
-            assert!(Instant::now() < deadline, "{}: waited too long; ended {:?}, errors {:?}, received {:?}", self.name, self.ended, self.errors, self.received.iter().map(|(c, r)| (*c, r.len())).collect::<Vec<_>>());
+            assert!(
+                Instant::now() < deadline,
+                "{}: waited too long; ended {:?}, errors {:?}, received {:?}",
+                self.name,
+                self.ended,
+                self.errors,
+                self.received.iter().map(|(c, r)| (*c, r.len())).collect::<Vec<_>>()
+            );
             self.step(Duration::from_millis(50)).await;
         }
     }
@@ -317,7 +331,9 @@ impl Phone {
                     self.ticket = Some(welcome.ticket.0.clone());
                     self.welcome = Some(*welcome);
                 }
-                Output::NewEpoch { unsettled, .. } => assert!(unsettled.is_empty(), "{}: lost its epoch", self.name),
+                Output::NewEpoch { unsettled, .. } => {
+                    assert!(unsettled.is_empty(), "{}: lost its epoch", self.name)
+                }
                 Output::Deliver(deliver) => {
                     let (conversation, seq) = (deliver.conversation, deliver.seq);
                     self.received.entry(conversation).or_default().push(deliver);
@@ -326,7 +342,11 @@ impl Phone {
                 }
                 Output::Gap { conversation, from, to } => self.gaps.push((conversation, from, to)),
                 Output::Acked { conversation, pseq, seq, .. } => {
-                    assert!(self.acked.insert((conversation, pseq), seq).is_none(), "{}: acked twice", self.name);
+                    assert!(
+                        self.acked.insert((conversation, pseq), seq).is_none(),
+                        "{}: acked twice",
+                        self.name
+                    );
                 }
                 Output::Refused(refused) => self.refused.push(refused),
                 Output::Opened(opened) => self.opened.push(opened),

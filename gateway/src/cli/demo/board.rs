@@ -201,7 +201,8 @@ impl Board {
             return;
         };
         // A user nobody is becomes a client that is in no conversation.
-        let sender = seen.users.get(&message.sender.get()).map_or(Client(u32::MAX), |phone| client_of(*phone));
+        let sender =
+            seen.users.get(&message.sender.get()).map_or(Client(u32::MAX), |phone| client_of(*phone));
         let digest = Digest::of(&message.payload);
         let tag = tag_of(plan, line);
         seen.record(now, Event::Delivered { client, conversation, seq, sender, tag, digest });
@@ -259,7 +260,8 @@ impl Board {
 
     /// Whether everything was acked and is where it belongs.
     pub(super) fn is_complete(&self, plan: &Plan) -> bool {
-        let (sent, acked) = (self.counts.sent.load(Ordering::Relaxed), self.counts.acked.load(Ordering::Relaxed));
+        let (sent, acked) =
+            (self.counts.sent.load(Ordering::Relaxed), self.counts.acked.load(Ordering::Relaxed));
         if sent < plan.lines.len() || acked < plan.lines.len() {
             return false;
         }

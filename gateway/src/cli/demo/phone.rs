@@ -44,7 +44,8 @@ impl Phone {
         plan: Arc<Plan>,
         board: Arc<Board>,
     ) -> anyhow::Result<Self> {
-        let client = Client::connect(options).await.with_context(|| format!("{} can't start", plan.phone(number)))?;
+        let client =
+            Client::connect(options).await.with_context(|| format!("{} can't start", plan.phone(number)))?;
         let watching = tokio::spawn(watch_connection(number, client.clone(), Arc::clone(&board)));
         let mut messages = client.messages();
         let reading = tokio::spawn(async move {
@@ -81,7 +82,8 @@ impl Phone {
     pub(super) async fn open(&self, name: &str, group: bool) -> anyhow::Result<(Conversation, u64)> {
         let conversation =
             if group { self.client.group(name).await? } else { self.client.direct(name).await? };
-        let number = again(|| conversation.resolved()).await.with_context(|| format!("{name} can't be opened"))?;
+        let number =
+            again(|| conversation.resolved()).await.with_context(|| format!("{name} can't be opened"))?;
         Ok((conversation, number.get()))
     }
 
@@ -90,7 +92,9 @@ impl Phone {
     /// # Errors
     /// The gateway refused, or did not answer in time.
     pub(super) async fn create_group(&self, name: &str, members: &[&str]) -> anyhow::Result<()> {
-        again(|| self.client.create_group(name, members)).await.with_context(|| format!("{name} can't be made"))?;
+        again(|| self.client.create_group(name, members))
+            .await
+            .with_context(|| format!("{name} can't be made"))?;
         Ok(())
     }
 
@@ -122,7 +126,9 @@ async fn watch_connection(number: usize, client: Client, board: Arc<Board>) {
     while let Some(state) = states.next().await {
         let now = match state {
             ConnectionState::Syncing | ConnectionState::Live | ConnectionState::Suspect => true,
-            ConnectionState::Offline { .. } | ConnectionState::Connecting | ConnectionState::Closed { .. } => false,
+            ConnectionState::Offline { .. }
+            | ConnectionState::Connecting
+            | ConnectionState::Closed { .. } => false,
             // A draining connection still carries messages; what comes next decides.
             _ => connected,
         };

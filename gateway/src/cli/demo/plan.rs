@@ -143,7 +143,9 @@ impl Plan {
 
     /// A line as a person finds it again: number, who, where.
     pub(super) fn describe(&self, line: usize) -> String {
-        let Some(planned) = self.lines.get(line) else { return format!("line {line}, which is not in the input") };
+        let Some(planned) = self.lines.get(line) else {
+            return format!("line {line}, which is not in the input");
+        };
         let (speaker, partner) = (self.phone(planned.speaker), self.phone(planned.partner));
         match self.rooms.get(planned.room).and_then(|room| room.group.as_deref()) {
             Some(group) => format!("line {} of {speaker} in {group}", line + 1),
@@ -226,8 +228,16 @@ mod tests {
 
     #[test]
     fn foreign_payloads_are_none_of_ours() {
-        for payload in [&b""[..], b"hi", b"\thi", b"1", b"x1\thi", b"-1\thi", b"99999999999999999999999\thi", b"\xff\thi"]
-        {
+        for payload in [
+            &b""[..],
+            b"hi",
+            b"\thi",
+            b"1",
+            b"x1\thi",
+            b"-1\thi",
+            b"99999999999999999999999\thi",
+            b"\xff\thi",
+        ] {
             assert_eq!(read_payload(payload), None, "{payload:?}");
         }
         assert_eq!(read_payload(b"0\t"), Some((0, &b""[..])));

@@ -111,7 +111,8 @@ impl GatewayProcess {
                 command.env_remove(name);
             }
         }
-        let child = command.spawn().with_context(|| format!("{} can't be started", self.program.display()))?;
+        let child =
+            command.spawn().with_context(|| format!("{} can't be started", self.program.display()))?;
         self.child = Some(child);
         let until = Instant::now() + START_TIMEOUT;
         while !is_ready(self.pages).await {
@@ -197,7 +198,8 @@ fn tail(path: &Path) -> std::io::Result<String> {
     let mut bytes = Vec::new();
     file.take(LAST_WORDS_BYTES).read_to_end(&mut bytes)?;
     let text = String::from_utf8_lossy(&bytes);
-    let whole = if start == 0 { &text[..] } else { text.split_once('\n').map_or(&text[..], |(_, rest)| rest) };
+    let whole =
+        if start == 0 { &text[..] } else { text.split_once('\n').map_or(&text[..], |(_, rest)| rest) };
     let mut last: Vec<&str> = whole.lines().rev().filter(|line| !line.trim().is_empty()).take(3).collect();
     last.reverse();
     Ok(last.join(" | "))
@@ -249,7 +251,9 @@ mod tests {
 
     #[tokio::test]
     async fn only_a_yes_is_ready() {
-        for (answer, want) in [("HTTP/1.1 200 OK\r\n\r\n", true), ("HTTP/1.1 503 No\r\n\r\n", false), ("HTT", false)] {
+        for (answer, want) in
+            [("HTTP/1.1 200 OK\r\n\r\n", true), ("HTTP/1.1 503 No\r\n\r\n", false), ("HTT", false)]
+        {
             let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             let serving = tokio::spawn(async move {

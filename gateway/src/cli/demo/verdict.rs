@@ -89,7 +89,8 @@ impl Verdict {
             lost += missing;
         }
         // A text that reached a phone it was not for is in the tally, and in no list above.
-        let strangers = seen.tally.keys().filter(|(line, phone)| !plan.listeners(*line).any(|p| p == *phone)).count();
+        let strangers =
+            seen.tally.keys().filter(|(line, phone)| !plan.listeners(*line).any(|p| p == *phone)).count();
         if strangers > 0 {
             problems.push(format!("{strangers} lines reached phones they were not for"));
         }
@@ -157,26 +158,42 @@ impl Verdict {
             // Writing to a string can't fail.
             let _ = writeln!(text, "{}", format!("  {name:<24}{:>12}  {note}", grouped(count)).trim_end());
         };
-        let Outside { reconnects, gateway_kills, wire_bytes: _, rebinds, dropped_percent, seconds } = self.outside;
+        let Outside { reconnects, gateway_kills, wire_bytes: _, rebinds, dropped_percent, seconds } =
+            self.outside;
         row("sent", self.sent, &format!("in {seconds:.1} s"));
         row("acked", self.acked, "on the gateway's disk");
-        row("delivered", self.delivered, &format!("to all of their recipients ({} deliveries)", grouped(self.deliveries)));
+        row(
+            "delivered",
+            self.delivered,
+            &format!("to all of their recipients ({} deliveries)", grouped(self.deliveries)),
+        );
         row("duplicates", self.duplicates, "");
         row("out of order", self.out_of_order, "");
         row("lost", self.lost, "checked against the input");
         row("reconnects", reconnects, "");
         row("gateway killed (-9)", gateway_kills, "and started again");
-        row("addresses changed", rebinds, &format!("and {dropped_percent:.1} % of all packets lost on the way"));
+        row(
+            "addresses changed",
+            rebinds,
+            &format!("and {dropped_percent:.1} % of all packets lost on the way"),
+        );
         let bytes = format!("{:.0}", self.wire_bytes_per_message);
-        let _ = writeln!(text, "  {:<24}{bytes:>12}  handshakes, acks, repeats: everything", "wire bytes per message");
+        let _ = writeln!(
+            text,
+            "  {:<24}{bytes:>12}  handshakes, acks, repeats: everything",
+            "wire bytes per message"
+        );
         let _ = writeln!(text);
         let _ = writeln!(text, "  {:<24}{:>12}{:>12}{:>12}", "milliseconds", "p50", "p99", "p99.9");
-        for (name, Figures { p50, p99, p999, .. }) in [("send to ack", self.ack), ("send to delivery", self.deliver)] {
+        for (name, Figures { p50, p99, p999, .. }) in
+            [("send to ack", self.ack), ("send to delivery", self.deliver)]
+        {
             let _ = writeln!(text, "  {name:<24}{p50:>12.1}{p99:>12.1}{p999:>12.1}");
         }
         let _ = writeln!(text);
         if self.passed() {
-            let _ = writeln!(text, "passed: everything sent was acked, and delivered exactly once and in order");
+            let _ =
+                writeln!(text, "passed: everything sent was acked, and delivered exactly once and in order");
         } else {
             let _ = writeln!(text, "FAILED:");
             for problem in self.problems.iter().take(PROBLEMS_MAX) {
