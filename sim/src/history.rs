@@ -144,7 +144,8 @@ pub enum Event {
         conversation: Conversation,
         /// Its position.
         seq: u64,
-        /// From whom, as the gateway says.
+        /// From whom, as the gateway says. Where it names a user with several devices: the client of the tag, if
+        /// that is one of the user's.
         sender: Client,
         /// Which message the payload says it is.
         tag: Tag,
@@ -230,7 +231,7 @@ pub struct History {
     missed: u64,
 }
 
-/// Events a history holds unless told otherwise (about 80 bytes each).
+/// Events a history holds unless told otherwise (64 bytes each).
 pub const EVENTS_MAX: usize = 8_000_000;
 
 impl Default for History {

@@ -254,6 +254,22 @@ fn the_three_zeros_count_what_they_say() {
 }
 
 #[test]
+fn the_evidence_is_the_two_events_that_contradict() {
+    let mut events = good();
+    let first = place(&events, delivered(CAROL, tag(ALICE, 1), 1));
+    let second = events.len();
+    events.push(delivered(CAROL, tag(ALICE, 1), 1));
+    let report = judged(&events, Rules::default());
+    let found = &report.violations[0];
+    assert_eq!((found.against, found.event), (Some(first), Some(second)));
+    let history: History = events.into_iter().collect();
+    let text = report.explain(&history);
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], "promise 6, doubled: client 3 got conversation 7, seq 1, a second time");
+    assert!(lines[1].starts_with("    event 11, ") && lines[2].starts_with("    event 30, "), "{text}");
+}
+
+#[test]
 fn rules_change_what_is_expected() {
     let unfinished = &good()[..14];
     let open = Rules { converged: false, ..Rules::default() };
@@ -290,6 +306,11 @@ fn rules_change_what_is_expected() {
     old.insert(9, Event::GapTold { client: CAROL, conversation: ROOM, from: 1, to: 1 });
     assert!(!judged(&old, Rules::default()).holds());
     assert!(judged(&old, Rules { gaps_excused: true, ..Rules::default() }).holds());
+    // However long the gap is.
+    let mut endless = good();
+    endless.push(Event::GapTold { client: BOB, conversation: ROOM, from: 5, to: u64::MAX - 1 });
+    endless.push(Event::Notice { client: BOB, conversation: ROOM, seq: u64::MAX });
+    assert!(judged(&endless, Rules { gaps_excused: true, dense: true, ..Rules::default() }).holds());
     // Nothing more is expected of who is gone.
     let mut gone = good();
     gone.retain(|e| *e != delivered(CAROL, tag(ALICE, 3), 4));
@@ -779,4 +800,45 @@ fn a_million_events_are_judged() {
     let report = check(&history, &Rules { dense: true, ..Rules::default() });
     assert!(report.holds());
     assert_eq!(report.counters.delivered, 500_000);
+}
+
+/// Any event with numbers from the edges.
+fn wild_event(rng: &mut Rng) -> Event {
+    let numbers = [0, 1, 2, 3, 7, u64::MAX - 1, u64::MAX];
+    let mut number = || rng.pick(&numbers).copied().unwrap_or(0);
+    let client = Client(u32::try_from(number() % 4).unwrap_or(0));
+    let of = Client(u32::try_from(number() % 4).unwrap_or(0));
+    let conversation = Conversation(number() % 3);
+    let (seq, other, counter) = (number(), number(), number());
+    let (tag, digest) = (tag(of, counter), Digest(number()));
+    match rng.below(17) {
+        0..2 => Event::Joined { client, conversation, first: seq },
+        2 => Event::Left { client, conversation, last: seq },
+        3..6 => Event::Queued { client: of, conversation, tag, digest },
+        6..8 => Event::Acked { client: of, conversation, tag, seq },
+        8 => Event::Refused { client, tag },
+        9..12 => Event::Delivered { client, conversation, seq, sender: of, tag, digest },
+        12 => Event::Notice { client, conversation, seq },
+        13 => Event::GapTold { client, conversation, from: seq, to: other },
+        14 => Event::Read { client, of, conversation, upto: seq },
+        15 => Event::Kicked { client },
+        _ => Event::Gone { client },
+    }
+}
+
+proptest! {
+    #[test]
+    fn nonsense_is_judged_without_a_panic(seed: u64, len in 0usize..300) {
+        let mut rng = Rng::new(seed);
+        let events: Vec<Event> = (0..len).map(|_| wild_event(&mut rng)).collect();
+        let rules = Rules {
+            converged: rng.chance(Share::percent(50)),
+            echoes: rng.chance(Share::percent(50)),
+            dense: rng.chance(Share::percent(50)),
+            gaps_excused: rng.chance(Share::percent(50)),
+        };
+        let report = judged(&events, rules);
+        prop_assert!(report.holds() == (report.violations_total() == 0));
+        prop_assert!(report == judged(&events, rules), "the same history is judged the same");
+    }
 }

@@ -4,7 +4,7 @@
 //! - The second pass walks what the first one collected (messages, readers, positions) and settles what should have
 //!   come. Maps that are walked are ordered, so equal histories give equal reports.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::{Breach, KEPT_PER_KIND, Report, Rules, Violation};
 use crate::history::{Client, Conversation, Digest, Event, History, Tag};
@@ -33,7 +33,7 @@ struct Judge {
     places: BTreeMap<Conversation, Place>,
     readers: BTreeMap<(Conversation, Client), Reader>,
     /// Deliveries of a message at another position than its own.
-    strays: HashSet<(Client, Tag)>,
+    strays: HashMap<(Client, Tag), At>,
     reads: HashMap<(Client, Client, Conversation), (u64, At)>,
     connected: BTreeMap<Client, (bool, At)>,
     kicked: BTreeMap<Client, At>,
@@ -89,16 +89,20 @@ struct Reader {
 }
 
 impl Reader {
-    fn has(&self, seq: u64) -> bool {
-        self.had.binary_search_by_key(&seq, |(had, _)| *had).is_ok() || self.late.contains_key(&seq)
+    /// When the position came first.
+    fn came(&self, seq: u64) -> Option<At> {
+        let in_order = self.had.binary_search_by_key(&seq, |(had, _)| *had).ok();
+        let in_order = in_order.and_then(|index| self.had.get(index)).map(|(_, at)| *at);
+        in_order.or_else(|| self.late.get(&seq).copied())
     }
 
     fn covers(&self, seq: u64) -> bool {
         self.memberships.iter().any(|(first, last)| *first <= seq && last.is_none_or(|last| seq <= last))
     }
 
-    fn was_told(&self, seq: u64) -> bool {
-        self.told.iter().any(|(from, to)| (*from..=*to).contains(&seq))
+    /// The end of the gap that was told around the position.
+    fn told_upto(&self, seq: u64) -> Option<u64> {
+        self.told.iter().filter(|(from, to)| (*from..=*to).contains(&seq)).map(|(_, to)| *to).max()
     }
 }
 
@@ -307,12 +311,10 @@ impl Judge {
             }
         }
         let own_position = self.locate(at, conversation, tag, seq);
-        let mut doubled = false;
-        if let Some(own) = own_position {
-            let again = !self.strays.insert((client, tag));
-            doubled =
-                again || self.readers.get(&(conversation, client)).is_some_and(|reader| reader.has(own));
-        }
+        let doubled = own_position.and_then(|own| {
+            let stray = self.strays.insert((client, tag), at);
+            stray.or_else(|| self.readers.get(&(conversation, client))?.came(own))
+        });
         if self.arrived(at, client, conversation, seq, doubled) {
             if tag.client == client {
                 self.report.counters.echoed += 1;
@@ -329,40 +331,39 @@ impl Judge {
         } else {
             self.places.entry(conversation).or_default().notices.entry(seq).or_insert(at);
         }
-        self.arrived(at, client, conversation, seq, false);
+        self.arrived(at, client, conversation, seq, None);
     }
 
-    /// Whether the position is new to the reader.
+    /// Whether this is new to the reader. `doubled` is when the same message came at another position.
     fn arrived(
         &mut self,
         at: At,
         client: Client,
         conversation: Conversation,
         seq: u64,
-        doubled: bool,
+        doubled: Option<At>,
     ) -> bool {
         let reader = self.readers.entry((conversation, client)).or_default();
         let highest = reader.had.last().copied();
-        let again = reader.has(seq);
-        match highest {
-            _ if again => {}
-            Some((highest, _)) if seq < highest => {
+        let came = reader.came(seq);
+        let after = highest.filter(|(highest, _)| seq < *highest);
+        match after {
+            _ if came.is_some() => {}
+            Some(_) => {
                 reader.late.insert(seq, at);
             }
-            _ => reader.had.push((seq, at)),
+            None => reader.had.push((seq, at)),
         }
-        if again || doubled {
-            let breach = Breach::Doubled { reader: client, conversation, seq };
+        if let Some(first) = came.or(doubled) {
             self.report.counters.duplicates += 1;
-            self.hold(breach, Some(at), highest.map(|(_, seen)| seen));
-        } else if let Some((after, seen)) = highest
-            && seq < after
-        {
-            let breach = Breach::OutOfOrder { reader: client, conversation, seq, after };
-            self.report.counters.out_of_order += 1;
-            self.hold(breach, Some(at), Some(seen));
+            self.hold(Breach::Doubled { reader: client, conversation, seq }, Some(at), Some(first));
+            return false;
         }
-        !again && !doubled
+        if let Some((after, seen)) = after {
+            self.report.counters.out_of_order += 1;
+            self.hold(Breach::OutOfOrder { reader: client, conversation, seq, after }, Some(at), Some(seen));
+        }
+        true
     }
 
     fn read(&mut self, at: At, client: Client, of: Client, conversation: Conversation, upto: u64) {
@@ -499,7 +500,10 @@ impl Judge {
             if !own && (here || waits || had.peek().is_some() || !self.rules.converged) {
                 self.report.counters.due += 1;
             }
-            if here || (own && !self.rules.echoes) || (self.rules.gaps_excused && reader.was_told(*seq)) {
+            if here
+                || (own && !self.rules.echoes)
+                || (self.rules.gaps_excused && reader.told_upto(*seq).is_some())
+            {
                 continue;
             }
             let passed_by = had.peek().map(|(_, at)| *at);
@@ -530,15 +534,14 @@ fn first_unexplained(reader: &Reader, place: &Place) -> impl Iterator<Item = u64
         if expected > end {
             return None;
         }
-        // Both ends are positions, so a hole is found after at most as many steps as there are known positions.
+        // Each step passes a known position or a whole gap that was told, however far the numbers are apart.
         while expected <= end {
-            let known = place.slots.contains_key(&expected)
-                || place.notices.contains_key(&expected)
-                || reader.was_told(expected);
-            if !known {
-                return Some(expected);
+            if place.slots.contains_key(&expected) || place.notices.contains_key(&expected) {
+                expected = expected.checked_add(1)?;
+            } else {
+                let Some(to) = reader.told_upto(expected) else { return Some(expected) };
+                expected = to.checked_add(1)?;
             }
-            expected = expected.checked_add(1)?;
         }
         None
     })
