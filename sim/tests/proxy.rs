@@ -239,6 +239,22 @@ fn order_is_kept_without_reordering_and_lost_with_it() {
 }
 
 #[test]
+fn second_copies_and_damage_come_through() {
+    let gateway = socket();
+    let both = Impairment { duplicate: Share::ALL, corrupt: Share::ALL, ..Impairment::default() };
+    let config = Config::towards(gateway.local_addr().unwrap()).seed(3).path(Path::symmetric(both));
+    let proxy = Proxy::start(config).unwrap();
+    let phone = socket();
+    phone.send_to(b"payload", proxy.addr()).unwrap();
+    let (one, two) = (receive(&gateway).0, receive(&gateway).0);
+    assert_eq!(one, two);
+    let turned: u32 = one.iter().zip(b"payload").map(|(got, sent)| (got ^ sent).count_ones()).sum();
+    assert_eq!((one.len(), turned), (7, 1));
+    let totals = proxy.stop();
+    assert_eq!((totals.up.packets, totals.up.bytes, totals.up.delivered), (1, 7, 2));
+}
+
+#[test]
 fn bounds_hold() {
     let gateway = socket();
     let slow = Impairment {
