@@ -89,8 +89,6 @@ metrics! {
     handshakes: Gauge = Gauge::default(), None;
     /// Handshakes that did not end in a session.
     handshakes_failed: Counter = Counter::default(), None;
-    /// Handshakes whose first flight was early data.
-    early_data_accepted: Counter = Counter::default(), None;
     /// Sessions with a live connection now.
     sessions: Gauge = Gauge::default(), None;
     /// Sessions that came back with a ticket.
@@ -111,14 +109,10 @@ metrics! {
     commit_duration: Histogram = seconds(), Some(Unit::Seconds);
     /// Records per group commit.
     commit_records: Histogram = sizes(), None;
-    /// Time from a send's arrival until its acknowledgement was written.
-    ack_duration: Histogram = seconds(), Some(Unit::Seconds);
     /// Records written to lanes, once per recipient.
     deliveries: Counter = Counter::default(), None;
     /// Records gathered into one write to a lane.
     delivery_batch: Histogram = sizes(), None;
-    /// Wakes of a writer that found what it owed gone from the ring.
-    ring_misses: Counter = Counter::default(), None;
     /// Records read from the log for catch-up and history.
     backlog_records: Counter = Counter::default(), None;
     /// Times a connection fell behind a ring and was turned over to the log.

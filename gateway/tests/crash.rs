@@ -3,6 +3,15 @@
 //!
 //! `FULMAR_CRASH_ROUNDS` sets the number of kills (20 without it).
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    reason = "a test that finds something wrong stops there"
+)]
+
 mod support;
 
 use std::{

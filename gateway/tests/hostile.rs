@@ -1,5 +1,14 @@
 //! What a stranger or a broken client may send: the right close code, no panic, and nobody else notices.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::print_stderr,
+    reason = "a test that finds something wrong stops there"
+)]
+
 mod support;
 
 use std::time::Duration;

@@ -5,6 +5,7 @@
 //!
 //! Not here: what the commands do beyond reading their flags.
 
+pub mod chat;
 pub mod completions;
 pub mod demo;
 pub mod inspect;
@@ -54,6 +55,8 @@ pub enum Command {
     Serve(serve::ServeArgs),
     /// The main job in one command: phones on a bad network, kill -9 in the middle, everything checked
     Demo(demo::DemoArgs),
+    /// Chat on this terminal
+    Chat(chat::ChatArgs),
     /// Make a development token, and print it
     Token(token::TokenArgs),
     /// Say what frames the given bytes are
@@ -105,6 +108,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let done = match cli.command {
         Command::Serve(args) => serve::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Token(args) => token::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Completions(args) => completions::run(&args),

@@ -18,7 +18,7 @@ use fulmar_protocol::{
     version::{self, Features},
 };
 use fulmar_store::ConversationClass;
-use tracing::{Span, debug, warn};
+use tracing::{Span, debug, debug_span, warn};
 
 use super::driver::{Connection, End, Peer, describe};
 use crate::{
@@ -37,6 +37,10 @@ use crate::{
 /// Records a device may be behind in one conversation and still be served by the gateway's own doing; further back
 /// it pulls, at its own pace.
 pub(super) const BACKLOG_RECORDS_MAX: u64 = 1_000;
+
+/// Events of one connection that are passed on per second, and at once after a pause.
+const EVENTS_PER_SECOND: f64 = 10.0;
+pub(super) const EVENTS_BURST: f64 = 30.0;
 
 /// Cursors the client still sends after its WELCOME.
 #[derive(Debug, Default)]
@@ -65,6 +69,8 @@ impl Connection {
             Output::Send(send) => {
                 let peer = self.peer()?;
                 let (conversation, pseq) = (send.conversation, send.pseq);
+                debug_span!("send", conversation = conversation.get())
+                    .in_scope(|| debug!(%pseq, bytes = send.payload.len(), "received"));
                 let session = Arc::clone(&peer.owed);
                 let command = Command::Send { session, app: peer.app, producer: peer.producer, send };
                 let result = match self.context.conversation(conversation) {
@@ -117,6 +123,10 @@ impl Connection {
             Output::Event(mut event) => {
                 let peer = self.peer()?;
                 event.sender = peer.producer.user;
+                if !self.events_allowed() {
+                    self.context.metrics.events_dropped.inc();
+                    return Ok(());
+                }
                 if let Ok(shard) = self.context.conversation(event.conversation)
                     && !shard.offer(Command::Event { app: peer.app, event })
                 {
@@ -133,6 +143,19 @@ impl Connection {
             }
             Output::Close { code, reason } => Err(End::Close(code, reason)),
         }
+    }
+
+    /// Whether one more event may pass now: a client that sends more only harms its own events.
+    fn events_allowed(&self) -> bool {
+        let mut bucket = self.events.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let now = self.now();
+        let refill = now.saturating_sub(bucket.1).as_secs_f64() * EVENTS_PER_SECOND;
+        *bucket = ((bucket.0 + refill).min(EVENTS_BURST), now);
+        let allowed = bucket.0 >= 1.0;
+        if allowed {
+            bucket.0 -= 1.0;
+        }
+        allowed
     }
 
     async fn authenticate(self: &Arc<Self>, hello: Hello) -> Result<(), End> {
@@ -267,6 +290,9 @@ impl Connection {
             return Err(End::Close(CloseCode::Internal, "welcomed twice".to_owned()));
         }
         context.metrics.sessions.inc();
+        if matches!(hello.auth, AuthProof::Ticket(_)) {
+            context.metrics.sessions_resumed.inc();
+        }
         let now = unix_now();
         self.auth_ends.store(proven.ends.get(), Ordering::Relaxed);
         let mut cursors: HashMap<ConversationId, Seq> = cursors.into_iter().collect();
@@ -387,6 +413,7 @@ impl Connection {
     }
 
     async fn acked(&self, entries: Vec<(ConversationId, Seq)>) -> Result<(), End> {
+        self.context.metrics.cursors_moved.inc_by(entries.len() as u64);
         let user = self.peer()?.producer.user;
         let mut by_shard: HashMap<usize, Vec<(ConversationId, Seq)>> = HashMap::new();
         for (conversation, seq) in &entries {

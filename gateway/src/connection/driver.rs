@@ -175,6 +175,8 @@ pub(super) struct Connection {
     /// When the token ends, milliseconds since 1970.
     pub(super) auth_ends: AtomicU64,
     pub(super) cursors: Mutex<super::dispatch::CursorSync>,
+    /// Events that may still pass, and when that was counted.
+    pub(super) events: Mutex<(f64, Duration)>,
 }
 
 /// Serves a connection until it ends. What it had sent and was not acked, its client sends again elsewhere.
@@ -203,6 +205,7 @@ pub async fn serve(quic: quinn::Connection, context: Arc<Context>) {
         pulls_wake: Notify::new(),
         auth_ends: AtomicU64::new(u64::MAX),
         cursors: Mutex::new(super::dispatch::CursorSync::default()),
+        events: Mutex::new((super::dispatch::EVENTS_BURST, Duration::ZERO)),
         context,
     });
     async move {

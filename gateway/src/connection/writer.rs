@@ -13,7 +13,7 @@ use fulmar_protocol::{
     limit::{DATAGRAM_BYTES_MAX, ENTRIES_PER_FRAME_MAX},
     version::Features,
 };
-use tracing::warn;
+use tracing::{debug, debug_span, warn};
 
 use super::driver::{Connection, End};
 use crate::{
@@ -136,7 +136,15 @@ impl Connection {
                 let lane = lane_of(conversation, peer.lanes);
                 let Some(lane) = lanes.get_mut(usize::from(lane)) else { break };
                 gathered += frames.iter().map(Bytes::len).sum::<usize>();
+                self.context.metrics.delivery_batch.observe(frames.len() as f64);
+                debug_span!("write", conversation = conversation.get()).in_scope(|| {
+                    debug!(frames = frames.len(), lane = lane_of(conversation, peer.lanes), "written")
+                });
                 lane.frames.extend(frames);
+            }
+            let behind = peer.owed.take_fell_behind();
+            if behind > 0 {
+                self.context.metrics.fell_behind.inc_by(behind);
             }
             if gathered == 0 {
                 tokio::select! {

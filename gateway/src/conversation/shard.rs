@@ -24,7 +24,7 @@ use fulmar_store::{
     CommitError, ConversationClass, Device, Op, PendingLink, ReadError, ShardReader, ShardWriter, User,
 };
 use tokio::sync::{mpsc, oneshot};
-use tracing::{debug, error, warn};
+use tracing::{debug, debug_span, error, warn};
 
 use super::{
     command::{
@@ -275,7 +275,13 @@ impl Shard {
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
-            Effect::Settle(session, settled) => session.settle(settled),
+            Effect::Settle(session, settled) => {
+                if let Settled::Acked { conversation, pseq, seq, .. } = settled {
+                    debug_span!("ack", conversation = conversation.get())
+                        .in_scope(|| debug!(%pseq, %seq, "committed"));
+                }
+                session.settle(settled);
+            }
             Effect::Answer(answer) => answer(Ok(())),
             Effect::Publish { conversation, record, joined, left } => {
                 for user in joined {
@@ -287,7 +293,9 @@ impl Shard {
                     let inline = loaded.state.member_count() <= self.limits.inline_members_max;
                     push::push(&loaded.ring, wire, state::origin(&record), record.time, sessions, inline);
                     self.metrics.deliveries.inc_by(sessions.len() as u64);
-                    debug!(%conversation, seq = %record.seq, recipients = sessions.len(), "fanout");
+                    debug_span!("fanout", conversation = conversation.get()).in_scope(
+                        || debug!(seq = %record.seq, recipients = sessions.len(), "committed and published"),
+                    );
                 }
                 for user in left {
                     self.roster.leave(conversation, user);
@@ -386,6 +394,9 @@ impl Shard {
             Command::Depart(session) => self.roster.depart(&session),
             Command::Cursors { user, device, entries } => {
                 for (conversation, seq) in entries {
+                    if !self.keeps_cursor(user, device, conversation) {
+                        continue;
+                    }
                     let known = self.cursors.entry((user, device, conversation)).or_default();
                     *known = (*known).max(seq);
                 }
@@ -482,11 +493,13 @@ impl Shard {
 
     fn send(&mut self, session: Arc<Owed>, app: AppId, producer: Producer, send: &frame::Send) {
         let (conversation, pseq) = (send.conversation, send.pseq);
+        let _span = debug_span!("append", conversation = conversation.get()).entered();
         let verdict = self.decide(app, producer, send);
         let now = unix_now();
         match verdict {
             Ok(Verdict::Append(record)) => {
                 self.metrics.sends_accepted.inc();
+                debug!(%pseq, seq = %record.seq, "appended");
                 self.batch.push(Op::Append { conversation, record: record.clone() });
                 self.batch.acked(session, conversation, pseq, record.seq, record.time);
                 self.batch.effects.push(Effect::Publish {
@@ -721,6 +734,14 @@ impl Shard {
             }
         }
         self.roster.arrive(session);
+    }
+
+    /// Whether a device's cursor is worth keeping: for the conversations of its user, and those it once was in. What
+    /// is not kept is asked for at the next resume, and a client that makes conversations up fills no disk.
+    fn keeps_cursor(&self, user: UserId, device: DeviceId, conversation: ConversationId) -> bool {
+        self.cursors.contains_key(&(user, device, conversation))
+            || self.reader.user_conversation(user, conversation).is_ok_and(|listed| listed.is_some())
+            || self.reader.recv_cursor(user, device, conversation).is_ok_and(|seq| seq != Seq::ZERO)
     }
 
     fn mark(&mut self, app: AppId, user: UserId, conversation: ConversationId, read: Seq) {

@@ -98,6 +98,7 @@ struct Inner {
     receipts: HashMap<(ConversationId, UserId), Receipt>,
     events: VecDeque<Event>,
     events_dropped: u64,
+    fell_behind: u64,
     on_screen: VecDeque<ConversationId>,
     ending: Option<Ending>,
 }
@@ -267,12 +268,14 @@ impl Owed {
                     }
                 }
                 Due::Behind if lag.head.since(lag.next) >= self.backlog_max => {
+                    inner.fell_behind += 1;
                     lag.mode = Mode::Pulling;
                     let head = Head { conversation, head: lag.head, count: 0, low: Seq::ZERO };
                     inner.heads.insert(conversation, head);
                     self.control.notify_one();
                 }
                 Due::Behind => {
+                    inner.fell_behind += 1;
                     lag.mode = Mode::Backlog;
                     lag.queued = true;
                     inner.backlog.push_back(conversation);
@@ -447,6 +450,11 @@ impl Owed {
     /// Events that were dropped since the last call.
     pub fn take_events_dropped(&self) -> u64 {
         std::mem::take(&mut self.lock().events_dropped)
+    }
+
+    /// Times a ring had left what was owed, since the last call.
+    pub fn take_fell_behind(&self) -> u64 {
+        std::mem::take(&mut self.lock().fell_behind)
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

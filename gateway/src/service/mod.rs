@@ -40,13 +40,14 @@ pub async fn call(context: &Context, caller: &Caller, call: Call) -> Reply {
         Some(method) if call.service == BUILTIN => builtin::call(context, caller, method, &call.body).await,
         _ => Err(RefusalCode::UnknownService.into()),
     };
+    context.metrics.calls.inc();
     match result {
         Ok(body) => Reply { id, status: CallStatus::Ok, body },
-        Err(refusal) => Reply {
-            id,
-            status: CallStatus::Refused(refusal.code),
-            body: Bytes::from_static(refusal.code.text().as_bytes()),
-        },
+        Err(refusal) => {
+            context.metrics.call_refused(refusal.code.name());
+            let body = Bytes::from_static(refusal.code.text().as_bytes());
+            Reply { id, status: CallStatus::Refused(refusal.code), body }
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! What the gateway's end-to-end tests share: a gateway in a fresh folder, and phones made of the protocol's client
 //! half over real QUIC, whose "database" is this process's memory.
 
-#![allow(dead_code, reason = "each test binary uses its part of it")]
+#![allow(dead_code, unreachable_pub, missing_debug_implementations, reason = "each test binary uses its part of it")]
 
 use std::{
     collections::HashMap,

@@ -42,6 +42,7 @@ enum Note {
     History { number: ConversationId, messages: Vec<Received>, asked: usize },
     Receipts(ConversationId, Vec<Receipt>),
     Status(u64, SendStatus),
+    Me(UserId),
     Name(UserId, String),
     Waiting { number: ConversationId, pending: Pending },
     Left(ConversationId),
@@ -75,6 +76,10 @@ pub(super) struct Core {
     notes: mpsc::Receiver<Note>,
     note: mpsc::Sender<Note>,
     tasks: JoinSet<()>,
+    /// The user's own number, once it is known.
+    user: Option<UserId>,
+    /// The list is being asked for.
+    listing: bool,
     started: Instant,
     typed: Option<Instant>,
     /// How far the user's read marks were sent.
@@ -94,6 +99,8 @@ impl Core {
             notes,
             note,
             tasks: JoinSet::new(),
+            user: None,
+            listing: false,
             started: Instant::now(),
             typed: None,
             read: HashMap::new(),
@@ -163,7 +170,7 @@ impl Core {
             ClientEvent::Receipt { conversation, user, recv, read } => {
                 let at = self.model.at(conversation);
                 if let Some(room) = self.model.rooms.get_mut(at) {
-                    if user == room.me {
+                    if Some(user) == self.user {
                         // Another device of the same user has read it.
                         if room.newest().is_some_and(|newest| read >= newest) {
                             room.unread = 0;
@@ -186,6 +193,7 @@ impl Core {
     fn take(&mut self, note: Note) -> Change {
         match note {
             Note::Listed(listed) => {
+                self.listing = false;
                 for summary in listed {
                     self.listed(&summary);
                 }
@@ -215,7 +223,7 @@ impl Core {
             Note::Receipts(number, receipts) => {
                 let at = self.model.at(number);
                 if let Some(room) = self.model.rooms.get_mut(at) {
-                    for receipt in receipts.iter().filter(|receipt| receipt.user != room.me) {
+                    for receipt in receipts.iter().filter(|receipt| Some(receipt.user) != self.user) {
                         room.receipt(receipt.user, receipt.recv, receipt.read);
                     }
                 }
@@ -226,6 +234,7 @@ impl Core {
                     return self.say(format!("not sent: {code}"));
                 }
             }
+            Note::Me(user) => self.user = Some(user),
             Note::Name(user, name) => self.model.name(user, &name),
             Note::Waiting { number, pending } => {
                 let at = self.model.at(number);
@@ -491,11 +500,16 @@ impl Core {
     }
 
     fn list(&mut self) {
+        if std::mem::replace(&mut self.listing, true) {
+            return;
+        }
         let (client, note) = (self.client.clone(), self.note.clone());
         self.tasks.spawn(async move {
-            if let Ok(listed) = client.conversations().await {
-                let _ = note.send(Note::Listed(listed)).await;
+            if let Ok(Some(user)) = client.user().await {
+                let _ = note.send(Note::Me(user)).await;
             }
+            let listed = client.conversations().await.unwrap_or_default();
+            let _ = note.send(Note::Listed(listed)).await;
         });
     }
 
@@ -516,6 +530,9 @@ impl Core {
     }
 
     fn ask_name(&mut self, user: UserId) {
+        if self.tasks.len() >= NOTES_MAX {
+            return;
+        }
         let (client, note) = (self.client.clone(), self.note.clone());
         self.tasks.spawn(async move {
             if let Ok(Some(name)) = client.name_of(user).await {

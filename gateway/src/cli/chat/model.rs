@@ -395,6 +395,11 @@ impl Model {
         self.names.insert(user, name.to_owned());
     }
 
+    /// Whether the user's name is known.
+    pub(super) fn knows(&self, user: UserId) -> bool {
+        self.names.contains_key(&user)
+    }
+
     /// A user's name, or its number.
     pub(super) fn name_of(&self, user: UserId) -> String {
         name_in(&self.names, user)

@@ -120,11 +120,6 @@ impl Board {
         self.seen().record(self.now(), event);
     }
 
-    /// Something happened that must not.
-    pub(super) fn trouble(&self, what: String) {
-        self.seen().trouble(what);
-    }
-
     /// The phone's user has this number.
     pub(super) fn is_user(&self, phone: usize, user: u64) {
         let mut seen = self.seen();
