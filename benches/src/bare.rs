@@ -1,0 +1,137 @@
+//! The floors' server: quinn and nothing else, with the gateway's own transport settings.
+//!
+//! A client opens one bidirectional stream and says in its first byte what it wants:
+//!
+//! - `e`: everything that follows comes back on the same stream.
+//! - `r`: it receives; the server opens a unidirectional stream to it.
+//! - `s`, then a number of messages (one byte): everything that follows is messages of [`MESSAGE_BYTES`], written to
+//!   every receiver, that many gathered in one write.
+//!
+//! Not here: a protocol, a log, acknowledgements. That is the point.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use fulmar_gateway::{
+    accept::tls::{Certificate, endpoint_config, server_config, tls_config, transport_config},
+    config::Config,
+    data_folder::DataFolder,
+};
+use quinn::crypto::rustls::QuicClientConfig;
+use tokio::sync::Mutex as AsyncMutex;
+
+/// Bytes of one of the floor's messages: a DELIVER with 128 bytes of payload has as many or a few less.
+pub const MESSAGE_BYTES: usize = 146;
+
+/// What a receiver reads first, when the server knows it.
+pub const READY: u8 = b'!';
+
+/// Runs the server until the process is ended.
+///
+/// # Errors
+/// It can't listen.
+pub fn serve(folder: &Path) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let config = Config::in_folder(folder);
+        let folder = DataFolder::prepare(folder, &[])?;
+        let certificate = Certificate::load(&config.tls, &folder)?;
+        let tls = tls_config(&config.tls, certificate)?;
+        let quic = server_config(tls, &folder.endpoint_keys, &config.transport, &config.limits)?;
+        let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let settings = endpoint_config(&folder.endpoint_keys, &config.transport);
+        let endpoint = quinn::Endpoint::new(settings, Some(quic), socket, Arc::new(quinn::TokioRuntime))?;
+        eprintln!("Clients {}", endpoint.local_addr()?);
+        let receivers = Arc::new(Receivers::default());
+        while let Some(incoming) = endpoint.accept().await {
+            let receivers = Arc::clone(&receivers);
+            tokio::spawn(async move {
+                if let Err(error) = attend(incoming, &receivers).await {
+                    eprintln!("WARN {error:#}");
+                }
+            });
+        }
+        Ok(())
+    })
+}
+
+#[derive(Default)]
+struct Receivers {
+    waiting: Mutex<Vec<quinn::SendStream>>,
+    taken: AsyncMutex<Vec<quinn::SendStream>>,
+}
+
+impl Receivers {
+    fn waiting(&self) -> MutexGuard<'_, Vec<quinn::SendStream>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+async fn attend(incoming: quinn::Incoming, receivers: &Receivers) -> anyhow::Result<()> {
+    let connection = incoming.await?;
+    let (mut send, mut recv) = connection.accept_bi().await?;
+    let mut role = [0];
+    recv.read_exact(&mut role).await?;
+    match role {
+        [b'e'] => {
+            while let Some(chunk) = recv.read_chunk(usize::MAX, true).await? {
+                send.write_chunk(chunk.bytes).await?;
+            }
+        }
+        [b'r'] => {
+            let mut stream = connection.open_uni().await?;
+            stream.write_all(&[READY]).await?;
+            receivers.waiting().push(stream);
+            connection.closed().await;
+        }
+        [b's'] => {
+            let mut gather = [0];
+            recv.read_exact(&mut gather).await?;
+            let [gather] = gather;
+            let mut message = vec![0; MESSAGE_BYTES * usize::from(gather)];
+            while recv.read_exact(&mut message).await.is_ok() {
+                let shared = Bytes::copy_from_slice(&message);
+                let mut streams = receivers.taken.lock().await;
+                streams.append(&mut receivers.waiting());
+                for stream in streams.iter_mut() {
+                    stream.write_chunk(shared.clone()).await.context("a receiver left")?;
+                }
+            }
+        }
+        _ => anyhow::bail!("unknown wish"),
+    }
+    Ok(())
+}
+
+/// An endpoint for clients, of the gateway as of the floors.
+///
+/// # Errors
+/// The certificate in the server's data folder can't be read.
+pub fn client_endpoint(folder: &Path) -> anyhow::Result<quinn::Endpoint> {
+    let pem = std::fs::read(folder.join("tls/cert.pem")).context("the server's certificate")?;
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in
+        <rustls::pki_types::CertificateDer<'_> as rustls::pki_types::pem::PemObject>::pem_slice_iter(&pem)
+    {
+        roots.add(certificate?)?;
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    tls.alpn_protocols = vec![fulmar_protocol::version::ALPN.to_vec()];
+    let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
+    let mut transport = transport_config(&Config::in_folder(folder).transport);
+    // The gateway opens up to sixteen lanes and the backlog.
+    transport.max_concurrent_uni_streams(32u8.into());
+    config.transport_config(Arc::new(transport));
+    let mut endpoint = quinn::Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    endpoint.set_default_client_config(config);
+    Ok(endpoint)
+}

@@ -1,0 +1,391 @@
+//! A phone without a disk: the protocol's client half over quinn, in one task without queues in between.
+//!
+//! - What is delivered counts as committed at once, so ACKs leave as a real phone's would.
+//! - [`Phone::next`] may be dropped at any await: nothing is lost or written twice.
+//!
+//! Not here: reconnecting, the outbox (the SDK has them).
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    net::SocketAddr,
+    pin::Pin,
+    task::{Context as TaskContext, Poll},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, bail};
+use bytes::{Buf as _, Bytes, BytesMut};
+use fulmar_gateway::{
+    accept::auth::{Mint, mint},
+    config::{DEMO_APP, DEV_ISSUER},
+    data_folder::{DevKey, open_dev_key},
+};
+use fulmar_protocol::{
+    frame::{
+        AuthProof, CallStatus, Channel, Decoder, Deliver, NetworkHint, OpenTarget, RecordKind, Send,
+        StreamHeader,
+    },
+    id::{ConversationId, DeviceClass, DeviceUid, Pseq, Seq, UnixMillis},
+    service::{self, ChangeMembers, CreateGroup, GroupCreated, MembersChanged, Method},
+    session::client::{Client, ClientConfig, Output, Restored},
+};
+
+/// Bytes read from a stream at once.
+const READ_BYTES: usize = 8 * 1024;
+
+/// How long an answer may take.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// Makes tokens for a gateway's data folder.
+#[derive(Debug)]
+pub struct Tokens(DevKey);
+
+impl Tokens {
+    /// With the folder's development key.
+    ///
+    /// # Errors
+    /// The key can't be read.
+    pub fn of(folder: &std::path::Path) -> anyhow::Result<Self> {
+        Ok(Self(open_dev_key(folder)?))
+    }
+
+    /// A token for `user`, good for an hour.
+    ///
+    /// # Errors
+    /// The name may not be.
+    pub fn mint(&self, user: &str) -> anyhow::Result<String> {
+        let now = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis())?;
+        let now = UnixMillis::new(now).context("the clock is beyond the end of time")?;
+        Ok(mint(&self.0, Mint { app: DEMO_APP, issuer: DEV_ISSUER, user, ttl_s: 3_600 }, now)?)
+    }
+}
+
+/// What a bench wants to know.
+#[derive(Clone, Debug)]
+pub enum Seen {
+    /// A record came.
+    Delivered(Deliver),
+    /// A send is durable.
+    Acked(Pseq),
+    /// Anything else.
+    Other(Box<Output>),
+}
+
+struct Incoming {
+    channel: Option<Channel>,
+    kind: Option<u64>,
+    stream: quinn::RecvStream,
+    decoder: Decoder,
+}
+
+struct Outgoing {
+    stream: Option<quinn::SendStream>,
+    bytes: BytesMut,
+}
+
+type Accepting =
+    Pin<Box<dyn Future<Output = Result<quinn::RecvStream, quinn::ConnectionError>> + core::marker::Send>>;
+
+/// See the module's text.
+pub struct Phone {
+    half: Client,
+    begin: Instant,
+    connection: quinn::Connection,
+    incoming: Vec<Incoming>,
+    accepting: Accepting,
+    control: Outgoing,
+    uplink: Outgoing,
+    seen: VecDeque<Seen>,
+    buffer: Box<[u8]>,
+    pseq: Pseq,
+    newest: Seq,
+}
+
+impl core::fmt::Debug for Phone {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Phone").field("half", &self.half).finish_non_exhaustive()
+    }
+}
+
+impl Phone {
+    /// Connects and waits for the WELCOME.
+    ///
+    /// # Errors
+    /// It was not let in.
+    pub async fn connect(
+        endpoint: &quinn::Endpoint,
+        gateway: SocketAddr,
+        token: String,
+        uid: u128,
+    ) -> anyhow::Result<Self> {
+        let connection = endpoint.connect(gateway, "localhost")?.await?;
+        let (send, recv) = connection.open_bi().await?;
+        let config = ClientConfig::new(DeviceUid(uid.to_be_bytes()), DeviceClass::Phone);
+        let mut half = Client::new(config, Restored::default());
+        half.connect(AuthProof::Token(token), NetworkHint::default(), Duration::ZERO);
+        let accepting = accept(&connection);
+        let mut phone = Self {
+            half,
+            begin: Instant::now(),
+            connection,
+            incoming: vec![Incoming {
+                channel: None,
+                kind: None,
+                stream: recv,
+                decoder: Decoder::new(Channel::Control.frame_limit()),
+            }],
+            accepting,
+            control: Outgoing::new(Channel::Control, Some(send)),
+            uplink: Outgoing::new(Channel::Uplink, None),
+            seen: VecDeque::new(),
+            buffer: vec![0; READ_BYTES].into(),
+            pseq: Pseq::ZERO,
+            newest: Seq::ZERO,
+        };
+        phone
+            .answer(|output| matches!(output, Output::Welcomed(_)).then_some(()))
+            .await
+            .context("no WELCOME")?;
+        Ok(phone)
+    }
+
+    fn now(&self) -> Duration {
+        self.begin.elapsed()
+    }
+
+    /// Queues a message; it leaves in [`Self::next`]. `false`: there is no room now.
+    ///
+    /// # Errors
+    /// The numbers are used up.
+    pub fn send(&mut self, conversation: ConversationId, payload: Bytes) -> anyhow::Result<bool> {
+        if !self.half.has_room() {
+            return Ok(false);
+        }
+        let pseq = self.pseq.next().context("no more numbers")?;
+        let send = Send {
+            kind: RecordKind::Message,
+            conversation,
+            pseq,
+            seen: self.newest,
+            reference: None,
+            ttl: None,
+            more: false,
+            silent: false,
+            cancel: false,
+            payload,
+        };
+        let now = self.now();
+        let taken = self.half.send(send, now).is_ok();
+        if taken {
+            self.pseq = pseq;
+        }
+        Ok(taken)
+    }
+
+    /// Sends that are not acked.
+    #[must_use]
+    pub fn unacked(&self) -> usize {
+        self.half.unacked()
+    }
+
+    /// The direct conversation with the user of this name.
+    ///
+    /// # Errors
+    /// It was refused.
+    pub async fn open_direct(&mut self, with: &str) -> anyhow::Result<ConversationId> {
+        let now = self.now();
+        let id = self.half.open(OpenTarget::Direct(with.to_owned()), true, now);
+        self.answer(|output| match output {
+            Output::Opened(opened) if opened.id == id => Some(Ok(opened.conversation)),
+            Output::RequestRefused(error) if error.refers == id => Some(Err(anyhow::anyhow!("{error:?}"))),
+            _ => None,
+        })
+        .await?
+    }
+
+    /// Makes a group of us and `members`, as many calls as that takes.
+    ///
+    /// # Errors
+    /// It was refused.
+    pub async fn create_group(&mut self, name: &str, members: &[String]) -> anyhow::Result<ConversationId> {
+        let mut pages = members.chunks(service::PAGE_MAX);
+        let first = pages.next().unwrap_or_default().to_vec();
+        let body = service::encode(&CreateGroup { name: name.to_owned(), members: first });
+        let group: GroupCreated = self.call(Method::CreateGroup, body).await?;
+        for page in pages {
+            let change = ChangeMembers { conversation: group.conversation, members: page.to_vec() };
+            let changed: MembersChanged = self.call(Method::AddMembers, service::encode(&change)).await?;
+            anyhow::ensure!(changed.changed as usize == page.len(), "only {} were added", changed.changed);
+        }
+        Ok(group.conversation)
+    }
+
+    async fn call<T: serde::de::DeserializeOwned>(
+        &mut self,
+        method: Method,
+        body: Option<Bytes>,
+    ) -> anyhow::Result<T> {
+        let body = body.context("the call does not fit a frame")?;
+        let now = self.now();
+        let id = self.half.call(service::BUILTIN, method as u32, body, ANSWER, now);
+        let reply = self
+            .answer(|output| match output {
+                Output::Replied(reply) if reply.id == id => Some(reply.clone()),
+                _ => None,
+            })
+            .await?;
+        anyhow::ensure!(reply.status == CallStatus::Ok, "{method:?}: {:?}", reply.status);
+        service::decode(&reply.body).context("the answer can't be read")
+    }
+
+    /// Waits for one answer; records and acks that come meanwhile are kept for [`Self::next`].
+    async fn answer<T>(&mut self, mut found: impl FnMut(&Output) -> Option<T>) -> anyhow::Result<T> {
+        let mut kept = VecDeque::new();
+        let waiting = async {
+            loop {
+                match self.next().await? {
+                    Seen::Other(output) => {
+                        if let Some(answer) = found(&output) {
+                            return Ok(answer);
+                        }
+                        if let Output::Failed(error) = *output {
+                            bail!("{error:?}");
+                        }
+                    }
+                    seen => kept.push_back(seen),
+                }
+            }
+        };
+        let answer = tokio::time::timeout(ANSWER, waiting).await.context("no answer")?;
+        kept.append(&mut self.seen);
+        self.seen = kept;
+        answer
+    }
+
+    /// What happens next.
+    ///
+    /// # Errors
+    /// The connection ended, or the gateway broke the protocol.
+    pub async fn next(&mut self) -> anyhow::Result<Seen> {
+        loop {
+            self.carry_out()?;
+            // Frames first: what is seen may make the caller wait for something else.
+            self.control.flush(&self.connection).await?;
+            self.uplink.flush(&self.connection).await?;
+            if let Some(seen) = self.seen.pop_front() {
+                return Ok(seen);
+            }
+            let sleep = self.half.poll_timeout().map(|at| at.saturating_sub(self.now()));
+            let input = poll_fn(|cx| self.poll_input(cx));
+            match sleep {
+                Some(sleep) => match tokio::time::timeout(sleep, input).await {
+                    Ok(input) => input?,
+                    Err(_) => {
+                        let now = self.now();
+                        self.half.handle_timeout(now);
+                    }
+                },
+                None => input.await?,
+            }
+        }
+    }
+
+    fn carry_out(&mut self) -> anyhow::Result<()> {
+        let now = self.now();
+        while let Some(output) = self.half.poll_output() {
+            match output {
+                Output::Transmit(Channel::Control, frame) => frame.encode(&mut self.control.bytes),
+                Output::Transmit(Channel::Uplink, frame) => frame.encode(&mut self.uplink.bytes),
+                Output::Transmit(channel, _) => bail!("nothing is sent on {}", channel.name()),
+                Output::Deliver(deliver) => {
+                    self.newest = self.newest.max(deliver.seq);
+                    self.half.committed(deliver.conversation, deliver.seq, now);
+                    self.seen.push_back(Seen::Delivered(deliver));
+                }
+                Output::Acked { pseq, .. } => self.seen.push_back(Seen::Acked(pseq)),
+                Output::Refused(refused) => bail!("a send was refused: {refused:?}"),
+                Output::Gap { from, to, .. } => bail!("records {from} to {to} were lost"),
+                Output::Close(code) => bail!("the session ended: {code:?}"),
+                other => self.seen.push_back(Seen::Other(Box::new(other))),
+            }
+        }
+        Ok(())
+    }
+
+    fn poll_input(&mut self, cx: &mut TaskContext<'_>) -> Poll<anyhow::Result<()>> {
+        while let Poll::Ready(accepted) = self.accepting.as_mut().poll(cx) {
+            let stream = accepted?;
+            // The limit is set when the stream has said what it is.
+            self.incoming.push(Incoming { channel: None, kind: None, stream, decoder: Decoder::new(0) });
+            self.accepting = accept(&self.connection);
+        }
+        let now = self.begin.elapsed();
+        let mut moved = false;
+        for incoming in &mut self.incoming {
+            let Poll::Ready(read) = incoming.stream.poll_read(cx, &mut self.buffer) else { continue };
+            let read = read?;
+            if read == 0 {
+                return Poll::Ready(Err(anyhow::anyhow!("the gateway ended a stream")));
+            }
+            let bytes = Bytes::copy_from_slice(self.buffer.get(..read).unwrap_or_default());
+            incoming.take(bytes, &mut self.half, now)?;
+            moved = true;
+        }
+        if moved { Poll::Ready(Ok(())) } else { Poll::Pending }
+    }
+}
+
+fn accept(connection: &quinn::Connection) -> Accepting {
+    let connection = connection.clone();
+    Box::pin(async move { connection.accept_uni().await })
+}
+
+impl Incoming {
+    fn take(&mut self, bytes: Bytes, half: &mut Client, now: Duration) -> anyhow::Result<()> {
+        self.decoder.push(bytes);
+        let channel = match self.channel {
+            Some(channel) => channel,
+            None => {
+                if self.kind.is_none() {
+                    self.kind = self.decoder.next_varint();
+                }
+                let Some(kind) = self.kind else { return Ok(()) };
+                let Some(index) = self.decoder.next_varint() else { return Ok(()) };
+                let channel = StreamHeader { kind, index }.channel()?;
+                self.decoder.set_limit(channel.frame_limit());
+                *self.channel.insert(channel)
+            }
+        };
+        while let Some(frame) = self.decoder.next()? {
+            half.handle(channel, frame, now)?;
+        }
+        Ok(())
+    }
+}
+
+impl Outgoing {
+    fn new(channel: Channel, stream: Option<quinn::SendStream>) -> Self {
+        let mut bytes = BytesMut::new();
+        if let Some(header) = channel.header() {
+            header.encode(&mut bytes);
+        }
+        Self { stream, bytes }
+    }
+
+    async fn flush(&mut self, connection: &quinn::Connection) -> anyhow::Result<()> {
+        // A stream's header alone need not leave.
+        if self.stream.is_none() {
+            if self.bytes.len() <= 2 {
+                return Ok(());
+            }
+            self.stream = Some(connection.open_uni().await?);
+        }
+        let Some(stream) = &mut self.stream else { return Ok(()) };
+        while !self.bytes.is_empty() {
+            let written = stream.write(&self.bytes).await?;
+            self.bytes.advance(written);
+        }
+        Ok(())
+    }
+}
