@@ -752,22 +752,30 @@ impl Driver {
         self.shared.states.send_replace(ConnectionState::Closed { reason });
     }
 
+    /// Until everything is written and acknowledged: a PONG says that the gateway has what was sent before its PING.
     async fn linger(&mut self) {
+        let mut asked = false;
         loop {
-            // Acknowledges what was committed; the PING makes the ACK leave.
-            let now = self.now();
             if self.carry_out().await.is_err() {
                 return;
             }
             self.ledger.start(&self.shared, self.own());
-            let committing = !self.ledger.is_empty();
-            let sending =
-                self.link.as_ref().is_some_and(|link| !link.is_flushed()) || self.half.unacked() > 0;
-            let online = matches!(self.machine.state(), State::Syncing | State::Live | State::Draining);
-            if !committing && !(online && sending && self.link.is_some()) {
-                self.half.ping(now);
-                let _ = self.carry_out().await;
+            let online = self.link.is_some()
+                && matches!(self.machine.state(), State::Syncing | State::Live | State::Draining);
+            if self.ledger.is_empty() && !online {
                 return;
+            }
+            if self.ledger.is_empty() && self.half.unacked() == 0 {
+                if asked && self.ponged {
+                    return;
+                }
+                if !asked {
+                    asked = true;
+                    self.ponged = false;
+                    let now = self.now();
+                    self.half.ping(now);
+                    continue;
+                }
             }
             let Self { link, ledger, .. } = self;
             let woken = poll_fn(|cx| {

@@ -185,11 +185,11 @@ impl SendHandle {
     /// When the database fails.
     pub async fn cancel(&self) -> Result<(), Error> {
         let id = self.id;
-        let (settled, numbered) = self.shared.db.run(true, move |store| store.cancel(id)).await?;
-        if let Some(settled) = settled {
+        let cancelled = self.shared.db.run(true, move |store| store.cancel(id)).await?;
+        if let Some(settled) = cancelled.settled {
             self.shared.settle(&[settled]);
         }
-        self.shared.cancelled(&numbered);
+        self.shared.cancelled(&cancelled.numbered);
         Ok(())
     }
 

@@ -12,6 +12,8 @@ mod outbox;
 mod register;
 mod schema;
 mod store;
+#[cfg(test)]
+mod tests;
 
 use tokio::sync::{mpsc, oneshot};
 

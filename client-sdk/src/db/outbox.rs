@@ -80,6 +80,15 @@ pub(crate) struct Settled {
     pub(crate) outcome: Outcome,
 }
 
+/// What became of a body that is taken back.
+#[derive(Debug)]
+pub(crate) struct Cancelled {
+    /// It ended at once.
+    pub(crate) settled: Option<Settled>,
+    /// Its sends that have numbers, to be consumed by tombstones.
+    pub(crate) numbered: Vec<(ConversationId, Pseq)>,
+}
+
 /// A body the app was not told the end of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Unsettled {
@@ -314,7 +323,7 @@ impl Store {
     }
 
     /// Turns what is left of a body into tombstones, or ends it when it has no number yet. What has one is named.
-    pub(crate) fn cancel(&self, id: u64) -> Result<(Option<Settled>, Vec<(ConversationId, Pseq)>), Error> {
+    pub(crate) fn cancel(&self, id: u64) -> Result<Cancelled, Error> {
         let nameless = self.sql.execute(
             "UPDATE outbox SET state = ?2, payload = NULL
                  WHERE (id = ?1 OR body = ?1) AND state = 0 AND conversation IS NULL",
@@ -322,7 +331,7 @@ impl Store {
         )?;
         if nameless > 0 {
             let settled = Settled { id, conversation: None, outcome: Outcome::Expired };
-            return Ok((Some(settled), Vec::new()));
+            return Ok(Cancelled { settled: Some(settled), numbered: Vec::new() });
         }
         let mut update = self.sql.prepare_cached(
             "UPDATE outbox SET flags = flags | ?2 WHERE (id = ?1 OR body = ?1) AND state = 0
@@ -330,7 +339,7 @@ impl Store {
         )?;
         let rows =
             update.query_map(params![int(id), CANCEL], |row| Ok((number(row, 0)?, number(row, 1)?)))?;
-        Ok((None, rows.collect::<Result<_, _>>()?))
+        Ok(Cancelled { settled: None, numbered: rows.collect::<Result<_, _>>()? })
     }
 
     /// A send is stored at the gateway. Again: nothing happens.

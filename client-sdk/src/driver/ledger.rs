@@ -27,13 +27,16 @@ use crate::{
 const CHANGES_MAX: usize = 512;
 const BYTES_MAX: usize = 1024 * 1024;
 
+/// Who waits for the answer to an OPEN.
+pub(super) type OpenReplies = Vec<oneshot::Sender<Result<Opened, Error>>>;
+
 /// One thing the database has to know.
 #[derive(Debug)]
 pub(super) enum Change {
     Marker(Marker),
     Acked(ConversationId, Pseq, Seq),
     Refused(ConversationId, Pseq, RefusalCode),
-    Resolved(OpenTarget, Opened, Vec<oneshot::Sender<Result<Opened, Error>>>),
+    Resolved(OpenTarget, Opened, OpenReplies),
     Unresolvable(OpenTarget, RefusalCode),
     Heads(Vec<Head>),
     Receipts(Vec<Receipt>),
@@ -43,7 +46,7 @@ pub(super) enum Change {
 
 /// Answers that wait for the commit.
 #[derive(Debug, Default)]
-pub(super) struct Replies(Vec<(Opened, Vec<oneshot::Sender<Result<Opened, Error>>>)>);
+pub(super) struct Replies(Vec<(Opened, OpenReplies)>);
 
 impl Replies {
     pub(super) fn send(self) {

@@ -13,7 +13,10 @@ use fulmar_protocol::{
 };
 use tokio::{sync::oneshot, time::Instant};
 
-use super::{Change, Driver};
+use super::{
+    Driver,
+    ledger::{Change, OpenReplies},
+};
 use crate::{
     error::Error,
     state::{self, State},
@@ -50,7 +53,7 @@ pub(crate) struct Call {
 #[derive(Debug)]
 struct Opening {
     target: OpenTarget,
-    replies: Vec<oneshot::Sender<Result<Opened, Error>>>,
+    replies: OpenReplies,
 }
 
 /// See the module's text.

@@ -120,11 +120,6 @@ impl Link {
         }
     }
 
-    /// Whether everything that was written went to the transport.
-    pub(crate) fn is_flushed(&self) -> bool {
-        self.control.buffer.is_empty() && self.uplink.buffer.is_empty()
-    }
-
     /// Writes what waits and waits for what comes; with `records` off, only the control stream is read.
     pub(crate) fn poll(&mut self, records: bool, cx: &mut Context<'_>) -> Poll<LinkEvent> {
         let flushed = [self.control.poll_flush(cx), self.uplink.poll_flush(cx)];

@@ -1,0 +1,517 @@
+//! What the database promises, table by table, and over crashes: a crash is a copy of the files taken while the
+//! database is open, which is what a killed process leaves behind.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
+
+use bytes::Bytes;
+use fulmar_protocol::{
+    close::RefusalCode,
+    frame::{Deliver, OpenTarget, Opened, Origin, Receipt, RecordKind, WireTime},
+    id::{ConversationId, DeviceId, Epoch, Pseq, RequestId, Seq, UnixMillis, UserId},
+    service::Roster,
+};
+use proptest::prelude::*;
+
+use super::{Db, Delivered, Draft, Marker, Outcome, Own, Store, schema};
+use crate::{
+    error::Error,
+    options::{Database, Durability},
+};
+
+const OWN: Own = Own { user: user(1), device: device(1), epoch: epoch(1) };
+
+const fn user(number: u64) -> UserId {
+    UserId::new(number).unwrap()
+}
+
+const fn device(number: u64) -> DeviceId {
+    DeviceId::new(number).unwrap()
+}
+
+const fn epoch(number: u64) -> Epoch {
+    Epoch::new(number).unwrap()
+}
+
+fn c(number: u64) -> ConversationId {
+    ConversationId::new(number).unwrap()
+}
+
+fn s(number: u64) -> Seq {
+    Seq::new(number).unwrap()
+}
+
+fn p(number: u64) -> Pseq {
+    Pseq::new(number).unwrap()
+}
+
+fn memory() -> Store {
+    Store::open(&Database::Memory, Durability::PowerLoss).unwrap()
+}
+
+fn file(path: &Path) -> Store {
+    Store::open(&Database::File(path.to_owned()), Durability::PowerLoss).unwrap()
+}
+
+/// What a killed process leaves: the database and its write-ahead log as they are at this moment.
+fn crashed(from: &Path, to: &Path) -> Store {
+    for suffix in ["", "-wal"] {
+        let path = |path: &Path| format!("{}{suffix}", path.display());
+        match std::fs::copy(path(from), path(to)) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let _ = std::fs::remove_file(path(to));
+            }
+            copied => drop(copied.unwrap()),
+        }
+    }
+    file(to)
+}
+
+fn draft(target: OpenTarget, text: &str) -> Draft {
+    Draft {
+        target,
+        kind: RecordKind::Message,
+        reference: None,
+        ttl: None,
+        silent: false,
+        payload: Bytes::copy_from_slice(text.as_bytes()),
+        piece: 4,
+        created: 1_000,
+    }
+}
+
+fn to(conversation: u64, text: &str) -> Draft {
+    draft(OpenTarget::Number(c(conversation)), text)
+}
+
+fn bob() -> OpenTarget {
+    OpenTarget::Direct("bob".to_owned())
+}
+
+fn opened(conversation: u64) -> Opened {
+    Opened {
+        id: RequestId::FIRST,
+        conversation: c(conversation),
+        direct: true,
+        name: "bob".to_owned(),
+        peer: user(2),
+        head: Seq::ZERO,
+        count: 0,
+        low: Seq::ZERO,
+        joined: Seq::ZERO,
+        read: Seq::ZERO,
+        last_pseq: Pseq::ZERO,
+    }
+}
+
+fn record(conversation: u64, seq: u64, sender: u64, text: &str) -> Deliver {
+    Deliver {
+        kind: RecordKind::Message,
+        conversation: c(conversation),
+        seq: s(seq),
+        sender: user(sender),
+        time: WireTime::Full(UnixMillis::new(5_000 + seq).unwrap()),
+        origin: None,
+        reference: None,
+        ttl: None,
+        more: false,
+        silent: false,
+        payload: Bytes::copy_from_slice(text.as_bytes()),
+    }
+}
+
+fn deliver(store: &Store, record: Deliver) -> Delivered {
+    let mut delivered = Delivered::default();
+    let now = UnixMillis::new(10_000).unwrap();
+    store.deliver(&Marker::Record(Box::new(record)), now, OWN, &mut delivered).unwrap();
+    delivered
+}
+
+fn lane(store: &Store, conversation: u64) -> Vec<(u64, String)> {
+    let waiting = store.waiting(c(conversation), Pseq::ZERO, 1_000, 2_000).unwrap();
+    waiting
+        .into_iter()
+        .map(|waiting| (waiting.send.pseq.get(), String::from_utf8(waiting.send.payload.to_vec()).unwrap()))
+        .collect()
+}
+
+fn page(store: &Store) -> Vec<(u64, u64, String)> {
+    let page = store.page(store.taken().unwrap(), 1_000).unwrap();
+    page.into_iter().map(|m| (m.conversation.get(), m.seq.get(), m.text().into_owned())).collect()
+}
+
+#[test]
+fn pseqs_are_contiguous_per_conversation() {
+    let store = memory();
+    for (conversation, text) in [(7, "a"), (9, "b"), (7, "c"), (7, "long body"), (9, "d")] {
+        store.enqueue(&to(conversation, text)).unwrap();
+    }
+    let own = |lane: &[(u64, &str)]| lane.iter().map(|(p, t)| (*p, (*t).to_owned())).collect::<Vec<_>>();
+    assert_eq!(lane(&store, 7), own(&[(1, "a"), (2, "c"), (3, "long"), (4, " bod"), (5, "y")]));
+    assert_eq!(lane(&store, 9), own(&[(1, "b"), (2, "d")]));
+    let more: Vec<bool> =
+        store.waiting(c(7), p(2), 10, 0).unwrap().iter().map(|waiting| waiting.send.more).collect();
+    assert_eq!(more, [true, true, false]);
+    assert_eq!(store.oldest_waiting(3, 0).unwrap().len(), 3);
+}
+
+#[test]
+fn names_are_resolved_in_the_order_of_queueing_behind_what_has_numbers() {
+    let store = memory();
+    store.enqueue(&draft(bob(), "one")).unwrap();
+    store.enqueue(&to(7, "nine")).unwrap();
+    store.enqueue(&draft(bob(), "two")).unwrap();
+    assert_eq!(store.unresolved().unwrap(), [bob()]);
+    store.resolved(&bob(), &opened(7)).unwrap();
+    store.resolved(&bob(), &opened(7)).unwrap();
+    let texts: Vec<_> = lane(&store, 7).into_iter().map(|(p, t)| format!("{p} {t}")).collect();
+    assert_eq!(texts, ["1 nine", "2 one", "3 two"]);
+    assert_eq!(store.enqueue(&draft(bob(), "four")).unwrap().conversation, Some(c(7)));
+    assert!(store.unresolved().unwrap().is_empty());
+    assert_eq!(store.user_name(user(2)).unwrap().as_deref(), Some("bob"));
+    assert_eq!(store.conversations().unwrap()[0].name, "bob");
+}
+
+#[test]
+fn a_name_that_is_refused_ends_what_waits_for_it() {
+    let store = memory();
+    let id = store.enqueue(&draft(bob(), "a body of pieces")).unwrap().id;
+    let settled = store.unresolvable(&bob(), RefusalCode::UnknownUser).unwrap();
+    assert_eq!(settled.len(), 1);
+    assert_eq!((settled[0].id, settled[0].outcome), (id, Outcome::Refused(RefusalCode::UnknownUser)));
+    assert!(store.unresolved().unwrap().is_empty());
+}
+
+#[test]
+fn a_send_is_settled_once_and_listed_until_the_app_was_told() {
+    let store = memory();
+    let id = store.enqueue(&to(7, "a")).unwrap().id;
+    store.enqueue(&to(7, "b")).unwrap();
+    let settled = store.acked(c(7), p(1), s(40)).unwrap().unwrap();
+    assert_eq!((settled.id, settled.outcome), (id, Outcome::Acked(s(40))));
+    assert_eq!(store.acked(c(7), p(1), s(41)).unwrap(), None);
+    assert_eq!(store.refused(c(7), p(1), RefusalCode::NotAllowed).unwrap(), None);
+    let list = |store: &Store| -> Vec<_> {
+        store.unsettled(10).unwrap().into_iter().map(|entry| (entry.id, entry.outcome)).collect()
+    };
+    assert_eq!(list(&store), [(id, Some(Outcome::Acked(s(40)))), (id + 1, None)]);
+    store.told(&[id, id + 1]).unwrap();
+    assert_eq!(list(&store), [(id + 1, None)], "what is not settled can't be told");
+}
+
+#[test]
+fn a_body_ends_with_its_last_piece_and_is_refused_with_any() {
+    let store = memory();
+    let whole = store.enqueue(&to(7, "12345678")).unwrap().id;
+    assert_eq!(store.acked(c(7), p(1), s(1)).unwrap(), None);
+    assert_eq!(store.acked(c(7), p(2), s(2)).unwrap().unwrap().id, whole);
+    let broken = store.enqueue(&to(7, "12345678")).unwrap().id;
+    assert_eq!(store.refused(c(7), p(3), RefusalCode::NotAMember).unwrap(), None);
+    let settled = store.acked(c(7), p(4), s(3)).unwrap().unwrap();
+    assert_eq!((settled.id, settled.outcome), (broken, Outcome::Refused(RefusalCode::NotAMember)));
+    store.told(&[whole, broken]).unwrap();
+    assert!(store.unsettled(10).unwrap().is_empty());
+}
+
+#[test]
+fn what_expired_keeps_its_number_as_a_tombstone() {
+    let store = memory();
+    let numbered = Draft { ttl: Some(2), ..to(7, "abc") };
+    let nameless = Draft { ttl: Some(2), ..draft(bob(), "abc") };
+    store.enqueue(&numbered).unwrap();
+    store.enqueue(&nameless).unwrap();
+    let at = |now: u64| {
+        let waiting = store.waiting(c(7), Pseq::ZERO, 10, now).unwrap();
+        (waiting[0].send.cancel, waiting[0].send.payload.len(), waiting[0].ends)
+    };
+    assert_eq!(at(2_999), (false, 3, Some(3_000)));
+    assert_eq!(at(3_000), (true, 0, Some(3_000)));
+    assert!(store.expire_nameless(2_999).unwrap().is_empty());
+    assert_eq!(store.expire_nameless(3_000).unwrap()[0].outcome, Outcome::Expired);
+    let settled = store.refused(c(7), p(1), RefusalCode::Cancelled).unwrap().unwrap();
+    assert_eq!(settled.outcome, Outcome::Expired);
+}
+
+#[test]
+fn another_epoch_numbers_from_one_again_in_the_same_order() {
+    let store = memory();
+    for text in ["a", "b", "c"] {
+        store.enqueue(&to(7, text)).unwrap();
+    }
+    store.enqueue(&to(9, "x")).unwrap();
+    store.acked(c(7), p(1), s(1)).unwrap();
+    store.acked(c(9), p(1), s(1)).unwrap();
+    store.new_epoch(epoch(5)).unwrap();
+    assert_eq!(store.identity().unwrap().epoch, epoch(5));
+    assert_eq!(lane(&store, 7), [(1, "b".to_owned()), (2, "c".to_owned())]);
+    store.enqueue(&to(7, "d")).unwrap();
+    store.enqueue(&to(9, "y")).unwrap();
+    assert_eq!(lane(&store, 7)[2], (3, "d".to_owned()));
+    assert_eq!(lane(&store, 9), [(1, "y".to_owned())]);
+}
+
+#[test]
+fn a_record_is_stored_once_and_moves_the_cursor_forward_only() {
+    let store = memory();
+    let first = deliver(&store, record(7, 1, 2, "a"));
+    assert_eq!((first.fresh, first.nameless), (vec![c(7)], BTreeSet::from([user(2)])));
+    deliver(&store, record(7, 2, 2, "b"));
+    deliver(&store, record(7, 1, 2, "other"));
+    assert_eq!(page(&store), [(7, 1, "a".to_owned()), (7, 2, "b".to_owned())]);
+    assert_eq!(store.restore().unwrap().cursors, [(c(7), s(2))]);
+    let raw = store.sql.execute(
+        "INSERT INTO messages (conversation, seq, sender, time, kind, flags, payload) VALUES (7, 1, 2, 0, 0, 0, x'')",
+        [],
+    );
+    assert!(raw.is_err(), "the table itself refuses duplicates");
+    store.take(1).unwrap();
+    store.take(0).unwrap();
+    assert_eq!(page(&store), [(7, 2, "b".to_owned())]);
+}
+
+#[test]
+fn an_own_echo_settles_its_send_under_its_epoch_only() {
+    let store = memory();
+    let id = store.enqueue(&to(7, "a")).unwrap().id;
+    let echo = |seq, device, epoch| Deliver {
+        origin: Some(Origin { device, epoch, pseq: p(1) }),
+        ..record(7, seq, 1, "a")
+    };
+    assert!(deliver(&store, echo(1, device(2), epoch(1))).settled.is_empty(), "another device's");
+    assert!(deliver(&store, echo(2, device(1), epoch(9))).settled.is_empty(), "another epoch's");
+    let settled = deliver(&store, echo(3, device(1), epoch(1))).settled;
+    assert_eq!((settled[0].id, settled[0].outcome), (id, Outcome::Acked(s(3))));
+    let own: Vec<_> = store.page(0, 9).unwrap().iter().map(|m| (m.own, m.this_device)).collect();
+    assert_eq!(own, [(true, false), (true, true), (true, true)]);
+}
+
+#[test]
+fn pieces_are_put_together_also_between_messages_of_others() {
+    let store = memory();
+    let piece = |seq, text| Deliver { more: true, ..record(7, seq, 2, text) };
+    deliver(&store, piece(1, "one "));
+    deliver(&store, record(7, 2, 3, "between"));
+    deliver(&store, piece(3, "two "));
+    assert_eq!(page(&store), [(7, 2, "between".to_owned())]);
+    deliver(&store, record(7, 4, 2, "three"));
+    deliver(&store, record(7, 5, 2, "alone"));
+    let texts: Vec<_> = page(&store).into_iter().map(|(_, seq, text)| (seq, text)).collect();
+    let want = [(2, "between"), (4, "one two three"), (5, "alone")].map(|(n, t)| (n, t.to_owned()));
+    assert_eq!(texts, want);
+    assert_eq!(store.history(c(7), Some(s(5)), 1).unwrap()[0].text(), "one two three");
+}
+
+#[test]
+fn who_leaves_in_the_middle_of_a_body_leaves_no_trace_of_it() {
+    let store = memory();
+    deliver(&store, Deliver { more: true, ..record(7, 1, 2, "begun") });
+    let roster = Roster { users: vec![(user(2), "bob".to_owned())] };
+    let payload = fulmar_protocol::service::encode(&roster).unwrap();
+    deliver(&store, Deliver { kind: RecordKind::Left, payload, ..record(7, 2, 3, "") });
+    deliver(&store, record(7, 3, 2, "back"));
+    assert_eq!(page(&store).last().unwrap().2, "back");
+    assert_eq!(store.user_name(user(2)).unwrap().as_deref(), Some("bob"));
+}
+
+#[test]
+fn a_body_over_the_limit_is_cut_and_says_so() {
+    let store = memory();
+    let piece = "x".repeat(16 * 1024);
+    let pieces = fulmar_protocol::limit::BODY_BYTES_MAX / piece.len();
+    for seq in 1..=pieces as u64 + 3 {
+        deliver(&store, Deliver { more: true, ..record(7, seq, 2, &piece) });
+    }
+    deliver(&store, record(7, pieces as u64 + 4, 2, "end"));
+    let received = store.page(0, 1).unwrap().remove(0);
+    assert!(received.truncated);
+    assert_eq!(received.payload.len(), fulmar_protocol::limit::BODY_BYTES_MAX);
+}
+
+#[test]
+fn unread_counts_complete_messages_of_others() {
+    let store = memory();
+    deliver(&store, record(7, 1, 2, "counts"));
+    deliver(&store, Deliver { more: true, ..record(7, 2, 2, "piece") });
+    deliver(&store, record(7, 3, 2, "counts with its piece"));
+    deliver(&store, record(7, 4, 1, "own"));
+    deliver(&store, Deliver { silent: true, ..record(7, 5, 2, "silent") });
+    deliver(&store, Deliver { kind: RecordKind::Notice, ..record(7, 6, 2, "notice") });
+    let unread = |store: &Store| store.conversations().unwrap()[0].unread;
+    assert_eq!(unread(&store), 2);
+    assert!(store.mark_read(c(7), s(1)).unwrap());
+    assert!(!store.mark_read(c(7), s(1)).unwrap(), "marks move forward only");
+    assert_eq!(unread(&store), 1);
+    assert_eq!(store.restore().unwrap().marks, [(c(7), s(1))]);
+    let receipt = Receipt { conversation: c(7), user: user(1), recv: s(6), read: s(3) };
+    store.receipts(&[receipt], Some(user(1))).unwrap();
+    assert!(store.restore().unwrap().marks.is_empty(), "the gateway has it");
+    assert_eq!(unread(&store), 0);
+    assert_eq!(store.receipts_of(c(7)).unwrap(), [receipt]);
+}
+
+#[test]
+fn a_database_belongs_to_one_user() {
+    let store = memory();
+    store.welcomed(user(1), device(1), b"ticket", "server").unwrap();
+    store.welcomed(user(1), device(1), b"another", "server").unwrap();
+    let foreign = store.welcomed(user(2), device(1), b"ticket", "server");
+    assert!(matches!(foreign, Err(Error::DatabaseForeign(_))));
+    let identity = store.identity().unwrap();
+    assert_eq!((identity.user, identity.ticket), (Some(user(1)), Some(b"another".to_vec())));
+    store.forget_ticket().unwrap();
+    assert_eq!(store.identity().unwrap().ticket, None);
+}
+
+#[test]
+fn what_was_killed_is_found_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (folder.path().join("a.db"), folder.path().join("b.db"));
+    let store = file(&first);
+    let uid = store.uid().unwrap();
+    store.enqueue(&to(7, "out")).unwrap();
+    deliver(&store, record(7, 1, 2, "in"));
+    store.take(1).unwrap();
+    deliver(&store, record(7, 2, 2, "not taken"));
+    let found = crashed(&first, &second);
+    assert_eq!(found.uid().unwrap(), uid);
+    assert_eq!(lane(&found, 7), [(1, "out".to_owned())]);
+    assert_eq!(found.restore().unwrap().cursors, [(c(7), s(2))]);
+    assert_eq!(page(&found), [(7, 2, "not taken".to_owned())]);
+}
+
+#[test]
+fn newer_foreign_and_used_databases_are_refused_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.db");
+    let store = file(&path);
+    let open = |path: &Path| Store::open(&Database::File(path.to_owned()), Durability::PowerLoss);
+    assert!(matches!(open(&path), Err(Error::DatabaseInUse)));
+    store.sql.pragma_update(None, "user_version", schema::VERSION + 1).unwrap();
+    drop(store);
+    let before = std::fs::read(&path).unwrap();
+    match open(&path) {
+        Err(Error::DatabaseNewer { found, known }) => assert_eq!((found, known), (2, 1)),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+    let other = folder.path().join("other.db");
+    rusqlite::Connection::open(&other).unwrap().execute_batch("CREATE TABLE theirs (x)").unwrap();
+    assert!(matches!(open(&other), Err(Error::DatabaseForeign(_))));
+    std::fs::write(&other, vec![7; 8192]).unwrap();
+    assert!(matches!(open(&other), Err(Error::Database(_))));
+}
+
+#[tokio::test]
+async fn a_job_that_fails_takes_nothing_of_its_group_with_it() {
+    let db = Db::open(Database::Memory, Durability::PowerLoss).await.unwrap();
+    let good = |text: &'static str| db.run(true, move |store| store.enqueue(&to(7, text)));
+    let bad = db.run(true, |store| {
+        store.enqueue(&to(7, "never"))?;
+        Err::<(), _>(Error::BadName)
+    });
+    let (first, failed, second) = tokio::join!(good("a"), bad, good("b"));
+    assert!(first.is_ok() && second.is_ok() && matches!(failed, Err(Error::BadName)));
+    let lane = db.run(false, |store| Ok(lane(store, 7))).await.unwrap();
+    assert_eq!(lane, [(1, "a".to_owned()), (2, "b".to_owned())]);
+}
+
+/// One thing that happens to a database.
+#[derive(Clone, Debug)]
+enum Op {
+    Send(u64, usize),
+    Settle(u64),
+    Receive(u64),
+    ReceiveAgain(u64, u64),
+    Take,
+    NewEpoch,
+    Crash,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let conversation = 1..4u64;
+    prop_oneof![
+        4 => (conversation.clone(), 0..12usize).prop_map(|(c, len)| Op::Send(c, len)),
+        3 => conversation.clone().prop_map(Op::Settle),
+        4 => conversation.clone().prop_map(Op::Receive),
+        1 => (conversation, 1..5u64).prop_map(|(c, back)| Op::ReceiveAgain(c, back)),
+        2 => Just(Op::Take),
+        1 => Just(Op::NewEpoch),
+        1 => Just(Op::Crash),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    /// Against a model of plain vectors: lanes have no holes and keep their order, every record is handed out once and
+    /// in order, whatever is repeated and wherever the process dies.
+    #[test]
+    fn the_database_is_a_set_of_queues(ops in proptest::collection::vec(op(), 1..60)) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut path = folder.path().join("0.db");
+        let mut store = file(&path);
+        let mut lanes: BTreeMap<u64, Vec<String>> = BTreeMap::new();
+        let mut received: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut arrived: Vec<(u64, u64)> = Vec::new();
+        let mut seen: Vec<(u64, u64)> = Vec::new();
+        let mut acked = 0;
+        for (step, op) in ops.into_iter().enumerate() {
+            match op {
+                Op::Send(conversation, len) => {
+                    let text: String = format!("{step}").chars().cycle().take(len).collect();
+                    store.enqueue(&to(conversation, &text)).unwrap();
+                    let pieces: Vec<String> =
+                        text.as_bytes().chunks(4).map(|p| String::from_utf8(p.to_vec()).unwrap()).collect();
+                    let lane = lanes.entry(conversation).or_default();
+                    if pieces.is_empty() { lane.push(String::new()) } else { lane.extend(pieces) }
+                }
+                Op::Settle(conversation) => {
+                    let first = lane(&store, conversation).first().map(|(pseq, _)| *pseq);
+                    if let Some(pseq) = first {
+                        acked += 1;
+                        store.acked(c(conversation), p(pseq), s(acked)).unwrap();
+                        lanes.get_mut(&conversation).unwrap().remove(0);
+                    }
+                }
+                Op::Receive(conversation) => {
+                    let seq = received.entry(conversation).or_default();
+                    *seq += 1;
+                    arrived.push((conversation, *seq));
+                    deliver(&store, record(conversation, *seq, 2, "x"));
+                }
+                Op::ReceiveAgain(conversation, back) => {
+                    let seq = received.get(&conversation).map_or(0, |seq| seq.saturating_sub(back));
+                    if seq > 0 {
+                        deliver(&store, record(conversation, seq, 2, "again"));
+                    }
+                }
+                Op::Take => {
+                    for message in store.page(store.taken().unwrap(), 3).unwrap() {
+                        prop_assert_eq!(message.text(), "x");
+                        seen.push((message.conversation.get(), message.seq.get()));
+                        store.take(message.arrival).unwrap();
+                    }
+                }
+                Op::NewEpoch => store.new_epoch(epoch(step as u64 + 2)).unwrap(),
+                Op::Crash => {
+                    let next = folder.path().join(format!("{}.db", step + 1));
+                    store = crashed(&path, &next);
+                    path = next;
+                }
+            }
+            for (conversation, want) in &lanes {
+                let have = lane(&store, *conversation);
+                let texts: Vec<&String> = have.iter().map(|(_, text)| text).collect();
+                prop_assert_eq!(texts, want.iter().collect::<Vec<_>>());
+                prop_assert!(have.windows(2).all(|pair| pair[0].0 + 1 == pair[1].0), "{have:?}");
+            }
+            let cursors: BTreeMap<u64, u64> =
+                store.restore().unwrap().cursors.iter().map(|(c, s)| (c.get(), s.get())).collect();
+            prop_assert_eq!(&cursors, &received);
+        }
+        seen.extend(page(&store).into_iter().map(|(conversation, seq, _)| (conversation, seq)));
+        prop_assert_eq!(seen, arrived);
+    }
+}
