@@ -15,6 +15,7 @@ use fulmar_store::{Limits, Op, Record, RecordKind, ShardReader, Store, StoreOpti
 
 const PAYLOAD: usize = 200;
 const CONVERSATIONS: u64 = 100;
+const PATIENCE: Duration = Duration::from_secs(3);
 
 fn main() {
     let folder = std::env::args().nth(1).map_or_else(std::env::temp_dir, Into::into);
@@ -24,6 +25,7 @@ fn main() {
         "", "records/s", "p50 us", "p99 us", "cpu us/r", "syncs/r", "B/rec"
     );
     for (per_commit, commits) in [(1, 20_000), (64, 4_000)] {
+        // Each at most so many commits, and at most so long: a slow disk is no reason to wait all day.
         file(folder.path(), per_commit, commits);
         store(folder.path(), per_commit, commits);
         for _ in 0..2 {
@@ -74,6 +76,7 @@ fn file(folder: &Path, per_commit: usize, commits: usize) {
     let block = vec![7u8; (PAYLOAD + 26) * per_commit];
     let (began, used) = (Instant::now(), cpu());
     let mut times: Vec<Duration> = (0..commits)
+        .take_while(|_| began.elapsed() < PATIENCE)
         .map(|_| {
             let at = Instant::now();
             file.write_all(&block).unwrap();
@@ -109,6 +112,7 @@ fn store(folder: &Path, per_commit: usize, commits: usize) {
     let mut sent = 0u64;
     let (began, used) = (Instant::now(), cpu());
     let mut times: Vec<Duration> = (0..commits)
+        .take_while(|_| began.elapsed() < PATIENCE)
         .map(|_| {
             let batch: Vec<Op> = (0..per_commit)
                 .map(|_| {

@@ -358,6 +358,9 @@ impl View {
         if last <= head.low || limits.records == 0 {
             return Ok(Vec::new());
         }
+        if let Some(page) = self.tail_before(conversation, last, head.low, limits) {
+            return Ok(page);
+        }
         let step = (limits.bytes / 512).clamp(16, 512).min(limits.records) as u64;
         let mut newest_first: Vec<Record> = Vec::new();
         let mut bytes = 0;
@@ -385,6 +388,36 @@ impl View {
             self.warm_tail(conversation, &newest_first);
         }
         Ok(newest_first)
+    }
+
+    /// The newest records up to `last`, if the warm tail has all that belong to the page.
+    fn tail_before(
+        &self,
+        conversation: ConversationId,
+        last: Seq,
+        low: Seq,
+        limits: Limits,
+    ) -> Option<Vec<Record>> {
+        let cell = self.tails.get(&conversation)?;
+        let tail = lock(&cell);
+        let (first, newest) = (tail.records.front()?.seq, tail.records.back()?.seq);
+        if last < first || last > newest {
+            return None;
+        }
+        let end = usize::try_from(last.since(first)).ok()?.checked_add(1)?;
+        let mut start = end;
+        let mut bytes = 0;
+        for record in tail.records.range(..end).rev() {
+            bytes += record.weight();
+            let taken = end - start;
+            if record.seq <= low || taken >= limits.records || (bytes > limits.bytes && taken > 0) {
+                return Some(tail.records.range(start..end).cloned().collect());
+            }
+            start -= 1;
+        }
+        // All of the tail, which is the page only if that is full or nothing comes before it.
+        (first.prev() == low || end - start >= limits.records)
+            .then(|| tail.records.range(start..end).cloned().collect())
     }
 
     /// Puts records in front of a conversation's tail, if they fit there.
