@@ -66,7 +66,13 @@ pub struct ChatArgs {
     #[arg(long, value_name = "HOST", help_heading = "Gateway")]
     pub server_name: Option<String>,
     /// A token for NAME [default: one is made with the data folder's development key]
-    #[arg(long, value_name = "TOKEN", env = "FULMAR_CHAT_TOKEN", hide_env_values = true, help_heading = "Gateway")]
+    #[arg(
+        long,
+        value_name = "TOKEN",
+        env = "FULMAR_CHAT_TOKEN",
+        hide_env_values = true,
+        help_heading = "Gateway"
+    )]
     pub token: Option<String>,
     /// File with the certificate to trust [default: the data folder's]
     #[arg(long, value_name = "FILE", help_heading = "Gateway")]
@@ -212,14 +218,15 @@ fn database(args: &ChatArgs, local: Option<&Local>, server: &str) -> anyhow::Res
         Some(local) => local.config.data.path.join("chat"),
         None => {
             file = format!("{}-{file}", file_name(server));
-            let home = std::env::var_os("XDG_DATA_HOME").map(PathBuf::from).or_else(|| {
-                std::env::var_os("HOME").map(|home| Path::new(&home).join(".local/share"))
-            });
+            let home = std::env::var_os("XDG_DATA_HOME")
+                .map(PathBuf::from)
+                .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".local/share")));
             home.context("there is no HOME to keep messages in: say where with --database")?.join("fulmar")
         }
     };
-    std::fs::create_dir_all(&folder)
-        .with_context(|| format!("{} can't be made: say where to keep messages with --database", folder.display()))?;
+    std::fs::create_dir_all(&folder).with_context(|| {
+        format!("{} can't be made: say where to keep messages with --database", folder.display())
+    })?;
     Ok(folder.join(format!("{file}.db")))
 }
 

@@ -224,15 +224,9 @@ impl Connection {
             Ok(Err(error)) => return error.into(),
             Err(_) => return End::Close(CloseCode::HelloTimeout, "no control stream in time".to_owned()),
         };
-        let (mut control_out, control_in) = control;
+        // Whoever opens a stream says what it is: the answering half starts with the first frame.
+        let (control_out, control_in) = control;
         let _ = control_out.set_priority(3);
-        let mut header = BytesMut::new();
-        if let Some(channel) = Channel::Control.header() {
-            channel.encode(&mut header);
-        }
-        if let Err(error) = control_out.write_all(&header).await {
-            return error.into();
-        }
         *self.control_out.lock().await = Some(control_out);
         let end = tokio::select! {
             biased;

@@ -1,7 +1,12 @@
 //! What the gateway's end-to-end tests share: a gateway in a fresh folder, and phones made of the protocol's client
 //! half over real QUIC, whose "database" is this process's memory.
 
-#![allow(dead_code, unreachable_pub, missing_debug_implementations, reason = "each test binary uses its part of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_debug_implementations,
+    reason = "each test binary uses its part of it"
+)]
 
 use std::{
     collections::HashMap,
@@ -455,7 +460,11 @@ async fn read_stream(
     sender: mpsc::Sender<(Channel, Frame)>,
 ) {
     let mut decoder = Decoder::new(channel.map_or(1 << 16, Channel::frame_limit).max(1 << 16));
-    let (mut kind, mut index) = (None, None);
+    // The answering half of the control stream has no header: the client opened it.
+    let (mut kind, mut index) = match channel {
+        Some(_) => (Some(0), Some(0)),
+        None => (None, None),
+    };
     while let Ok(Some(chunk)) = stream.read_chunk(64 * 1024, true).await {
         decoder.push(chunk.bytes);
         if kind.is_none() {

@@ -102,7 +102,8 @@ impl Channel {
     }
 }
 
-/// The first two varints of every stream.
+/// The first two varints of every stream, written by whoever opens it. The answering half of the control stream has
+/// none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamHeader {
     /// 0 control, 1 uplink, 2 lane, 3 backlog.

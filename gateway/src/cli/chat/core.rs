@@ -9,8 +9,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use fulmar_client::{
-    Client, ClientEvent, ConnectionState, Conversation, ConversationId, ConversationSummary, Error, EventKind,
-    Events, Messages, Received, Receipt, RecordKind, SendStatus, Seq, States, UserId,
+    Client, ClientEvent, ConnectionState, Conversation, ConversationId, ConversationSummary, Error,
+    EventKind, Events, Messages, Receipt, Received, RecordKind, SendStatus, Seq, States, UserId,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -148,7 +148,11 @@ impl Core {
     }
 
     fn message(&mut self, message: Received) -> Change {
-        let known = self.model.rooms.iter().any(|room| room.number == Some(message.conversation) && !room.name.is_empty());
+        let known = self
+            .model
+            .rooms
+            .iter()
+            .any(|room| room.number == Some(message.conversation) && !room.name.is_empty());
         if !known {
             self.list();
         }
@@ -183,7 +187,11 @@ impl Core {
             ClientEvent::Conversation { .. } => self.list(),
             ClientEvent::Name { user, name } => self.model.name(user, &name),
             ClientEvent::Gap { from, to, .. } => {
-                return self.say(format!("messages {} to {} are gone from the gateway", from.get(), to.get()));
+                return self.say(format!(
+                    "messages {} to {} are gone from the gateway",
+                    from.get(),
+                    to.get()
+                ));
             }
             _ => {}
         }
@@ -306,7 +314,8 @@ impl Core {
     /// # Errors
     /// The name can't be one, or the database failed.
     pub(super) async fn open(&mut self, name: &str, direct: bool) -> Result<(), Error> {
-        let conversation = if direct { self.client.direct(name).await } else { self.client.group(name).await };
+        let conversation =
+            if direct { self.client.direct(name).await } else { self.client.group(name).await };
         let conversation = match conversation {
             Ok(conversation) => conversation,
             Err(error @ Error::BadName) => {
@@ -571,7 +580,8 @@ impl Core {
         let (conversation, note) = (self.client.conversation(number), self.note.clone());
         self.tasks.spawn(async move {
             let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            let changed = if add { conversation.add(&names).await } else { conversation.remove(&names).await };
+            let changed =
+                if add { conversation.add(&names).await } else { conversation.remove(&names).await };
             let text = match changed {
                 // The record of it comes like any message.
                 Ok(changed) if changed.changed > 0 => return,

@@ -9,7 +9,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use fulmar_client::{ConnectionState, ConversationId, OfflineReason, Received, RecordKind, SendStatus, Seq, UserId};
+use fulmar_client::{
+    ConnectionState, ConversationId, OfflineReason, Received, RecordKind, SendStatus, Seq, UserId,
+};
 
 /// How long a typing notice is shown.
 const TYPING: Duration = Duration::from_secs(5);
@@ -188,9 +190,10 @@ impl Room {
 
     /// How far an own message at this position has come.
     pub(super) fn mark(&self, seq: Seq) -> Mark {
-        let (recv, read) = self.receipts.values().fold((Seq::ZERO, Seq::ZERO), |(recv, read), (r, d)| {
-            (recv.max(*r), read.max(*d))
-        });
+        let (recv, read) = self
+            .receipts
+            .values()
+            .fold((Seq::ZERO, Seq::ZERO), |(recv, read), (r, d)| (recv.max(*r), read.max(*d)));
         if seq <= read {
             Mark::Read
         } else if seq <= recv {
@@ -335,7 +338,10 @@ impl Model {
     /// The number of a named conversation is known now. What was two is one from now on.
     pub(super) fn resolved(&mut self, name: &str, direct: bool, number: ConversationId) {
         let open = self.room().map(|room| (room.number, room.name.clone(), room.direct));
-        let named = self.rooms.iter().position(|room| room.name == name && room.direct == direct && room.number.is_none());
+        let named = self
+            .rooms
+            .iter()
+            .position(|room| room.name == name && room.direct == direct && room.number.is_none());
         let numbered = self.rooms.iter().position(|room| room.number == Some(number));
         match (named, numbered) {
             (Some(named), Some(numbered)) => {
@@ -349,7 +355,9 @@ impl Model {
                 }
                 self.open = match open {
                     None => None,
-                    Some((None, open_name, open_direct)) if open_name == name && open_direct == direct => Some(numbered),
+                    Some((None, open_name, open_direct)) if open_name == name && open_direct == direct => {
+                        Some(numbered)
+                    }
                     Some((open_number, open_name, open_direct)) => self.rooms.iter().position(|room| {
                         room.number == open_number && room.name == open_name && room.direct == open_direct
                             || open_number.is_some() && room.number == open_number
@@ -453,7 +461,8 @@ impl Model {
 
     /// Brings the newest conversations to the top; the open one stays open.
     pub(super) fn sort(&mut self) {
-        let open = self.open.and_then(|open| self.rooms.get(open)).map(|room| (room.number, room.name.clone()));
+        let open =
+            self.open.and_then(|open| self.rooms.get(open)).map(|room| (room.number, room.name.clone()));
         self.rooms.sort_by_key(|room| std::cmp::Reverse(room.time));
         self.open =
             open.and_then(|open| self.rooms.iter().position(|room| (room.number, room.name.clone()) == open));
@@ -483,7 +492,9 @@ impl Model {
                     _ => "offline".to_owned(),
                 };
                 match retry_in {
-                    Some(wait) if wait.as_secs() > 0 => (false, format!("{why}, again in {} s", wait.as_secs())),
+                    Some(wait) if wait.as_secs() > 0 => {
+                        (false, format!("{why}, again in {} s", wait.as_secs()))
+                    }
                     _ => (false, format!("{why}, trying again")),
                 }
             }
@@ -499,8 +510,14 @@ fn name_in(names: &HashMap<UserId, String>, user: UserId) -> String {
 
 /// Text without control characters; line breaks and tabs become blanks.
 pub(super) fn printable(text: &str) -> String {
-    let mark = |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    text.chars().filter(|c| !mark(*c)).map(|c| if c.is_control() { ' ' } else { c }).collect::<String>().trim().to_owned()
+    let mark =
+        |c: char| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.chars()
+        .filter(|c| !mark(*c))
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect::<String>()
+        .trim()
+        .to_owned()
 }
 
 #[cfg(test)]
@@ -584,7 +601,10 @@ mod tests {
         let mut room = Room::named("bob", true);
         assert_eq!(room.mark(seq(5)), Mark::Acked);
         room.receipt(user(2), seq(5), seq(3));
-        assert_eq!((room.mark(seq(3)), room.mark(seq(5)), room.mark(seq(6))), (Mark::Read, Mark::Delivered, Mark::Acked));
+        assert_eq!(
+            (room.mark(seq(3)), room.mark(seq(5)), room.mark(seq(6))),
+            (Mark::Read, Mark::Delivered, Mark::Acked)
+        );
         room.receipt(user(2), seq(1), seq(1));
         assert_eq!((room.mark(seq(3)), room.mark(seq(5))), (Mark::Read, Mark::Delivered));
     }
@@ -601,7 +621,10 @@ mod tests {
         model.resolved("bob", true, conversation(7));
         assert_eq!(model.rooms.len(), 2);
         let room = model.room().unwrap();
-        assert_eq!((room.name.as_str(), room.number, room.pending.len(), room.entries.len()), ("bob", Some(conversation(7)), 1, 1));
+        assert_eq!(
+            (room.name.as_str(), room.number, room.pending.len(), room.entries.len()),
+            ("bob", Some(conversation(7)), 1, 1)
+        );
         model.resolved("carol", true, conversation(8));
         assert_eq!(model.rooms[other].number, Some(conversation(8)));
         assert_eq!(model.room().unwrap().name, "bob", "the open one stays open");

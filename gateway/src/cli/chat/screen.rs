@@ -7,7 +7,9 @@ use std::io;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use crossterm::event::{self, DisableBracketedPaste, EnableBracketedPaste, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use crossterm::event::{
+    self, DisableBracketedPaste, EnableBracketedPaste, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers,
+};
 use crossterm::execute;
 use ratatui::layout::{Constraint, Layout, Position, Rect};
 use ratatui::style::{Color, Modifier, Style};
@@ -208,9 +210,11 @@ async fn scroll_up(core: &mut Core, view: &mut View, lines: usize) -> anyhow::Re
 
 fn draw(frame: &mut Frame<'_>, model: &Model, view: &mut View, now: Duration) {
     let [main, input, status] =
-        Layout::vertical([Constraint::Min(3), Constraint::Length(3), Constraint::Length(1)]).areas(frame.area());
+        Layout::vertical([Constraint::Min(3), Constraint::Length(3), Constraint::Length(1)])
+            .areas(frame.area());
     let messages = if main.width >= LIST_FROM {
-        let [list, messages] = Layout::horizontal([Constraint::Length(LIST_COLUMNS), Constraint::Min(20)]).areas(main);
+        let [list, messages] =
+            Layout::horizontal([Constraint::Length(LIST_COLUMNS), Constraint::Min(20)]).areas(main);
         draw_list(frame, list, model);
         messages
     } else {
@@ -222,7 +226,11 @@ fn draw(frame: &mut Frame<'_>, model: &Model, view: &mut View, now: Duration) {
 }
 
 fn draw_list(frame: &mut Frame<'_>, area: Rect, model: &Model) {
-    let block = Block::new().borders(Borders::ALL).border_type(BorderType::Rounded).border_style(dim()).title(" chats ");
+    let block = Block::new()
+        .borders(Borders::ALL)
+        .border_type(BorderType::Rounded)
+        .border_style(dim())
+        .title(" chats ");
     let inner = block.inner(area);
     frame.render_widget(block, area);
     let width = usize::from(inner.width);
@@ -295,14 +303,18 @@ fn draw_messages(frame: &mut Frame<'_>, area: Rect, model: &Model, view: &mut Vi
     let start = end.saturating_sub(view.height);
     // A short conversation stands at the bottom, above the line that is typed.
     let free = view.height.saturating_sub(end - start);
-    let shown: Vec<Line<'_>> =
-        std::iter::repeat_n(Line::default(), free).chain(lines.into_iter().skip(start).take(end - start)).collect();
+    let shown: Vec<Line<'_>> = std::iter::repeat_n(Line::default(), free)
+        .chain(lines.into_iter().skip(start).take(end - start))
+        .collect();
     frame.render_widget(Paragraph::new(shown), inner);
 }
 
 fn welcome_lines(model: &Model, width: usize) -> Vec<Line<'static>> {
     let mut lines = vec![
-        Line::styled(format!("Hello {}.", super::model::printable(&model.me)), Style::new().add_modifier(Modifier::BOLD)),
+        Line::styled(
+            format!("Hello {}.", super::model::printable(&model.me)),
+            Style::new().add_modifier(Modifier::BOLD),
+        ),
         Line::default(),
     ];
     for line in command::HELP {
@@ -366,7 +378,8 @@ fn entry_lines(
         true => ("you".to_owned(), own_style()),
         false => {
             let colour = usize::try_from(sender.get() % 6).ok().and_then(|at| COLOURS.get(at)).copied();
-            let name = if room.direct && !room.name.is_empty() { room.title() } else { model.name_of(sender) };
+            let name =
+                if room.direct && !room.name.is_empty() { room.title() } else { model.name_of(sender) };
             (name, Style::new().fg(colour.unwrap_or_default()).add_modifier(Modifier::BOLD))
         }
     };
@@ -399,7 +412,11 @@ fn say_lines(
     let last = parts.len().saturating_sub(1);
     for (at, part) in parts.into_iter().enumerate() {
         let mut spans = match at {
-            0 => vec![Span::styled(format!("{clock} "), dim()), Span::styled(name.clone(), style), Span::raw("  ")],
+            0 => vec![
+                Span::styled(format!("{clock} "), dim()),
+                Span::styled(name.clone(), style),
+                Span::raw("  "),
+            ],
             _ => vec![Span::raw(" ".repeat(indent))],
         };
         spans.push(Span::raw(part));
@@ -435,7 +452,10 @@ fn draw_status(frame: &mut Frame<'_>, area: Rect, model: &Model) {
     let colour = if good { Color::Green } else { Color::Yellow };
     let mut spans = vec![
         Span::styled(format!(" ● {connection}"), Style::new().fg(colour)),
-        Span::styled(format!("  {}", super::model::printable(&model.me)), Style::new().add_modifier(Modifier::BOLD)),
+        Span::styled(
+            format!("  {}", super::model::printable(&model.me)),
+            Style::new().add_modifier(Modifier::BOLD),
+        ),
     ];
     match model.unread() {
         0 => {}
@@ -443,7 +463,10 @@ fn draw_status(frame: &mut Frame<'_>, area: Rect, model: &Model) {
     }
     let (mark, word) = (Mark::Read.sign(), Mark::Read.word());
     spans.push(Span::styled(
-        format!("  Tab next chat  PgUp older  /help  Ctrl-C leave  {} stored {mark} there, green {word}", Mark::Acked.sign()),
+        format!(
+            "  Tab next chat  PgUp older  /help  Ctrl-C leave  {} stored {mark} there, green {word}",
+            Mark::Acked.sign()
+        ),
         dim(),
     ));
     frame.render_widget(Paragraph::new(Line::from(spans)), area);
@@ -620,8 +643,20 @@ fn local_minutes(millis: u64, offset_minutes: i64) -> i64 {
 /// A day since 1970 as people write it.
 fn date(day: i64) -> String {
     const WEEKDAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
-    const MONTHS: [&str; 12] =
-        ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"];
+    const MONTHS: [&str; 12] = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ];
     let weekday = usize::try_from(day.rem_euclid(7)).ok().and_then(|at| WEEKDAYS.get(at)).unwrap_or(&"");
     // Years begin in March here, so that the leap day is the last one; eras have 400 years.
     let shifted = day + 719_468;
@@ -640,7 +675,8 @@ fn date(day: i64) -> String {
 /// What `date` says of the time zone; 0 when it can't be asked.
 fn offset_minutes() -> i64 {
     let asked = std::process::Command::new("date").arg("+%z").output();
-    let text = asked.map(|answer| String::from_utf8_lossy(&answer.stdout).trim().to_owned()).unwrap_or_default();
+    let text =
+        asked.map(|answer| String::from_utf8_lossy(&answer.stdout).trim().to_owned()).unwrap_or_default();
     read_offset(&text).unwrap_or(0)
 }
 
@@ -738,12 +774,17 @@ mod tests {
 
     #[test]
     fn days_have_names() {
-        for (day, want) in
-            [(0, "Thu 1 January 1970"), (19_782, "Thu 29 February 2024"), (20_778, "Sat 21 November 2026"), (-1, "Wed 31 December 1969")]
-        {
+        for (day, want) in [
+            (0, "Thu 1 January 1970"),
+            (19_782, "Thu 29 February 2024"),
+            (20_778, "Sat 21 November 2026"),
+            (-1, "Wed 31 December 1969"),
+        ] {
             assert_eq!(date(day), want);
         }
-        for (text, want) in [("+0530", Some(330)), ("-0800", Some(-480)), ("", None), ("0530", None), ("+xx", None)] {
+        for (text, want) in
+            [("+0530", Some(330)), ("-0800", Some(-480)), ("", None), ("0530", None), ("+xx", None)]
+        {
             assert_eq!(read_offset(text), want);
         }
     }
