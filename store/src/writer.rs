@@ -76,7 +76,12 @@ impl ShardWriter {
             let text = format!("a batch has 1 to {BATCH_OPS_MAX} operations, not {}", batch.len());
             return Err(CommitError::Invalid(text));
         }
-        let mut check = Check { reader: &self.reader, logs: HashMap::new(), members: HashMap::new() };
+        let mut check = Check {
+            reader: &self.reader,
+            logs: HashMap::new(),
+            members: HashMap::new(),
+            names: HashMap::new(),
+        };
         let mut body = Vec::with_capacity(64 * batch.len());
         for op in batch {
             check.op(op)?;
@@ -113,6 +118,8 @@ struct Check<'a> {
     logs: HashMap<ConversationId, Log>,
     /// Memberships as the batch left them so far.
     members: HashMap<(ConversationId, UserId), bool>,
+    /// Names the batch gave so far, by their keys.
+    names: HashMap<Vec<u8>, u64>,
 }
 
 impl Check<'_> {
@@ -192,15 +199,16 @@ impl Check<'_> {
         if shard == mine { Ok(()) } else { invalid(format!("a row of shard {shard} in shard {mine}")) }
     }
 
-    fn name(&self, key: &Key, name: &str, number: u64) -> Result<(), CommitError> {
+    fn name(&mut self, key: &Key, name: &str, number: u64) -> Result<(), CommitError> {
         if name.is_empty() || name.len() > NAME_BYTES_MAX {
             return invalid(format!("a name has 1 to {NAME_BYTES_MAX} bytes, not {}", name.len()));
         }
-        let owner: Option<Number> = self.reader.shared.view.row(Table::Name, key)?;
-        match owner {
-            Some(owner) if owner.0 != number => invalid(format!("the name belongs to {}", owner.0)),
-            _ => Ok(()),
-        }
+        let stored: Option<Number> = self.reader.shared.view.row(Table::Name, key)?;
+        let owner = *self
+            .names
+            .entry(key.as_ref().to_vec())
+            .or_insert_with(|| stored.map_or(number, |stored| stored.0));
+        if owner == number { Ok(()) } else { invalid(format!("the name belongs to {owner}")) }
     }
 
     fn log(&mut self, conversation: ConversationId) -> Result<&mut Log, CommitError> {

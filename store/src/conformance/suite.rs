@@ -377,6 +377,15 @@ fn what_breaks_a_rule_is_refused_and_nothing_is_written() {
         ("too large", vec![append(1, 2, vec![0; 16_385])]),
         ("low beyond the head", vec![Op::Low { conversation: conversation(1), low: seq(2), count: 2 }]),
         ("a name that is taken", vec![Op::NameUser { user: user(2), row: row.clone() }]),
+        (
+            "one name for two",
+            [5, 6]
+                .map(|n| Op::NameUser {
+                    user: user(n),
+                    row: User { name: "carol".to_owned(), ..row.clone() },
+                })
+                .to_vec(),
+        ),
         ("no name", vec![Op::NameUser { user: user(2), row: User { name: String::new(), ..row.clone() } }]),
         ("the store's own", vec![Op::Acquire { epoch: 9 }]),
         (

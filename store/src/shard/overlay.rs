@@ -5,7 +5,7 @@
 //!
 //! Not here: reading through it (`view`), writing it out (`settle`).
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque, btree_map::Entry};
 
 use bytes::Bytes;
 use fulmar_protocol::id::{ConversationId, DeviceId, UserId};
@@ -20,6 +20,9 @@ use crate::{
 
 /// Bytes of memory one record, row or lane costs besides its own bytes, about.
 const ENTRY_OVERHEAD: usize = 200;
+
+/// Bytes of memory a lane costs, with its remembered pairs.
+const LANE_BYTES: usize = 1_200;
 
 /// A committed record and the bytes it will lie in a block with.
 #[derive(Clone, Debug)]
@@ -95,6 +98,33 @@ impl Overlay {
         self.last = later.last;
         self.commits += later.commits;
         self.bytes += later.bytes;
+    }
+
+    pub(crate) fn lane(
+        &self,
+        conversation: ConversationId,
+        user: UserId,
+        device: DeviceId,
+    ) -> Option<&LaneState> {
+        self.touched.get(&conversation)?.lanes.get(&(user, device))
+    }
+
+    /// A lane to be changed in place; `base` if it is not here yet.
+    pub(crate) fn lane_mut(
+        &mut self,
+        conversation: ConversationId,
+        user: UserId,
+        device: DeviceId,
+        base: Option<LaneState>,
+    ) -> &mut LaneState {
+        let lanes = &mut self.touched.entry(conversation).or_default().lanes;
+        match lanes.entry((user, device)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                self.bytes += LANE_BYTES;
+                entry.insert(base.unwrap_or_default())
+            }
+        }
     }
 
     pub(crate) fn weigh_record(&mut self, encoded: usize) {

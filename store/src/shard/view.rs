@@ -9,14 +9,14 @@
 //! Not here: writing tables (`settle`), the order of a commit (`committer`).
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     ops::Bound,
     sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard},
 };
 
 use bytes::Bytes;
 use fulmar_protocol::{
-    id::{ConversationId, DeviceId, Seq, ShardId, UserId},
+    id::{ConversationId, DeviceId, Epoch, Pseq, Seq, ShardId, UserId},
     limit::SHARDS_MAX,
 };
 use moka::sync::Cache;
@@ -594,7 +594,7 @@ impl View {
     /// # Errors
     /// A body that makes no sense, or tables that can't be read. Nothing is applied then.
     pub(crate) fn apply(&self, commit: &Commit) -> Result<(), ReadError> {
-        let mut delta = Delta { view: self, overlay: Overlay::default() };
+        let mut delta = Delta { view: self, overlay: Overlay::default(), lanes: HashMap::new() };
         delta.overlay.counters = self.counters();
         delta.overlay.last = commit.id;
         delta.overlay.commits = 1;
@@ -627,8 +627,17 @@ impl View {
                 (*c, touched.records.iter().skip(newest).map(|pending| own(&pending.record)).collect())
             })
             .collect();
-        let overlay = delta.overlay;
-        self.layers.write().unwrap_or_else(PoisonError::into_inner).active.merge(overlay);
+        let Delta { overlay, lanes, .. } = delta;
+        {
+            let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+            layers.active.merge(overlay);
+            for ((conversation, user, device), LaneNotes { base, notes }) in lanes {
+                let lane = layers.active.lane_mut(conversation, user, device, base);
+                for (epoch, pseq, seq) in notes {
+                    lane.note(epoch, pseq, seq);
+                }
+            }
+        }
         // The caches follow after the layers. Whoever fills an entry from here on reads the new state; whoever was filling
         // it before is waited for (`get_with`), and is then corrected.
         for (conversation, head) in heads {
@@ -698,6 +707,14 @@ impl View {
 struct Delta<'a> {
     view: &'a View,
     overlay: Overlay,
+    lanes: HashMap<(ConversationId, UserId, DeviceId), LaneNotes>,
+}
+
+/// What a commit does to a lane.
+struct LaneNotes {
+    /// The lane as it was, if the growing layer does not have it.
+    base: Option<LaneState>,
+    notes: Vec<(Epoch, Pseq, Seq)>,
 }
 
 impl Delta<'_> {
@@ -706,7 +723,12 @@ impl Delta<'_> {
         match self.overlay.touched.entry(conversation) {
             Entry::Occupied(entry) => Ok(entry.into_mut()),
             Entry::Vacant(entry) => {
-                let head = self.view.head(conversation)?.unwrap_or_default();
+                let layered =
+                    self.view.layers().active.touched.get(&conversation).map(|touched| touched.head);
+                let head = match layered {
+                    Some(head) => head,
+                    None => self.view.head(conversation)?.unwrap_or_default(),
+                };
                 Ok(entry.insert(Touched { head, ..Touched::default() }))
             }
         }
@@ -716,18 +738,23 @@ impl Delta<'_> {
         &mut self,
         conversation: ConversationId,
         (user, device): (UserId, DeviceId),
-        (epoch, pseq): (fulmar_protocol::id::Epoch, fulmar_protocol::id::Pseq),
+        (epoch, pseq): (Epoch, Pseq),
         seq: Seq,
     ) -> Result<(), ReadError> {
-        let view = self.view;
-        let touched = self.touched(conversation)?;
-        let lane = match touched.lanes.entry((user, device)) {
-            std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::btree_map::Entry::Vacant(entry) => {
-                entry.insert(view.lane(conversation, user, device)?.unwrap_or_default())
+        use std::collections::hash_map::Entry;
+        let notes = match self.lanes.entry((conversation, user, device)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                // A lane that the growing layer has is noted there in place; others are brought there once.
+                let base = if self.view.layers().active.lane(conversation, user, device).is_some() {
+                    None
+                } else {
+                    Some(self.view.lane(conversation, user, device)?.unwrap_or_default())
+                };
+                entry.insert(LaneNotes { base, notes: Vec::new() })
             }
         };
-        lane.note(epoch, pseq, seq);
+        notes.notes.push((epoch, pseq, seq));
         Ok(())
     }
 
@@ -776,11 +803,12 @@ impl Delta<'_> {
                 touched.head.time = record.time;
                 touched.records.push_back(Pending { record, encoded });
                 self.overlay.weigh_record(length);
-                if pseq.1 > fulmar_protocol::id::Pseq::ZERO {
+                if pseq.1 > Pseq::ZERO {
                     self.note(conversation, producer, pseq, seq)?;
                 }
             }
             Op::Refuse { conversation, user, device, epoch, pseq } => {
+                self.touched(conversation)?;
                 self.note(conversation, (user, device), (epoch, pseq), Seq::ZERO)?;
             }
             Op::NameUser { user, row } => {
