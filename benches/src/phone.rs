@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use bytes::{Buf as _, Bytes, BytesMut};
 use fulmar_gateway::{
-    accept::auth::{Mint, mint},
+    identity::token::{Mint, mint},
     config::{DEMO_APP, DEV_ISSUER},
     data_folder::{DevKey, open_dev_key},
 };
@@ -129,8 +129,9 @@ impl Phone {
             half,
             begin: Instant::now(),
             connection,
+            // We opened the control stream and named it; its other half has no header.
             incoming: vec![Incoming {
-                channel: None,
+                channel: Some(Channel::Control),
                 kind: None,
                 stream: recv,
                 decoder: Decoder::new(Channel::Control.frame_limit()),

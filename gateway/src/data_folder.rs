@@ -20,7 +20,7 @@
 //! - Private files are readable by their owner only, from the moment they exist.
 //! - Every error is one line that says what to do.
 //!
-//! Not here: what the store keeps in `store/`, and who may sign tokens of which app ([`crate::accept::auth`]).
+//! Not here: what the store keeps in `store/`, and who may sign tokens of which app ([`crate::identity::token`]).
 
 use std::fmt;
 use std::fs::{File, OpenOptions};

@@ -20,13 +20,11 @@ use tracing::{info, warn};
 
 use crate::{
     accept::{
-        auth::Verifier,
         endpoint::accept,
-        ticket::Tickets,
         tls::{Certificate, endpoint_config, server_config, tls_config},
     },
     config::{Config, Engine},
-    connection::Context,
+    context::Context,
     conversation::{
         route::Route,
         shard::{self, ShardHandle, ShardLimits, repair_links},
@@ -35,6 +33,7 @@ use crate::{
     drain::Drain,
     fanout::ring::RingLimits,
     http::{Canary, HttpServer, Pages, cannot_listen},
+    identity::{ticket::Tickets, token::Verifier},
     metrics::Metrics,
     open_files,
     telemetry::Complaints,

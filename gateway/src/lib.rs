@@ -3,14 +3,14 @@
 //!
 //! The path of a message is the list of folders, in the order in which it meets them:
 //!
-//! 1. [`accept`]: is there room for this connection, and who is it?
-//! 2. [`connection`]: frames of one connection, in order, each to whom it concerns.
+//! 1. [`accept`]: is there room for this connection?
+//! 2. [`connection`]: who is it ([`identity`])? Then its frames, in order, each to whom it concerns.
 //! 3. [`conversation`]: the shard that owns the conversation decides, appends, commits; then it answers.
 //! 4. [`fanout`]: the committed record is encoded once; whoever is here is owed it.
 //! 5. [`connection`] again: its writer gathers what is owed and writes it.
 //! 6. [`receipt`]: cursors come back; who missed something catches up from the log.
 //!
-//! Besides: [`service`] answers calls, [`gateway`] wires everything, [`cli`] is the binary `fulmar`.
+//! Besides: [`service`] answers calls, [`context`] is what they share, [`gateway`] wires everything, [`cli`] is the binary `fulmar`.
 //!
 //! Not here: what the bytes mean (`fulmar_protocol`), how they are kept (`fulmar_store`).
 
@@ -18,14 +18,17 @@ pub mod accept;
 pub mod cli;
 pub mod config;
 pub mod connection;
+pub mod context;
 pub mod conversation;
 pub mod data_folder;
 pub mod drain;
 pub mod fanout;
 pub mod gateway;
 pub mod http;
+pub mod identity;
 pub mod metrics;
 pub mod open_files;
 pub mod receipt;
+pub mod record;
 pub mod service;
 pub mod telemetry;

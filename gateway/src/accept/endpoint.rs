@@ -15,10 +15,7 @@ use tokio::task::JoinSet;
 use tracing::{Instrument, debug, warn};
 
 use super::admission::{Load, Verdict, admit};
-use crate::{
-    connection::{Context, serve},
-    drain::Drain,
-};
+use crate::{connection::serve, context::Context, drain::Drain};
 
 #[derive(Debug, Default)]
 struct Counts {

@@ -1,12 +1,10 @@
-//! 1. A connection comes in: is there room for it, and who is it?
+//! Stage 1: a connection comes in. Is there room for it, and is its handshake in order?
 //!
-//! - Whoever is let past here has proven who it is, by a token or a ticket, and is within every bound.
+//! - Whoever is let past here is within every bound.
 //! - Nothing in here knows conversations.
 //!
-//! Not here: what an admitted connection says (`connection`).
+//! Not here: who it is (`identity`), what it says (`connection`).
 
 pub mod admission;
-pub mod auth;
 pub mod endpoint;
-pub mod ticket;
 pub mod tls;

@@ -24,9 +24,9 @@ use fulmar_protocol::id::UnixMillis;
 
 use self::core::Core;
 use super::ConfigArgs;
-use crate::accept::auth::{Mint, mint};
 use crate::config::{Config, DEMO_APP};
 use crate::data_folder::open_dev_key;
+use crate::identity::token::{Mint, mint};
 
 const EXAMPLES: &str = "\
 Examples:

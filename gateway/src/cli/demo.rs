@@ -41,9 +41,9 @@ use self::plan::Plan;
 use self::play::{Opened, play};
 use self::process::GatewayProcess;
 use self::verdict::{Outside, Verdict, number, ratio};
-use crate::accept::auth::{Mint, mint};
 use crate::config::{DEMO_APP, DEV_ISSUER};
 use crate::data_folder::open_dev_key;
+use crate::identity::token::{Mint, mint};
 use crate::open_files;
 
 const EXAMPLES: &str = "\
@@ -73,8 +73,8 @@ const CALM: Duration = Duration::from_millis(1_500);
 /// How long the gateway stays dead.
 const DOWN: (Duration, Duration) = (Duration::from_millis(200), Duration::from_millis(1_000));
 
-/// A phone changes its address about this often.
-const REBIND_EVERY: Duration = Duration::from_secs(20);
+/// A phone changes its address about this often, until most lines were said.
+const REBIND_EVERY: Duration = Duration::from_secs(30);
 
 /// Open files a phone needs here, all in all: its database, its sockets, the proxy's.
 const FILES_PER_PHONE: u64 = 12;
@@ -254,6 +254,8 @@ async fn perform(args: &DemoArgs, plan: Arc<Plan>, folder: &Path) -> anyhow::Res
         kills: args.kills.into(),
         killed: 0,
         rng: Rng::new(args.seed).fork(2),
+        proxy: &proxy,
+        calm: false,
         ends_at,
     };
     run.display.stage("playing");
@@ -283,12 +285,15 @@ async fn perform(args: &DemoArgs, plan: Arc<Plan>, folder: &Path) -> anyhow::Res
     // Judged before anything is closed: what is seen while closing down is no part of the run.
     let verdict = Verdict::reach(&plan, &board.seen(), outside, cut_short);
     drop(lanes);
-    display.stage("closing down");
+    display.stage("closing the phones");
+    // What the bad network was for is over.
+    proxy.set_path(Profile::Clean).context("the bad network does not answer")?;
     let phones = Arc::try_unwrap(phones).unwrap_or_default();
     let closing = phones.into_iter().map(Phone::close);
     futures_util::future::join_all(closing).await;
-    proxy.stop();
+    display.stage("stopping the gateway");
     gateway.stop().await?;
+    proxy.stop();
     Ok(verdict)
 }
 
@@ -386,6 +391,9 @@ struct Run<'a> {
     kills: usize,
     killed: usize,
     rng: Rng,
+    proxy: &'a Proxy,
+    /// No more changes of address: only loss, delay and reordering go on.
+    calm: bool,
     ends_at: Instant,
 }
 
@@ -401,6 +409,10 @@ impl Run<'_> {
             {
                 self.kill(gateway).await?;
                 last.1 = Instant::now();
+            }
+            if !self.calm && self.board.counts.sent.load(Ordering::Relaxed) >= self.plan.lines.len() / 5 * 4 {
+                self.calm = true;
+                self.proxy.play(FaultPlan::default()).context("the bad network does not answer")?;
             }
             if self.killed == self.kills && self.board.is_complete(self.plan) {
                 return Ok(None);

@@ -10,9 +10,9 @@ use clap::Args;
 use fulmar_protocol::id::UnixMillis;
 
 use super::ConfigArgs;
-use crate::accept::auth::{Mint, mint};
 use crate::config::{AppConfig, Config, DEMO_APP};
 use crate::data_folder::open_dev_key;
+use crate::identity::token::{Mint, mint};
 
 const EXAMPLES: &str = "\
 Examples:

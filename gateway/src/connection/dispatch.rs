@@ -17,19 +17,18 @@ use fulmar_protocol::{
     session::{digest::CursorDigest, gateway::Output},
     version::{self, Features},
 };
-use fulmar_store::ConversationClass;
 use tracing::{Span, debug, debug_span, warn};
 
 use super::driver::{Connection, End, Peer, describe};
 use crate::{
-    accept::ticket::Ticket,
     conversation::{
-        Command, DirectRequest, Found, LoggedIn, LoginRequest, Refusal,
+        Command, ConversationClass, DirectRequest, Found, LoggedIn, LoginRequest, Refusal,
         route::Named,
         shard::{carry_link, unix_now},
         state::direct_peer,
     },
     fanout::owed::Owed,
+    identity::ticket::Ticket,
     receipt::{catchup, resume},
     service,
 };

@@ -14,7 +14,7 @@ use fulmar_protocol::{
     close::CloseCode,
     error::Violation,
     frame::{Channel, Frame, Hello, Pull},
-    id::{AppId, ConversationId, Producer, UnixMillis},
+    id::{AppId, Producer, UnixMillis},
     session::gateway::{Gateway as Session, GatewayConfig, Output},
     version::Features,
 };
@@ -22,13 +22,9 @@ use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 use tracing::{Instrument, debug, info_span, warn};
 
 use crate::{
-    accept::{auth::Verifier, ticket::Tickets},
-    config::Config,
-    conversation::{Command, Refusal, route::Route, shard::ShardHandle},
-    drain::Drain,
+    context::Context,
+    conversation::Command,
     fanout::owed::{Ending, Owed},
-    metrics::Metrics,
-    telemetry::Complaints,
 };
 
 /// Control frames that may wait for one connection, besides what its owed set bounds. A client that asks without
@@ -37,74 +33,6 @@ const CONTROL_WAITING_MAX: usize = 1_024;
 
 /// How long a closing connection waits for its last frames to be taken.
 const LAST_WORDS: Duration = Duration::from_millis(1_000);
-
-/// What all connections share.
-#[derive(Debug)]
-pub struct Context {
-    /// The configuration.
-    pub config: Config,
-    /// The shards, by number.
-    pub shards: Vec<ShardHandle>,
-    /// Which shard owns what.
-    pub route: Route,
-    /// Checks tokens.
-    pub verifier: Verifier,
-    /// Seals and opens tickets.
-    pub tickets: Tickets,
-    /// Counts.
-    pub metrics: Metrics,
-    /// Says once what hostile input is wrong.
-    pub complaints: Complaints,
-    /// Learns when the gateway leaves.
-    pub drain: Drain,
-    /// Numbers connections and sessions; starts at a random place, so that numbers of two runs differ.
-    pub numbers: AtomicU64,
-}
-
-impl Context {
-    /// A number no other connection of this run has.
-    pub fn number(&self) -> u64 {
-        self.numbers.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// Whether an app takes users it never heard of.
-    #[must_use]
-    pub fn takes_new_users(&self, app: AppId) -> bool {
-        self.config.apps.iter().any(|config| AppId::of(&config.name) == app && config.open_users)
-    }
-
-    /// The shard of a conversation.
-    ///
-    /// # Errors
-    /// The number is of no shard of this gateway.
-    pub fn conversation(&self, conversation: ConversationId) -> Result<&ShardHandle, Refusal> {
-        let shard = self.route.conversation(conversation).and_then(|shard| self.shards.get(shard));
-        shard.ok_or(Refusal::new(fulmar_protocol::close::RefusalCode::UnknownConversation))
-    }
-
-    /// The shard of a user.
-    ///
-    /// # Errors
-    /// The number is of no shard of this gateway.
-    pub fn user(&self, user: fulmar_protocol::id::UserId) -> Result<&ShardHandle, Refusal> {
-        let shard = self.route.user(user).and_then(|shard| self.shards.get(shard));
-        shard.ok_or(Refusal::new(fulmar_protocol::close::RefusalCode::UnknownUser))
-    }
-
-    /// The shard that owns a name.
-    ///
-    /// # Errors
-    /// Never for a gateway with shards.
-    pub fn named(
-        &self,
-        app: AppId,
-        kind: crate::conversation::route::Named,
-        name: &str,
-    ) -> Result<&ShardHandle, Refusal> {
-        let shard = self.shards.get(self.route.name(app, kind, name));
-        shard.ok_or(Refusal::new(fulmar_protocol::close::RefusalCode::StorageUnavailable))
-    }
-}
 
 /// Who is at the other end, once it is let in.
 #[derive(Debug)]

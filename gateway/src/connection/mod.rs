@@ -13,4 +13,4 @@ pub mod driver;
 mod reader;
 mod writer;
 
-pub use self::driver::{Context, serve};
+pub use self::driver::serve;

@@ -19,7 +19,10 @@ use super::driver::{Connection, End};
 use crate::{
     conversation::{Refusal, shard::unix_now},
     fanout::owed::{ControlDue, Ending, Settled},
-    receipt::catchup::{self, BlockRequest},
+    receipt::{
+        self,
+        catchup::{self, BlockRequest},
+    },
 };
 
 /// Entries of a frame of four numbers each: at their widest they fit a control frame.
@@ -282,10 +285,7 @@ impl Connection {
             Ok(Ok(block)) => Ok(block),
             Ok(Err(error)) => {
                 warn!(%conversation, %error, "reading the log failed");
-                Err(Refusal::new(match error {
-                    fulmar_store::ReadError::Damaged { .. } => RefusalCode::Damaged,
-                    _ => RefusalCode::StorageUnavailable,
-                }))
+                Err(Refusal::new(receipt::refusal_code(&error)))
             }
             Err(_) => Err(Refusal::new(RefusalCode::StorageUnavailable)),
         }

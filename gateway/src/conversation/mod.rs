@@ -13,6 +13,8 @@ pub mod route;
 pub mod shard;
 pub mod state;
 
+pub use fulmar_store::ConversationClass;
+
 pub use self::command::{
     Answer, Command, DirectRequest, Found, GroupRequest, LoggedIn, LoginRequest, MembersRequest, Refusal,
 };

@@ -42,6 +42,7 @@ use crate::{
         roster::Roster,
     },
     metrics::Metrics,
+    record,
 };
 
 /// Commands that may wait for a shard. Full: the connection that asks waits, and its client's uplink with it.
@@ -289,9 +290,9 @@ impl Shard {
                 }
                 let sessions = self.roster.present(conversation);
                 if let Some(loaded) = self.loaded.get(&conversation) {
-                    let wire = state::to_wire(conversation, &record, WireTime::short(record.time));
+                    let wire = record::to_wire(conversation, &record, WireTime::short(record.time));
                     let inline = loaded.state.member_count() <= self.limits.inline_members_max;
-                    push::push(&loaded.ring, wire, state::origin(&record), record.time, sessions, inline);
+                    push::push(&loaded.ring, wire, record::origin(&record), record.time, sessions, inline);
                     self.metrics.deliveries.inc_by(sessions.len() as u64);
                     debug_span!("fanout", conversation = conversation.get()).in_scope(
                         || debug!(seq = %record.seq, recipients = sessions.len(), "committed and published"),

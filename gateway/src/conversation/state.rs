@@ -11,7 +11,7 @@ use std::collections::{HashMap, hash_map::Entry};
 use bytes::Bytes;
 use fulmar_protocol::{
     close::RefusalCode,
-    frame::{self, Deliver, Origin, WireTime},
+    frame,
     id::{AppId, ConversationId, DeviceId, Epoch, Producer, Pseq, Seq, UnixMillis, UserId},
     producer::{Decision, Lane, fingerprint},
     service::Roster,
@@ -425,43 +425,6 @@ fn distinct(users: &[(UserId, String)], wanted: impl Fn(&UserId) -> bool) -> Vec
         }
     }
     out
-}
-
-/// A record as it travels, without its origin.
-#[must_use]
-pub fn to_wire(conversation: ConversationId, record: &Record, time: WireTime) -> Deliver {
-    Deliver {
-        kind: match record.kind {
-            RecordKind::Message => frame::RecordKind::Message,
-            RecordKind::Edit => frame::RecordKind::Edit,
-            RecordKind::Recall => frame::RecordKind::Recall,
-            RecordKind::Reaction => frame::RecordKind::Reaction,
-            RecordKind::Created => frame::RecordKind::Created,
-            RecordKind::Joined => frame::RecordKind::Joined,
-            RecordKind::Left => frame::RecordKind::Left,
-            RecordKind::Notice => frame::RecordKind::Notice,
-        },
-        conversation,
-        seq: record.seq,
-        sender: record.sender,
-        time,
-        origin: None,
-        reference: record.target,
-        ttl: record.ttl,
-        more: record.more,
-        silent: record.silent,
-        payload: record.payload.clone(),
-    }
-}
-
-/// Where a client's record came from; `None` for records the gateway made.
-#[must_use]
-pub fn origin(record: &Record) -> Option<Origin> {
-    (record.pseq != Pseq::ZERO).then_some(Origin {
-        device: record.device,
-        epoch: record.epoch,
-        pseq: record.pseq,
-    })
 }
 
 /// The name under which the direct conversation of two users is found: the two numbers, smaller first.

@@ -10,7 +10,7 @@ use fulmar_protocol::{
 };
 use fulmar_store::{Head, Limits, Member, ReadError, Record, ShardReader};
 
-use crate::conversation::state::{origin, to_wire};
+use crate::record::{origin, to_wire};
 
 /// The oldest record `member` may see, [`Seq::FIRST`] at least.
 #[must_use]

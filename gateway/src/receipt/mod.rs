@@ -5,6 +5,18 @@
 //!
 //! Not here: live delivery (`fanout`), keeping cursors (the shards' commits).
 
+use fulmar_protocol::close::RefusalCode;
+use fulmar_store::ReadError;
+
 pub mod catchup;
 pub mod resume;
 pub mod unread;
+
+/// What a client is told when the log can't be read.
+#[must_use]
+pub const fn refusal_code(error: &ReadError) -> RefusalCode {
+    match error {
+        ReadError::Damaged { .. } => RefusalCode::Damaged,
+        _ => RefusalCode::StorageUnavailable,
+    }
+}

@@ -19,11 +19,11 @@ use tracing::warn;
 
 use super::{Caller, check_name, name_of, user};
 use crate::{
-    connection::Context,
+    context::Context,
     conversation::{
         Command, GroupRequest, MembersRequest, Refusal, route::Named, shard::carry_link, state::direct_peer,
     },
-    receipt::{catchup, unread::unread},
+    receipt::{catchup, refusal_code, unread::unread},
 };
 
 /// Bytes a page may grow to: the rest of the frame is for what surrounds the entries.
@@ -59,10 +59,7 @@ fn answer(body: &impl Serialize) -> Result<Bytes, Refusal> {
 
 fn unreadable(error: &ReadError) -> Refusal {
     warn!(%error, "reading the log failed");
-    Refusal::new(match error {
-        ReadError::Damaged { .. } => RefusalCode::Damaged,
-        _ => RefusalCode::StorageUnavailable,
-    })
+    Refusal::new(refusal_code(error))
 }
 
 async fn users(

@@ -18,7 +18,7 @@ use fulmar_protocol::{
 
 use crate::{
     config::is_name,
-    connection::Context,
+    context::Context,
     conversation::{Command, Refusal, route::Named},
 };
 

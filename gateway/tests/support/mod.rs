@@ -18,11 +18,11 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use fulmar_gateway::{
-    accept::auth::{Mint, mint},
     config::Config,
     data_folder::DataFolder,
     drain::{self, Cause, DrainTrigger},
     gateway::Gateway,
+    identity::token::{Mint, mint},
 };
 use fulmar_protocol::{
     frame::{

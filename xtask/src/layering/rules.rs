@@ -133,6 +133,21 @@ pub(crate) const SOURCES: &[SourceRule] = &[
         because: "config is read by everybody and knows nobody",
     },
     SourceRule {
+        within: &["gateway/src/identity/", "gateway/src/record.rs"],
+        forbids: &[ABOVE_THE_STAGES, STAGES, &["crate::context"]],
+        but: &[],
+        because: "proofs and the form of a record are told to the stages and know none of them",
+    },
+    SourceRule {
+        within: &["gateway/src/context.rs"],
+        forbids: &[
+            ABOVE_THE_STAGES,
+            &["crate::accept", "crate::connection", "crate::fanout", "crate::receipt", "crate::service"],
+        ],
+        but: &[],
+        because: "the context is the way to the shards; it knows nothing of those who take it",
+    },
+    SourceRule {
         within: &[
             "gateway/src/accept/",
             "gateway/src/connection/",
@@ -165,7 +180,13 @@ pub(crate) const SOURCES: &[SourceRule] = &[
     },
     SourceRule {
         within: &["gateway/src/conversation/"],
-        forbids: &[&["crate::accept", "crate::connection", "crate::receipt", "crate::service"]],
+        forbids: &[&[
+            "crate::accept",
+            "crate::connection",
+            "crate::context",
+            "crate::receipt",
+            "crate::service",
+        ]],
         but: &[],
         because: "conversation knows the store and fanout, never a connection",
     },
@@ -209,6 +230,7 @@ pub(crate) const SOURCES: &[SourceRule] = &[
             "gateway/src/fanout/ring.rs",
             "gateway/src/fanout/roster.rs",
             "gateway/src/receipt/unread.rs",
+            "gateway/src/record.rs",
             "client-sdk/src/state.rs",
         ],
         forbids: &[WORLD],
