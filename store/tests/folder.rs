@@ -242,6 +242,74 @@ fn a_folder_of_format_1_opens() {
     assert_eq!(reader.lane(c, user(1), DeviceId::FIRST).unwrap().unwrap().last, Pseq::new(40).unwrap());
 }
 
+/// Flips bytes of sled's file and looks at everything: right, or refused, never wrong. Returns how often it was refused.
+fn flips(rounds: u64, records: u64, settled: bool) -> u64 {
+    const COMMITS: u64 = 20;
+    let original = tempfile::tempdir().unwrap();
+    let c = conversation(0, 1);
+    let options =
+        StoreOptions { shards: 1, settle_idle: Duration::from_secs(3600), ..StoreOptions::default() };
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let members = 50u64;
+    {
+        let store = Store::open(original.path(), &options).unwrap();
+        let (mut writer, _) = store.shard(shard(0)).unwrap();
+        for n in 0..COMMITS {
+            let mut batch: Vec<Op> = (1..=records).map(|i| append(c, n * records + i)).collect();
+            let row = Member { role: Role::Admin, joined: Seq::FIRST, since: UnixMillis::default() };
+            batch.extend((0..members).map(|i| Op::Member {
+                conversation: c,
+                user: user(i + 1),
+                row: Some(row),
+            }));
+            runtime.block_on(writer.commit(&batch)).unwrap();
+        }
+        if settled {
+            store.close().unwrap();
+        }
+    }
+    let file = "shard-000/sled/db";
+    let intact = std::fs::read(original.path().join(file)).unwrap();
+    let used = intact.iter().rposition(|byte| *byte != 0).unwrap();
+    let mut refused = 0;
+    for round in 0..rounds {
+        let folder = tempfile::tempdir().unwrap();
+        copy(original.path(), folder.path());
+        let mut bytes = intact.clone();
+        let at = usize::try_from(round.wrapping_mul(0x9e37_79b9_7f4a_7c15) % (used as u64)).unwrap();
+        *bytes.get_mut(at).unwrap() ^= 1 << (round % 8);
+        std::fs::write(folder.path().join(file), bytes).unwrap();
+        let look = || -> Result<(), String> {
+            let store = Store::open(folder.path(), &options).map_err(|error| error.to_string())?;
+            let reader = store.reader(shard(0)).map_err(|error| error.to_string())?;
+            let got = reader
+                .records(c, Seq::FIRST, Seq::new(1 << 40).unwrap(), ALL)
+                .map_err(|error| error.to_string())?;
+            let whole: Vec<Record> = (1..=records * COMMITS).map(|n| record(c, n)).collect();
+            assert!(got == whole, "byte {at}: {} records", got.len());
+            let count = reader.member_count(c).map_err(|error| error.to_string())?;
+            assert_eq!(count, members, "byte {at}");
+            Ok(())
+        };
+        refused += u64::from(look().is_err());
+    }
+    refused
+}
+
+#[test]
+fn flipped_bytes_are_never_served() {
+    assert!(flips(12, 10, false) > 0);
+    flips(12, 10, true);
+}
+
+#[test]
+#[ignore = "a campaign: many more damaged files than a test run has time for"]
+fn flipped_bytes_campaign() {
+    for (records, settled) in [(10, false), (10, true), (600, false), (600, true)] {
+        assert!(flips(150, records, settled) > 0);
+    }
+}
+
 // ---- other processes
 
 const CHILD_FOLDER: &str = "FULMAR_STORE_TEST_FOLDER";

@@ -4,6 +4,7 @@
 //! - The barrier is `flush()` and then `fdatasync` on a descriptor of our own: sled's `flush` ends in `sync_file_range`,
 //!   which does not reach the disk's cache and does not write the file's size. `flush_async` is never used (it deadlocks).
 //! - `snap.*.generating`, left by a process that was killed while it opened the database, is removed before opening.
+//! - A panic inside sled (it asserts on damaged files) becomes an error of the call that met it.
 //! - sled's flusher stays on: its garbage collector runs nowhere else.
 //!
 //! Not here: any promise about several writes at once.
@@ -44,18 +45,16 @@ impl Sled {
             tracing::warn!(file = %leftover.display(), "removing a snapshot that was never finished");
             std::fs::remove_file(leftover)?;
         }
-        let database = ::sled::Config::default()
+        let config = ::sled::Config::default()
             .path(path)
             .cache_capacity(cache_bytes)
             .flush_every_ms(Some(FLUSH_EVERY_MS))
-            .print_profile_on_drop(false)
-            .open()
-            .map_err(failed)?;
+            .print_profile_on_drop(false);
+        let database = guarded(|| config.open())?;
         let tables = Table::ALL
             .iter()
-            .map(|table| database.open_tree(table.name()))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(failed)?;
+            .map(|table| guarded(|| database.open_tree(table.name())))
+            .collect::<Result<Vec<_>, _>>()?;
         let file = File::options().read(true).write(true).open(path.join("db"))?;
         let engine = Self { tables, file, durability, database };
         engine.barrier()?;
@@ -73,7 +72,8 @@ impl Sled {
 
 impl Engine for Sled {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
-        let value = self.table(table)?.get(key).map_err(failed)?;
+        let table = self.table(table)?;
+        let value = guarded(|| table.get(key))?;
         Ok(value.map(|value| Bytes::copy_from_slice(&value)))
     }
 
@@ -81,12 +81,14 @@ impl Engine for Sled {
         if value.len() > CHUNK_BYTES {
             return Err(EngineError::Failed(format!("a value of {} bytes is too large", value.len())));
         }
-        self.table(table)?.insert(key, value).map_err(failed)?;
+        let table = self.table(table)?;
+        guarded(|| table.insert(key, value))?;
         Ok(())
     }
 
     fn remove(&self, table: Table, key: &[u8]) -> Result<(), EngineError> {
-        self.table(table)?.remove(key).map_err(failed)?;
+        let table = self.table(table)?;
+        guarded(|| table.remove(key))?;
         Ok(())
     }
 
@@ -102,22 +104,23 @@ impl Engine for Sled {
             return Ok(Vec::new());
         }
         let table = self.table(table)?;
-        let range = match to {
-            Some(to) => table.range(from..to),
-            None => table.range(from..),
-        };
-        let entry = |row: ::sled::Result<(::sled::IVec, ::sled::IVec)>| {
-            let (key, value) = row.map_err(failed)?;
-            Ok((key.to_vec(), Bytes::copy_from_slice(&value)))
-        };
-        match direction {
-            Direction::Ascending => range.take(limit).map(entry).collect(),
-            Direction::Descending => range.rev().take(limit).map(entry).collect(),
-        }
+        guarded(|| {
+            let range = match to {
+                Some(to) => table.range(from..to),
+                None => table.range(from..),
+            };
+            let entry = |row: ::sled::Result<(::sled::IVec, ::sled::IVec)>| {
+                row.map(|(key, value)| (key.to_vec(), Bytes::copy_from_slice(&value)))
+            };
+            match direction {
+                Direction::Ascending => range.take(limit).map(entry).collect(),
+                Direction::Descending => range.rev().take(limit).map(entry).collect(),
+            }
+        })
     }
 
     fn barrier(&self) -> Result<(), EngineError> {
-        self.database.flush().map_err(failed)?;
+        guarded(|| self.database.flush())?;
         if self.durability == Durability::Power {
             rustix::fs::fdatasync(&self.file).map_err(std::io::Error::from)?;
         }
@@ -126,6 +129,15 @@ impl Engine for Sled {
 
     fn size(&self) -> u64 {
         self.file.metadata().map_or(0, |metadata| metadata.len())
+    }
+}
+
+/// A call into sled, its errors and panics turned into ours.
+fn guarded<T>(call: impl FnOnce() -> ::sled::Result<T>) -> Result<T, EngineError> {
+    // Whatever sled left half done stays sled's: a shard stops at the first error.
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(failed),
+        Err(_) => Err(EngineError::Failed("sled panicked; its files may be damaged".to_owned())),
     }
 }
 
