@@ -26,7 +26,7 @@ use tokio::{
 
 use crate::{
     conversation::Conversation,
-    db::{ConversationSummary, Db, Settled},
+    db::{ConversationSummary, Db, Settled, WaitingSend},
     driver::{self, Call, Request},
     error::Error,
     event::{ClientEvent, ConnectionState, OfflineReason},
@@ -44,6 +44,9 @@ const REQUESTS_MAX: usize = 64;
 
 /// Events an app may lag behind.
 const EVENTS_MAX: usize = 256;
+
+/// New sends that are handed to the driver directly; more wait in the database.
+const HANDED_MAX: usize = 64;
 
 /// Sends [`Client::outbox`] lists at the most.
 const OUTBOX_MAX: usize = 1_000;
@@ -84,8 +87,11 @@ pub(crate) struct Shared {
 /// What the app did that the driver has not seen. Bounded by the conversations and the unsettled sends there are.
 #[derive(Debug, Default)]
 pub(crate) struct Fresh {
-    /// Conversations with new sends, and read marks.
-    pub(crate) sends: BTreeMap<ConversationId, ()>,
+    /// New sends, handed over without another look into the database, in their order.
+    pub(crate) handed: Vec<WaitingSend>,
+    /// Conversations with more new sends.
+    pub(crate) sends: BTreeSet<ConversationId>,
+    /// Read marks.
     pub(crate) marks: BTreeMap<ConversationId, Seq>,
     /// Sends that were taken back.
     pub(crate) cancelled: BTreeSet<(ConversationId, Pseq)>,
@@ -163,14 +169,15 @@ impl Shared {
         lock(&self.traffic)
     }
 
-    /// A send was stored.
-    pub(crate) fn queued(&self, conversation: Option<ConversationId>) {
+    /// A send was stored, and that is committed; called in the order of the commits.
+    pub(crate) fn queued(&self, conversation: Option<ConversationId>, send: Option<WaitingSend>) {
         let mut fresh = lock(&self.fresh);
-        match conversation {
-            Some(conversation) => {
-                fresh.sends.insert(conversation, ());
+        match (conversation, send) {
+            (Some(_), Some(send)) if fresh.handed.len() < HANDED_MAX => fresh.handed.push(send),
+            (Some(conversation), _) => {
+                fresh.sends.insert(conversation);
             }
-            None => fresh.unresolved = true,
+            (None, _) => fresh.unresolved = true,
         }
         drop(fresh);
         self.wake.notify_one();

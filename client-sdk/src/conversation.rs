@@ -148,17 +148,20 @@ impl Conversation {
         if *shared.closed.borrow() {
             return Err(Error::Closed);
         }
-        let registry = Arc::clone(&shared);
+        let (subscribing, committed) = (Arc::clone(&shared), Arc::clone(&shared));
         let (queued, progress) = shared
             .db
-            .run(true, move |store| {
-                let queued = store.enqueue(&draft)?;
-                // Known before anybody can settle it; and the driver is woken even if the caller went away meanwhile. It
-                // reads the row on this thread, so not before the commit.
-                let progress = registry.subscribe(queued.id, Progress::QUEUED);
-                registry.queued(queued.conversation);
-                Ok((queued, progress))
-            })
+            .run_then(
+                true,
+                move |store| {
+                    let queued = store.enqueue(&draft)?;
+                    // Before anybody can settle it.
+                    let progress = subscribing.subscribe(queued.id, Progress::QUEUED);
+                    Ok((queued, progress))
+                },
+                // In the order of the commits, and also if the caller has gone meanwhile.
+                move |(queued, _)| committed.queued(queued.conversation, queued.send.take()),
+            )
             .await?;
         if let Some(number) = queued.conversation {
             self.number.get_or_init(|| number);

@@ -53,6 +53,13 @@ use crate::{
 /// How long an answer may be overdue before the connection is suspect; three round trips when those are longer.
 const OVERDUE_MIN: Duration = Duration::from_secs(1);
 
+/// From the HELLO to the WELCOME.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Silence after which a PING leaves. Short enough for NATs that forget after 30 s; learning the longest interval a
+/// network allows belongs here.
+const KEEPALIVE: Duration = Duration::from_secs(15);
+
 /// How long after the WELCOME what was missed may still be coming in while the client counts as live.
 const SYNC_MAX: Duration = Duration::from_secs(5);
 
@@ -127,6 +134,8 @@ pub(crate) async fn run(
     let dialer = Arc::new(Dialer::new(tls, options.address.clone(), options.server_name.clone()));
     let mut config = ClientConfig::new(start.identity.uid, options.class);
     config.grease = random();
+    config.hello_timeout = HELLO_TIMEOUT;
+    config.keepalive = KEEPALIVE;
     let feed = Feed::new(&start.unacked, start.waiting);
     let half = Half::new(
         config,
@@ -302,7 +311,10 @@ impl Driver {
             self.step(Event::Overdue);
         }
         if self.machine.poll_timeout().is_some_and(|at| at <= now) {
-            self.step(Event::Timer);
+            // Suspected for nothing: something was heard meanwhile.
+            if self.machine.state() != State::Suspect || !self.listen() {
+                self.step(Event::Timer);
+            }
         }
     }
 
@@ -572,17 +584,15 @@ impl Driver {
 
     fn transmit(&mut self, channel: Channel, frame: &Frame, now: Duration) {
         let Some(link) = &mut self.link else { return };
-        match frame {
-            Frame::Send(send) => {
-                if let Some(id) = self.feed.id(send.conversation, send.pseq) {
-                    self.shared.handles().sent(id);
-                }
-                self.waiting_since.get_or_insert(now);
-            }
-            Frame::Ping(_) => {
-                self.waiting_since.get_or_insert(now);
-            }
-            _ => {}
+        if let Frame::Send(send) = frame
+            && let Some(id) = self.feed.id(send.conversation, send.pseq)
+        {
+            self.shared.handles().sent(id);
+        }
+        if matches!(frame, Frame::Send(_) | Frame::Ping(_)) && self.waiting_since.is_none() {
+            // Only packets from now on are an answer.
+            self.packets = link.connection().stats().udp_rx.datagrams;
+            self.waiting_since = Some(now);
         }
         link.write(channel, frame);
     }
@@ -615,15 +625,15 @@ impl Driver {
 
     /// Keeps the epoch before anything leaves under it; another one than ours numbers what waits anew.
     async fn new_epoch(&mut self, epoch: Epoch, unsettled: &[(ConversationId, Pseq)]) -> Result<(), Error> {
-        // What was settled under the old numbers is written under them.
-        while !self.ledger.is_empty() {
-            self.ledger.start(&self.shared, self.own());
-            let committed = poll_fn(|cx| self.ledger.poll(cx)).await?;
-            self.committed(committed);
-        }
         if self.identity.epoch == Epoch::ZERO {
             self.shared.db.run(true, move |store| store.first_epoch(epoch)).await?;
         } else {
+            // What was settled under the old numbers is written under them.
+            while !self.ledger.is_empty() && self.identity.user.is_some() {
+                self.ledger.start(&self.shared, self.own());
+                let committed = poll_fn(|cx| self.ledger.poll(cx)).await?;
+                self.committed(committed);
+            }
             tracing::warn!(%epoch, unsettled = unsettled.len(), "the gateway did not know this device's sends");
             let waiting = self
                 .shared
@@ -707,8 +717,11 @@ impl Driver {
     fn take_fresh(&mut self) {
         let now = self.now();
         let fresh = self.shared.fresh();
-        let something = !fresh.sends.is_empty() || fresh.unresolved;
-        for (conversation, ()) in fresh.sends {
+        let something = !fresh.handed.is_empty() || !fresh.sends.is_empty() || fresh.unresolved;
+        for waiting in fresh.handed {
+            self.feed.handed(waiting, &mut self.half, now);
+        }
+        for conversation in fresh.sends {
             self.feed.hungry(conversation);
         }
         for (conversation, read) in fresh.marks {

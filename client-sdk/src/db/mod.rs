@@ -56,16 +56,18 @@ trait Work: Send {
     fn answer(self: Box<Self>, committed: Result<(), String>);
 }
 
-struct Task<T, F> {
+struct Task<T, F, A> {
     work: Option<F>,
+    after: A,
     result: Option<Result<T, Error>>,
     reply: oneshot::Sender<Result<T, Error>>,
 }
 
-impl<T, F> Work for Task<T, F>
+impl<T, F, A> Work for Task<T, F, A>
 where
     T: Send,
     F: FnOnce(&mut Store) -> Result<T, Error> + Send,
+    A: FnOnce(&mut T) + Send,
 {
     fn run(&mut self, store: &mut Store) -> bool {
         let Some(work) = self.work.take() else { return false };
@@ -77,7 +79,11 @@ where
 
     fn answer(self: Box<Self>, committed: Result<(), String>) {
         let result = match (committed, self.result) {
-            (Ok(()), Some(result)) | (Err(_), Some(result @ Err(_))) => result,
+            (Ok(()), Some(Ok(mut value))) => {
+                (self.after)(&mut value);
+                Ok(value)
+            }
+            (_, Some(Err(error))) => Err(error),
             (Ok(()), None) => Err(Error::Closed),
             (Err(text), _) => Err(Error::Database(text.into())),
         };
@@ -119,8 +125,19 @@ impl Db {
         T: Send + 'static,
         F: FnOnce(&mut Store) -> Result<T, Error> + Send + 'static,
     {
+        self.run_then(durable, work, |_| {}).await
+    }
+
+    /// Like [`Self::run`]; `after` is run on the database's thread when the commit is through, in the order of the
+    /// jobs, also when the caller has gone.
+    pub(crate) async fn run_then<T, F, A>(&self, durable: bool, work: F, after: A) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut Store) -> Result<T, Error> + Send + 'static,
+        A: FnOnce(&mut T) + Send + 'static,
+    {
         let (reply, answer) = oneshot::channel();
-        let work = Box::new(Task { work: Some(work), result: None, reply });
+        let work = Box::new(Task { work: Some(work), after, result: None, reply });
         self.jobs.send(Job { durable, work }).await.map_err(|_| Error::Closed)?;
         answer.await.map_err(|_| Error::Closed)?
     }
@@ -131,7 +148,7 @@ impl Db {
         F: FnOnce(&mut Store) -> Result<(), Error> + Send + 'static,
     {
         let (reply, _) = oneshot::channel();
-        let work = Box::new(Task { work: Some(work), result: None, reply });
+        let work = Box::new(Task { work: Some(work), after: |_: &mut ()| {}, result: None, reply });
         self.jobs.try_send(Job { durable: false, work }).is_ok()
     }
 }

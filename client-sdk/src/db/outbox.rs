@@ -47,12 +47,14 @@ pub(crate) struct Draft {
 }
 
 /// What was stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) struct Queued {
     /// Names the body: id of its first row.
     pub(crate) id: u64,
     /// `None`: the name has to be resolved first.
     pub(crate) conversation: Option<ConversationId>,
+    /// The send, when it is a single one that has its number: what [`Store::waiting`] would say.
+    pub(crate) send: Option<WaitingSend>,
 }
 
 /// One SEND that waits.
@@ -117,17 +119,21 @@ impl Store {
     pub(crate) fn enqueue(&self, draft: &Draft) -> Result<Queued, Error> {
         let conversation = self.lookup(&draft.target)?;
         let pieces = draft.payload.len().div_ceil(draft.piece.max(1)).max(1);
-        let mut pseq = match conversation {
+        let lane: Option<(Pseq, Seq)> = match conversation {
             Some(conversation) => {
                 self.know(conversation)?;
                 let mut next = self.sql.prepare_cached(
-                    "UPDATE conversations SET pseq = pseq + ?2 WHERE number = ?1 RETURNING pseq - ?2",
+                    "UPDATE conversations SET pseq = pseq + ?2 WHERE number = ?1 RETURNING pseq - ?2, recv",
                 )?;
                 let count = i64::try_from(pieces).unwrap_or(i64::MAX);
-                Some(next.query_row(params![int(conversation), count], |row| row.get::<_, i64>(0))?)
+                let lane = next.query_row(params![int(conversation), count], |row| {
+                    Ok((number(row, 0)?, number(row, 1)?))
+                })?;
+                Some(lane)
             }
             None => None,
         };
+        let mut pseq = lane.map(|(last, _)| int(last));
         let (target_kind, target_name) = match (&draft.target, conversation) {
             (OpenTarget::Direct(name), None) => (Some(DIRECT), Some(name)),
             (OpenTarget::Group(name), None) => (Some(GROUP), Some(name)),
@@ -160,7 +166,24 @@ impl Store {
             body = body.or_else(|| Some(self.sql.last_insert_rowid()));
         }
         let id = body.and_then(|id| u64::try_from(id).ok()).unwrap_or(0);
-        Ok(Queued { id, conversation })
+        let send =
+            conversation.zip(lane).filter(|_| pieces == 1).map(|(conversation, (last, seen))| WaitingSend {
+                id,
+                ends: draft.ttl.map(|ttl| draft.created.saturating_add(u64::from(ttl) * 1000)),
+                send: Send {
+                    kind: draft.kind,
+                    conversation,
+                    pseq: last.saturating_add(1),
+                    seen,
+                    reference: draft.reference,
+                    ttl: draft.ttl,
+                    more: false,
+                    silent: draft.silent,
+                    cancel: false,
+                    payload: draft.payload.clone(),
+                },
+            });
+        Ok(Queued { id, conversation, send })
     }
 
     /// The names sends wait for.

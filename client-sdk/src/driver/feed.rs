@@ -69,12 +69,25 @@ impl Feed {
     fn note(&mut self, waiting: &WaitingSend) {
         let send = &waiting.send;
         let key = (send.conversation, send.pseq);
-        self.fed.insert(send.conversation, send.pseq);
+        let fed = self.fed.entry(send.conversation).or_insert(send.pseq);
+        *fed = (*fed).max(send.pseq);
         let ending = waiting.ends.filter(|_| !send.cancel);
         if let Some(ends) = ending {
             self.ends.insert((ends, send.conversation, send.pseq));
         }
         self.sends.insert(key, waiting.id);
+    }
+
+    /// A send was stored a moment ago. When it is not the next of its lane (more waits before it, or it is not known
+    /// how far the lane was read), the lane is read.
+    pub(super) fn handed(&mut self, waiting: WaitingSend, half: &mut Half, now: Duration) {
+        let conversation = waiting.send.conversation;
+        let next = self.fed.get(&conversation).is_some_and(|fed| fed.next() == Some(waiting.send.pseq));
+        if next && !self.hungry.contains(&conversation) && half.send(waiting.send.clone(), now).is_ok() {
+            self.note(&waiting);
+        } else {
+            self.hungry.insert(conversation);
+        }
     }
 
     /// A lane has something new.
@@ -164,6 +177,10 @@ impl Feed {
             let full_page = sends.len() == SENDS_PER_LANE;
             let mut all = true;
             for waiting in sends {
+                // Handed over meanwhile.
+                if self.fed.get(&conversation).is_some_and(|fed| *fed >= waiting.send.pseq) {
+                    continue;
+                }
                 if half.send(waiting.send.clone(), now).is_err() {
                     all = false;
                     break;

@@ -19,6 +19,7 @@ use rustls::{
     client::Resumption,
     pki_types::{CertificateDer, pem::PemObject},
 };
+use tokio::time::Instant;
 
 use crate::{client::lock, error::Error, options::Trust};
 
@@ -74,10 +75,14 @@ fn certificates(trust: &Trust) -> Result<Vec<CertificateDer<'static>>, Error> {
 /// Attempts of one race that are under way at once.
 const ATTEMPTS_MAX: usize = 3;
 
-/// From one attempt of a race to the next.
+/// From one attempt of a race to the next, at the next address.
 const STAGGER: Duration = Duration::from_millis(250);
 
-/// What one attempt may take.
+/// From one attempt to the next when all addresses were tried: an attempt's own packets come ever more rarely, so a
+/// gateway that has just come back is found sooner by a new one.
+const STAGGER_AGAIN: Duration = Duration::from_secs(1);
+
+/// What one attempt may take; no attempt begins later in a race.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Idle connections end after this long; the session's PINGs keep those alive that are wanted.
@@ -160,12 +165,14 @@ impl Dialer {
         let found = tokio::net::lookup_host(&self.address).await;
         let addresses: Vec<SocketAddr> =
             found.map_err(|error| format!("{}: {error}", self.address))?.take(ADDRESSES_MAX).collect();
-        let mut addresses = addresses.into_iter();
         let mut attempts = FuturesUnordered::new();
         let mut last_error = format!("{}: no address", self.address);
-        let mut next = addresses.next();
+        let mut begun = 0;
+        let started = Instant::now();
+        let mut next = addresses.first();
         loop {
-            if let Some(address) = next.take() {
+            if let Some(&address) = next.take() {
+                begun += 1;
                 match self.connecting(address) {
                     Ok(connecting) => attempts.push(async move {
                         match tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await {
@@ -177,19 +184,23 @@ impl Dialer {
                     Err(error) => last_error = error,
                 }
             }
-            let may_start = attempts.len() < ATTEMPTS_MAX && addresses.len() > 0;
+            let untried = begun < addresses.len();
+            let may_start = untried || !attempts.is_empty() && started.elapsed() < HANDSHAKE_TIMEOUT;
             if attempts.is_empty() && !may_start {
                 return Err(last_error);
             }
+            let stagger = if untried { STAGGER } else { STAGGER_AGAIN };
             tokio::select! {
                 Some(attempt) = attempts.next(), if !attempts.is_empty() => match attempt {
                     Ok(connection) => return Ok(connection),
                     Err(error) => {
                         last_error = error;
-                        next = addresses.next();
+                        next = addresses.get(begun);
                     }
                 },
-                () = tokio::time::sleep(STAGGER), if may_start => next = addresses.next(),
+                () = tokio::time::sleep(stagger), if may_start && attempts.len() < ATTEMPTS_MAX => {
+                    next = addresses.get(begun % addresses.len().max(1));
+                }
             }
         }
     }

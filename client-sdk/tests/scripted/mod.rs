@@ -3,9 +3,12 @@
 //! Not here: everything a gateway has to be besides (`gateway/tests` runs the clients against the real one).
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -28,7 +31,10 @@ use fulmar_protocol::{
     version::{ALPN, Features},
 };
 use quinn::{Connection, Endpoint, SendStream, VarInt};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    net::UdpSocket,
+    sync::{mpsc, watch},
+};
 
 /// Faults, switched on by tests.
 #[derive(Clone, Copy, Debug, Default)]
@@ -181,6 +187,48 @@ impl Scripted {
         for (_, _, epoch) in self.world.lock().unwrap().devices.values_mut() {
             *epoch = Epoch::ZERO;
         }
+    }
+}
+
+/// A road between clients and a gateway that can go dark.
+pub(crate) struct Road {
+    pub(crate) address: SocketAddr,
+    dark: Arc<AtomicBool>,
+}
+
+impl Road {
+    pub(crate) async fn to(gateway: &Scripted) -> Self {
+        let front = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+        let road = Self { address: front.local_addr().unwrap(), dark: Arc::default() };
+        let (dark, there) = (Arc::clone(&road.dark), gateway.address);
+        tokio::spawn(async move {
+            let mut backs: HashMap<SocketAddr, Arc<UdpSocket>> = HashMap::new();
+            let mut packet = vec![0; 2_048];
+            while let Ok((length, from)) = front.recv_from(&mut packet).await {
+                if let Entry::Vacant(entry) = backs.entry(from) {
+                    let back = Arc::new(UdpSocket::bind("127.0.0.1:0").await.unwrap());
+                    back.connect(there).await.unwrap();
+                    entry.insert(Arc::clone(&back));
+                    let (front, dark) = (Arc::clone(&front), Arc::clone(&dark));
+                    tokio::spawn(async move {
+                        let mut packet = vec![0; 2_048];
+                        while let Ok(length) = back.recv(&mut packet).await {
+                            if !dark.load(Ordering::Relaxed) {
+                                let _ = front.send_to(&packet[..length], from).await;
+                            }
+                        }
+                    });
+                }
+                if !dark.load(Ordering::Relaxed) {
+                    let _ = backs[&from].send(&packet[..length]).await;
+                }
+            }
+        });
+        road
+    }
+
+    pub(crate) fn dark(&self, dark: bool) {
+        self.dark.store(dark, Ordering::Relaxed);
     }
 }
 
