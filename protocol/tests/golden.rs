@@ -395,7 +395,24 @@ fn headers_are_as_small_as_promised() {
     assert!(deliver.encoded_len() - 100 <= 18, "DELIVER header is {}", deliver.encoded_len() - 100);
 }
 
-/// Prints the samples as `docs/wire.md` and the fuzz seeds want them: `cargo test -p fulmar-protocol -- --ignored samples`.
+/// The page for those who write their own client says the same.
+#[test]
+fn the_page_on_the_wire_shows_these_bytes() {
+    let page = include_str!("../../docs/wire.md");
+    for (_, frame, want) in golden() {
+        assert!(page.contains(want), "docs/wire.md lacks {} {want}", frame.name());
+    }
+    for (number, name, _) in Frame::TABLE {
+        let row = page.lines().find(|line| line.starts_with(&format!("| {number:02x} |")));
+        let shown = row.map(|row| row.to_lowercase().replace('_', ""));
+        assert!(
+            shown.is_some_and(|row| row.contains(&name.to_lowercase())),
+            "docs/wire.md lacks a row of {name}"
+        );
+    }
+}
+
+/// Prints the samples, for fuzz seeds: `cargo test -p fulmar-protocol -- --ignored samples --nocapture`.
 #[test]
 #[ignore = "prints"]
 fn samples() {
