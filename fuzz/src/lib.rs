@@ -48,7 +48,7 @@ pub fn frame_decode(bytes: &[u8]) {
             let _ = StreamHeader { kind, index }.channel().map_err(|violation| violation.close_code());
         }
     }
-    let mut total = decoder.buffered();
+    let mut total = decoder.buffered() + usize::try_from(decoder.offset()).unwrap();
     loop {
         match decoder.next() {
             Ok(Some(frame)) => {
