@@ -258,6 +258,7 @@ pub struct OutboxEntry {
 #[derive(Debug, Default)]
 pub(crate) struct Handles {
     open: HashMap<u64, watch::Sender<Progress>>,
+    sweep_at: usize,
     followed: HashMap<ConversationId, BTreeMap<Seq, watch::Sender<Progress>>>,
     followed_count: usize,
 }
@@ -268,8 +269,10 @@ impl Handles {
         if now.status.is_settled() {
             return watch::Sender::new(now).subscribe();
         }
-        if self.open.len() > 2 * FOLLOWED_MAX {
+        // Handles that were dropped; looked for ever more rarely when most are alive.
+        if self.open.len() >= self.sweep_at {
             self.open.retain(|_, handle| handle.receiver_count() > 0);
+            self.sweep_at = FOLLOWED_MAX.max(2 * self.open.len());
         }
         self.open.entry(id).or_insert_with(|| watch::Sender::new(now)).subscribe()
     }
@@ -347,5 +350,71 @@ impl Handles {
         self.open.clear();
         self.followed.clear();
         self.followed_count = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const C: ConversationId = ConversationId::new(7).unwrap();
+
+    fn s(number: u64) -> Seq {
+        Seq::new(number).unwrap()
+    }
+
+    fn settled(id: u64, outcome: Outcome) -> Settled {
+        Settled { id, conversation: Some(C), outcome }
+    }
+
+    #[test]
+    fn a_handle_goes_forward_only_and_resolves_once() {
+        let mut handles = Handles::default();
+        let progress = handles.subscribe(1, Progress::QUEUED);
+        let status = || progress.borrow().status;
+        handles.sent(1);
+        assert_eq!(status(), SendStatus::Sent);
+        assert!(handles.settled(&settled(1, Outcome::Acked(s(5)))));
+        assert!(!handles.settled(&settled(1, Outcome::Expired)), "it is settled");
+        handles.sent(1);
+        assert_eq!(status(), SendStatus::Acked(s(5)));
+        handles.receipt(C, s(4), s(4));
+        assert_eq!(status(), SendStatus::Acked(s(5)), "not this far yet");
+        handles.receipt(C, s(5), s(4));
+        assert_eq!(status(), SendStatus::Delivered);
+        handles.receipt(C, s(9), s(9));
+        assert_eq!(status(), SendStatus::Read);
+        handles.receipt(C, s(9), s(4));
+        assert_eq!((status(), progress.borrow().seq), (SendStatus::Read, Some(s(5))));
+        assert_eq!(handles.followed_count, 0);
+    }
+
+    #[test]
+    fn what_nobody_looks_at_is_not_kept() {
+        let mut handles = Handles::default();
+        drop(handles.subscribe(1, Progress::QUEUED));
+        assert!(!handles.settled(&settled(1, Outcome::Acked(s(1)))), "the app need not be told again");
+        assert!(!handles.settled(&settled(2, Outcome::Expired)), "of an earlier run");
+        for id in 0..10 * FOLLOWED_MAX as u64 {
+            drop(handles.subscribe(id, Progress::QUEUED));
+        }
+        assert!(handles.open.len() <= 2 * FOLLOWED_MAX, "{}", handles.open.len());
+        let alive: Vec<_> = (0..3 * FOLLOWED_MAX as u64)
+            .map(|id| {
+                let progress = handles.subscribe(id, Progress::QUEUED);
+                handles.settled(&settled(id, Outcome::Acked(s(id + 1))));
+                progress
+            })
+            .collect();
+        assert_eq!(handles.followed_count, FOLLOWED_MAX);
+        assert!(alive.iter().all(|progress| matches!(progress.borrow().status, SendStatus::Acked(_))));
+    }
+
+    #[test]
+    fn a_handle_of_what_is_settled_says_so_at_once() {
+        let mut handles = Handles::default();
+        let progress = handles.subscribe(1, Progress::of(Outcome::Refused(RefusalCode::NotAMember)));
+        assert_eq!(progress.borrow().status, SendStatus::Refused(RefusalCode::NotAMember));
+        assert!(handles.open.is_empty());
     }
 }
