@@ -26,16 +26,14 @@ fn main() {
     );
     for (per_commit, commits) in [(1, 20_000), (64, 4_000)] {
         // Each at most so many commits, and at most so long: a slow disk is no reason to wait all day.
-        file(folder.path(), per_commit, commits);
-        store(folder.path(), per_commit, commits);
-        for _ in 0..2 {
-            let path = folder.path().join(format!("store-{per_commit}"));
-            std::fs::remove_dir_all(path).unwrap();
+        for _ in 0..3 {
             file(folder.path(), per_commit, commits);
-            store(folder.path(), per_commit, commits);
+            store(&folder.path().join("store"), per_commit, commits, true);
         }
     }
-    reads(&folder.path().join("store-64"));
+    reads(&folder.path().join("store"));
+    store(&folder.path().join("store"), 64, 4_000, false);
+    open("dropped store", &folder.path().join("store")).close().unwrap();
 }
 
 fn cpu() -> Duration {
@@ -85,15 +83,8 @@ fn file(folder: &Path, per_commit: usize, commits: usize) {
         })
         .collect();
     let disk = file.metadata().unwrap().len();
-    report(
-        "bare file + fdatasync",
-        per_commit,
-        &mut times,
-        began.elapsed(),
-        cpu() - used,
-        commits as u64,
-        disk,
-    );
+    let syncs = times.len() as u64;
+    report("bare file + fdatasync", per_commit, &mut times, began.elapsed(), cpu() - used, syncs, disk);
     std::fs::remove_file(path).unwrap();
 }
 
@@ -101,8 +92,11 @@ fn conversation(n: u64) -> ConversationId {
     ConversationId::new(ShardId::new(0).unwrap().number(n + 1).unwrap()).unwrap()
 }
 
-fn store(folder: &Path, per_commit: usize, commits: usize) {
-    let path = folder.join(format!("store-{per_commit}"));
+/// Commits into a new folder at `path`.
+fn store(path: &Path, per_commit: usize, commits: usize, close: bool) {
+    if path.exists() {
+        std::fs::remove_dir_all(path).unwrap();
+    }
     let options = StoreOptions { shards: 1, ..StoreOptions::default() };
     let store = Store::open(path, &options).unwrap();
     let shard = ShardId::new(0).unwrap();
@@ -146,11 +140,27 @@ fn store(folder: &Path, per_commit: usize, commits: usize) {
     let (all, used) = (began.elapsed(), cpu() - used);
     let stats = store.stats(shard).unwrap();
     report("store over sled", per_commit, &mut times, all, used, stats.barriers, stats.disk_bytes);
-    store.close().unwrap();
+    if close {
+        store.close().unwrap();
+    }
+}
+
+fn open(what: &str, path: &Path) -> Store {
+    let began = Instant::now();
+    let store = Store::open(path, &StoreOptions::default()).unwrap();
+    let took = began.elapsed().as_secs_f64() * 1e3;
+    let stats = store.stats(ShardId::new(0).unwrap()).unwrap();
+    let what = format!("open a {what}");
+    println!(
+        "{what:<36} {took:>10.2} ms, {} commits replayed, {} MiB",
+        stats.replayed,
+        stats.disk_bytes >> 20
+    );
+    store
 }
 
 fn reads(path: &Path) {
-    let store = Store::open(path, &StoreOptions::default()).unwrap();
+    let store = open("closed store", path);
     let reader = store.reader(ShardId::new(0).unwrap()).unwrap();
     let each = |what: &str, read: &dyn Fn(&ShardReader, ConversationId)| {
         for (warmth, rounds) in [("cold", 1), ("warm", 200)] {

@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// Bytes settled after a commit, at least; more after larger ones.
-const SETTLE_SLICE_BYTES: usize = 32 * 1024;
+const SETTLE_SLICE_BYTES: usize = 8 * 1024;
 
 /// Bytes settled at a time while the shard is idle.
 const IDLE_SLICE_BYTES: usize = 256 * 1024;
