@@ -10,5 +10,6 @@
 
 mod damage;
 mod golden;
+mod halves;
 mod pair;
 mod world;

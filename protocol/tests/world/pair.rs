@@ -1207,7 +1207,7 @@ impl World {
                 self.app_commit(index, usize::MAX);
             }
             self.pass(Duration::from_millis(200));
-            if round > 10 && self.is_at_rest() {
+            if round > 3 && self.is_at_rest() {
                 break;
             }
         }
