@@ -60,6 +60,11 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// network allows belongs here.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
+/// The same while a conversation is going on, which is until this long after the last message in either direction: who
+/// waits for an answer notices sooner that the gateway is gone.
+const KEEPALIVE_BUSY: Duration = Duration::from_secs(5);
+const BUSY: Duration = Duration::from_secs(60);
+
 /// How long after the WELCOME what was missed may still be coming in while the client counts as live.
 const SYNC_MAX: Duration = Duration::from_secs(5);
 
@@ -111,6 +116,10 @@ struct Driver {
     /// Since when nothing was heard that should have been.
     waiting_since: Option<Duration>,
     packets: u64,
+    /// When the gateway was heard, or asked for a sign of life, last.
+    asked_at: Duration,
+    /// When a message came or left last.
+    busy_at: Option<Duration>,
     rtt: Duration,
     /// When the first PONG after the WELCOME came, until what was missed is in.
     ponged_at: Option<Duration>,
@@ -159,6 +168,8 @@ pub(crate) async fn run(
         by_ticket: false,
         waiting_since: None,
         packets: 0,
+        asked_at: Duration::ZERO,
+        busy_at: None,
         rtt: Duration::ZERO,
         ponged_at: None,
         ponged: false,
@@ -293,6 +304,7 @@ impl Driver {
             self.half.poll_timeout(),
             self.machine.poll_timeout(),
             self.overdue_at(),
+            self.busy_ping_at(),
             self.feed.poll_timeout(self.now()),
             self.ponged_at.map(|at| at + SYNC_MAX),
         ]
@@ -310,12 +322,24 @@ impl Driver {
         if self.overdue_at().is_some_and(|at| at <= now) && !self.listen() {
             self.step(Event::Overdue);
         }
+        if self.busy_ping_at().is_some_and(|at| at <= now) {
+            self.asked_at = now;
+            self.half.ping(now);
+        }
         if self.machine.poll_timeout().is_some_and(|at| at <= now) {
             // Suspected for nothing: something was heard meanwhile.
             if self.machine.state() != State::Suspect || !self.listen() {
                 self.step(Event::Timer);
             }
         }
+    }
+
+    /// When a PING is due because a conversation is going on.
+    fn busy_ping_at(&self) -> Option<Duration> {
+        let online = matches!(self.machine.state(), State::Syncing | State::Live);
+        let busy_at = self.busy_at.filter(|_| online && self.waiting_since.is_none())?;
+        let at = self.asked_at + KEEPALIVE_BUSY;
+        (at < busy_at + BUSY).then_some(at)
     }
 
     /// When a missing answer makes the connection suspect.
@@ -472,6 +496,7 @@ impl Driver {
         match event {
             LinkEvent::Frames(frames) => {
                 self.waiting_since = None;
+                self.asked_at = now;
                 for (channel, frame) in frames {
                     // The half closes by itself when the gateway breaks the rules.
                     if let Err(violation) = self.half.handle(channel, frame, now) {
@@ -514,7 +539,10 @@ impl Driver {
                 Output::Transmit(channel, frame) => self.transmit(channel, &frame, now),
                 Output::Welcomed(welcome) => self.welcomed(&welcome),
                 Output::NewEpoch { epoch, unsettled } => self.new_epoch(epoch, &unsettled).await?,
-                Output::Deliver(record) => self.ledger.push(Change::Marker(Marker::Record(Box::new(record)))),
+                Output::Deliver(record) => {
+                    self.busy_at = Some(now);
+                    self.ledger.push(Change::Marker(Marker::Record(Box::new(record))));
+                }
                 Output::Gap { conversation, from, to } => {
                     self.event(ClientEvent::Gap { conversation, from, to });
                     self.ledger.push(Change::Marker(Marker::Gone(conversation, to)));
@@ -587,6 +615,7 @@ impl Driver {
         if let Frame::Send(send) = frame
             && let Some(id) = self.feed.id(send.conversation, send.pseq)
         {
+            self.busy_at = Some(now);
             self.shared.handles().sent(id);
         }
         if matches!(frame, Frame::Send(_) | Frame::Ping(_)) && self.waiting_since.is_none() {

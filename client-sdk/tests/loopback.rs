@@ -203,6 +203,26 @@ async fn a_road_that_goes_dark_is_noticed_and_left() {
 }
 
 #[tokio::test]
+async fn who_only_waits_notices_a_dark_road_too() {
+    let gateway = Scripted::start().await;
+    let road = Road::to(&gateway).await;
+    let options = Options::new(in_memory(), road.address.to_string(), "localhost", "bob");
+    let bob = Client::connect(options.trust(gateway.trust())).await.unwrap();
+    let alice = client(&gateway, "alice").await;
+    let to_bob = alice.direct("bob").await.unwrap();
+    to_bob.send("one").await.unwrap();
+    let mut messages = bob.messages();
+    assert_eq!(texts(&mut messages, 1).await, ["one"]);
+    assert!(soon(bob.state().live()).await);
+    road.dark(true);
+    to_bob.send("two").await.unwrap();
+    let mut states = bob.state();
+    while soon(states.next()).await.unwrap() != ConnectionState::Connecting {}
+    road.dark(false);
+    assert_eq!(texts(&mut messages, 1).await, ["two"]);
+}
+
+#[tokio::test]
 async fn a_connection_that_is_closed_is_made_again() {
     let gateway = Scripted::start().await;
     let alice = client(&gateway, "alice").await;
