@@ -1,5 +1,7 @@
 //! `fulmar demo` as a person runs it: the real binary, a real second process that is killed, real UDP.
 
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a step that fails is a test that fails")]
+
 use std::path::Path;
 use std::process::{Command, Output};
 

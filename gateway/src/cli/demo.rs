@@ -120,7 +120,7 @@ pub struct DemoArgs {
 
 /// How a run ended.
 enum End {
-    Judged(Verdict),
+    Judged(Box<Verdict>),
     Interrupted,
 }
 
@@ -156,7 +156,7 @@ pub fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut hangup = signal(SignalKind::hangup())?;
         tokio::select! {
-            verdict = Box::pin(perform(args, Arc::clone(&plan), folder.path())) => verdict.map(End::Judged),
+            verdict = Box::pin(perform(args, Arc::clone(&plan), folder.path())) => verdict.map(|verdict| End::Judged(Box::new(verdict))),
             _ = interrupt.recv() => Ok(End::Interrupted),
             _ = terminate.recv() => Ok(End::Interrupted),
             _ = hangup.recv() => Ok(End::Interrupted),

@@ -608,7 +608,8 @@ impl Core {
 
     fn who(&mut self) {
         let Some(number) = self.model.room().and_then(|room| room.number) else {
-            self.model.notice("no conversation is open");
+            let wait = "no conversation is open, or the gateway was not reached yet";
+            self.model.notice(wait);
             return;
         };
         let (conversation, note) = (self.client.conversation(number), self.note.clone());
@@ -619,7 +620,7 @@ impl Core {
                         let there = if member.online { "online" } else { "away" };
                         format!("{} ({there})", super::model::printable(&member.name))
                     };
-                    members.iter().map(member).collect::<Vec<_>>().join(", ")
+                    format!("here: {}", members.iter().map(member).collect::<Vec<_>>().join(", "))
                 }
                 Err(error) => format!("the members could not be listed: {error}"),
             };

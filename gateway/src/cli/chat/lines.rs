@@ -105,7 +105,11 @@ fn print(core: &Core, message: &Received) -> io::Result<()> {
     let Some(entry) = room.and_then(|room| room.entries.get(&message.seq)) else { return Ok(()) };
     let title = room.map(|room| room.title()).unwrap_or_default();
     let who = entry.sender.map(|sender| core.model.name_of(sender));
-    let direct = room.is_some_and(|room| room.direct);
+    // Before the list has come, the name of a new conversation is not known; mostly it is a direct one.
+    let direct = room.is_some_and(|room| room.direct || room.name.is_empty());
+    if entry.created && direct {
+        return Ok(());
+    }
     let text = printable(&entry.text);
     let line = match who {
         Some(who) if direct && !entry.own => format!("{who}: {text}"),

@@ -78,6 +78,8 @@ pub(super) struct Entry {
     pub(super) edited: bool,
     /// Reactions, in order.
     pub(super) reactions: Vec<(UserId, String)>,
+    /// The conversation was made; nobody has to be told that two people can talk.
+    pub(super) created: bool,
 }
 
 /// An own message without its echo.
@@ -227,7 +229,7 @@ impl Room {
         let who = || name_in(names, message.sender);
         let (sender, text) = match message.kind {
             RecordKind::Message => (Some(message.sender), printable(&message.text())),
-            RecordKind::Created => (None, format!("made with {}", roster())),
+            RecordKind::Created => (None, format!("{} made this group with {}", who(), roster())),
             RecordKind::Joined => (None, format!("{} added {}", who(), roster())),
             RecordKind::Left => match message.roster().as_slice() {
                 [(user, _)] if *user == message.sender => (None, format!("{} left", who())),
@@ -246,6 +248,7 @@ impl Room {
             text,
             edited: false,
             reactions: Vec::new(),
+            created: message.kind == RecordKind::Created,
         };
         if !known {
             if message.this_device

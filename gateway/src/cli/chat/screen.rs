@@ -339,7 +339,7 @@ fn room_lines(model: &Model, room: &Room, width: usize, offset_minutes: i64) -> 
     if room.at_start && !room.entries.is_empty() {
         lines.push(Line::styled("the beginning", dim()).centered());
     }
-    for (seq, entry) in &room.entries {
+    for (seq, entry) in room.entries.iter().filter(|(_, entry)| !(entry.created && room.direct)) {
         while let Some((_, text)) = notices.next_if(|(after, _)| after.is_none_or(|after| after < *seq)) {
             notice_lines(text, &mut lines);
         }
@@ -461,15 +461,28 @@ fn draw_status(frame: &mut Frame<'_>, area: Rect, model: &Model) {
         0 => {}
         unread => spans.push(Span::styled(format!("  {unread} unread"), Style::new().fg(Color::Yellow))),
     }
-    let (mark, word) = (Mark::Read.sign(), Mark::Read.word());
-    spans.push(Span::styled(
-        format!(
-            "  Tab next chat  PgUp older  /help  Ctrl-C leave  {} stored {mark} there, green {word}",
-            Mark::Acked.sign()
-        ),
-        dim(),
-    ));
-    frame.render_widget(Paragraph::new(Line::from(spans)), area);
+    let status = Line::from(spans);
+    let left = usize::from(area.width).saturating_sub(status.width());
+    frame.render_widget(Paragraph::new(status), area);
+    // As many hints as there is room for, at the right.
+    let marks = [Mark::Queued, Mark::Sent, Mark::Acked, Mark::Delivered];
+    let marks: Vec<String> =
+        marks.into_iter().map(|mark| format!("{} {}", mark.sign(), mark.word())).collect();
+    let keys = "Tab next chat  PgUp older  /help  Ctrl-C leave ";
+    let hints =
+        [format!("{}   {keys}", marks.join("  ")), keys.to_owned(), "/help  Ctrl-C leave ".to_owned()];
+    let hint = hints.into_iter().find(|hint| width_of(hint) + 2 <= left).unwrap_or_default();
+    let right = Rect {
+        x: area.right().saturating_sub(cells(width_of(&hint))),
+        width: cells(width_of(&hint)),
+        ..area
+    };
+    frame.render_widget(Paragraph::new(Line::styled(hint, dim())), right.intersection(area));
+}
+
+/// A width as the terminal counts it.
+fn cells(width: usize) -> u16 {
+    u16::try_from(width).unwrap_or(u16::MAX)
 }
 
 fn dim() -> Style {
@@ -577,9 +590,7 @@ impl Input {
 }
 
 fn graphemes(text: &str) -> Vec<String> {
-    let span = Span::raw(text);
-    let graphemes = span.styled_graphemes(Style::new()).map(|grapheme| grapheme.symbol.to_owned()).collect();
-    graphemes
+    Span::raw(text).styled_graphemes(Style::new()).map(|grapheme| grapheme.symbol.to_owned()).collect()
 }
 
 fn width_of(text: &str) -> usize {

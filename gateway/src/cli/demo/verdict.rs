@@ -348,11 +348,13 @@ mod tests {
             ("two lines came the wrong way round", "out_of_order", 1, |plan, board| {
                 for line in 0..4 {
                     say(plan, board, line);
-                    hear(plan, board, plan.lines[line].speaker, line, line + 1);
                 }
-                for line in [0, 1, 3, 2] {
-                    let speaker = plan.lines[line].speaker;
-                    hear(plan, board, 1 - speaker, line, line + 1);
+                // The last two are said by the same phone.
+                let speaker = plan.lines[3].speaker;
+                for (phone, order) in [(speaker, [0, 1, 2, 3]), (1 - speaker, [0, 1, 3, 2])] {
+                    for line in order {
+                        hear(plan, board, phone, line, line + 1);
+                    }
                 }
             }),
             ("a text was altered", "lost", 1, |plan, board| {
