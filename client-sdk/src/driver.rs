@@ -338,7 +338,9 @@ impl Driver {
     fn busy_ping_at(&self) -> Option<Duration> {
         let online = matches!(self.machine.state(), State::Syncing | State::Live);
         let busy_at = self.busy_at.filter(|_| online && self.waiting_since.is_none())?;
-        let at = self.asked_at + KEEPALIVE_BUSY;
+        // A send the gateway's transport has taken in but that is not acked may have died with its process.
+        let every = if self.half.unacked() > 0 { OVERDUE_MIN.max(self.rtt * 3) } else { KEEPALIVE_BUSY };
+        let at = self.asked_at + every;
         (at < busy_at + BUSY).then_some(at)
     }
 
