@@ -110,6 +110,16 @@ async fn measure(flags: &Flags) -> anyhow::Result<()> {
     }
     let cpu = (gateway.cpu()? - cpu).as_secs_f64() * 1e6 / (WARMING + count) as f64;
 
+    let idle = gateway.cpu()?;
+    let seconds = flags.pick(10, 2);
+    let quiet = async {
+        loop {
+            settle(&mut alice, &mut bob).await?;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(seconds), quiet).await.unwrap_or_else(|_| anyhow::Ok(()))?;
+    let idle = (gateway.cpu()? - idle).as_secs_f64() * 1e3 / seconds as f64;
+
     let mut report = Report::new("end_to_end", flags.quick);
     for (name, share) in [("p50", 0.5), ("p99", 0.99), ("p99.9", 0.999)] {
         report.record(format!("bare round trip: {name}"), "µs", round_trip.quantile(share));
@@ -129,7 +139,8 @@ async fn measure(flags: &Flags) -> anyhow::Result<()> {
             }
         }
     }
-    report.record("CPU of the gateway", "µs/message", cpu);
+    report.record("CPU of the gateway, pauses included", "µs/message", cpu);
+    report.record("CPU of the gateway when nothing happens", "ms/s", idle);
     report.note(format!(
         "{count} messages with lengths as people write, one at a time, {PAUSE:?} between; floor and gateway in turns; both \
          phones in one thread"
