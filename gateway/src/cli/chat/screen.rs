@@ -321,6 +321,11 @@ fn welcome_lines(model: &Model, width: usize) -> Vec<Line<'static>> {
         lines.push(Line::raw(*line));
     }
     lines.push(Line::default());
+    // On a narrow screen there is no list beside this.
+    for room in model.rooms.iter().take(5) {
+        let unread = if room.unread > 0 { format!(" ({} unread)", room.unread) } else { String::new() };
+        lines.push(Line::raw(fitted(&format!("Tab goes to {}{unread}", room.title()), width)));
+    }
     for notice in &model.notices {
         lines.extend(wrapped(notice, width, 0).into_iter().map(|line| Line::styled(line, dim())));
     }
