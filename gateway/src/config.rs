@@ -128,7 +128,7 @@ impl Setting for Vec<KeyFile> {
 }
 
 section! {
-    /// An app (tenant). Write [[app]], once per app; without any there is one called "demo" that accepts the tokens
+    /// An app (tenant). Write `[[app]]`, once per app; without any there is one called "demo" that accepts the tokens
     /// of `fulmar token`.
     AppConfig = "app" {
         /// Its name: the `aud` of its tokens. It names the app's data for good.

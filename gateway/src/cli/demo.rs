@@ -4,8 +4,8 @@
 //! from a file or drawn from a seed, `kill -9` in the middle: and everything that was sent must have been acked, and be
 //! with everybody it was for, exactly once and in order.
 //!
-//! - What is expected comes from the input ([`plan`]), what happened is written down ([`board`]), and only the
-//!   comparison of the two decides ([`verdict`]).
+//! - What is expected comes from the input (`plan`), what happened is written down (`board`), and only the
+//!   comparison of the two decides (`verdict`).
 //! - Every wait has an end; what is missing then is named.
 //! - Nothing is left behind: the gateway's process and the folder go, however the run ends. A run that failed keeps its
 //!   folder and says where it is.

@@ -1,5 +1,5 @@
-//! Stages 2 and 5: one authenticated connection. Frames go in through [`reader`] and [`dispatch`], what is owed goes
-//! out through [`writer`].
+//! Stages 2 and 5: one authenticated connection. Frames go in through `reader` and `dispatch`, what is owed goes
+//! out through `writer`.
 //!
 //! - A connection is one task. What it waits for (streams, its owed set, timers) it waits for concurrently; what it
 //!   does with frames it does one after the other, in the order in which they came.
