@@ -145,6 +145,7 @@ pub struct Phone {
     ticket: Option<Vec<u8>>,
     half: Half,
     started: Instant,
+    heard: Instant,
     live: Option<Live>,
     next_pseq: HashMap<ConversationId, Pseq>,
     pub received: HashMap<ConversationId, Vec<Deliver>>,
@@ -182,6 +183,7 @@ impl Phone {
             ticket: None,
             half: Half::new(config, Restored::default()),
             started: Instant::now(),
+            heard: Instant::now(),
             live: None,
             next_pseq: HashMap::new(),
             received: HashMap::new(),
@@ -252,6 +254,7 @@ impl Phone {
             return false;
         }
         self.live = Some(live);
+        self.heard = Instant::now();
         self.connects += 1;
         let proof = match &self.ticket {
             Some(ticket) => AuthProof::ticket(ticket),
@@ -281,16 +284,40 @@ impl Phone {
     pub async fn until(&mut self, done: impl Fn(&Self) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !done(self) {
-            assert!(
-                Instant::now() < deadline,
-                "{}: waited too long; ended {:?}, errors {:?}, received {:?}",
-                self.name,
-                self.ended,
-                self.errors,
-                self.received.iter().map(|(c, r)| (*c, r.len())).collect::<Vec<_>>()
-            );
+            assert!(Instant::now() < deadline, "waited too long: {}", self.describe());
             self.step(Duration::from_millis(50)).await;
         }
+    }
+
+    /// Where it stands, for a test that fails.
+    pub fn describe(&self) -> String {
+        format!(
+            "{}: connected {} ({} times), unsettled {:?}, refused {:?}, ended {:?}, errors {:?}, received {:?}",
+            self.name,
+            self.is_connected(),
+            self.connects,
+            self.unsettled(),
+            self.refused,
+            self.ended,
+            self.errors,
+            self.received.iter().map(|(c, r)| (*c, r.len())).collect::<Vec<_>>()
+        )
+    }
+
+    /// Time since the gateway said anything.
+    pub fn silence(&self) -> Duration {
+        self.heard.elapsed()
+    }
+
+    /// Sends that were neither acked nor refused, in order.
+    fn unsettled(&self) -> Vec<(ConversationId, Pseq)> {
+        let refused = |key: &(ConversationId, Pseq)| {
+            self.refused.iter().any(|refused| (refused.conversation, refused.pseq) == *key)
+        };
+        let mut unsettled: Vec<_> =
+            self.sent.keys().filter(|key| !self.acked.contains_key(key) && !refused(key)).copied().collect();
+        unsettled.sort_unstable();
+        unsettled
     }
 
     /// Works for a while.
@@ -312,6 +339,7 @@ impl Phone {
         };
         match tokio::time::timeout(timer.max(Duration::from_millis(1)), live.frames.recv()).await {
             Ok(Some((channel, frame))) => {
+                self.heard = Instant::now();
                 let now = self.now();
                 self.half.handle(channel, frame, now).unwrap_or_else(|violation| {
                     panic!("{}: the gateway broke the protocol: {violation}", self.name)
