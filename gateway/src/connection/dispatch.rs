@@ -460,8 +460,8 @@ impl Connection {
         match self.find(open).await {
             Ok((opened, receipts)) => self.tell(|session| {
                 session.transmit(Frame::Opened(opened));
-                if !receipts.is_empty() {
-                    session.transmit(Frame::Receipts(Receipts { entries: receipts }));
+                for receipts in Receipts::split(&receipts) {
+                    session.transmit(Frame::Receipts(receipts));
                 }
             }),
             Err(refusal) => self.tell(|session| session.transmit(Frame::Error(error_frame(id, refusal)))),

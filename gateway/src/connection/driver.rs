@@ -270,12 +270,12 @@ impl Connection {
                     self.carry_out().await?;
                 }
                 () = self.timer_wake.notified() => {}
-                _ = drain.started(), if !told => {
+                draining = drain.started(), if !told => {
                     told = true;
                     let config = &self.context.config.drain;
                     let goaway = fulmar_protocol::frame::Goaway {
                         code: CloseCode::Draining,
-                        deadline_ms: u32::try_from(config.deadline().as_millis()).unwrap_or(u32::MAX),
+                        deadline_ms: u32::try_from(draining.left().as_millis()).unwrap_or(u32::MAX),
                         spread_ms: u32::try_from(config.spread_s * 1_000).unwrap_or(u32::MAX),
                         addresses: Vec::new(),
                         text: "the gateway is shutting down".to_owned(),

@@ -10,7 +10,7 @@ use fulmar_protocol::{
     close::{CloseCode, RefusalCode},
     frame::{Channel, Frame, Heads, Pull, Receipts},
     id::{ConversationId, RequestId, Seq},
-    limit::{DATAGRAM_BYTES_MAX, ENTRIES_PER_FRAME_MAX},
+    limit::DATAGRAM_BYTES_MAX,
     version::Features,
 };
 use tracing::{debug, debug_span, warn};
@@ -24,9 +24,6 @@ use crate::{
         catchup::{self, BlockRequest},
     },
 };
-
-/// Entries of a frame of four numbers each: at their widest they fit a control frame.
-const WIDE_ENTRIES_MAX: usize = 100;
 
 /// Which lane a conversation uses: spread evenly, the same for the life of a connection.
 pub(super) fn lane_of(conversation: ConversationId, lanes: u8) -> u8 {
@@ -94,14 +91,12 @@ impl Connection {
                 }
             })?;
         }
-        for heads in heads.chunks(WIDE_ENTRIES_MAX) {
-            self.tell(|session| session.transmit(Frame::Heads(Heads { entries: heads.to_vec() })))?;
+        for heads in Heads::split(&heads) {
+            self.tell(|session| session.transmit(Frame::Heads(heads)))?;
         }
         if peer.features.has(Features::RECEIPTS) {
-            for receipts in receipts.chunks(WIDE_ENTRIES_MAX.min(ENTRIES_PER_FRAME_MAX)) {
-                self.tell(|session| {
-                    session.transmit(Frame::Receipts(Receipts { entries: receipts.to_vec() }))
-                })?;
+            for receipts in Receipts::split(&receipts) {
+                self.tell(|session| session.transmit(Frame::Receipts(receipts)))?;
             }
         }
         for event in events {
