@@ -38,6 +38,7 @@ mod commit;
 mod conformance;
 mod engine;
 mod error;
+mod files;
 mod format;
 mod key;
 mod log;
