@@ -1,0 +1,1 @@
+//! The rigs of the store.

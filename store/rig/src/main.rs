@@ -1,0 +1,2 @@
+//! The rigs of the store.
+fn main() {}
