@@ -46,6 +46,7 @@ mod op;
 mod reader;
 mod record;
 mod row;
+mod segment;
 mod shard;
 mod store;
 mod writer;

@@ -6,6 +6,8 @@
 //!
 //! Not here: where records lie (`shard::block`), who may send them (the gateway), the wire (`fulmar_protocol`).
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use fulmar_protocol::id::{ConversationId, DeviceId, Epoch, Pseq, Seq, UnixMillis, UserId};
 
@@ -88,6 +90,9 @@ pub const RECORD_PAYLOAD_BYTES_MAX: usize = fulmar_protocol::limit::SEND_PAYLOAD
 /// Bytes of an encoded record besides its payload, every number at its widest.
 pub const RECORD_HEADER_BYTES_MAX: usize = 2 + 4 * 9 + 3 * 9 + 9 + 5 + 3 + CRC_BYTES;
 
+/// Bytes of the smallest encoded record: kind, flags, four numbers, length, checksum.
+pub(crate) const RECORD_BYTES_MIN: usize = 2 + 4 + 1 + CRC_BYTES;
+
 const CRC_BYTES: usize = 4;
 
 const MORE: u8 = 1 << 0;
@@ -144,6 +149,23 @@ impl Record {
     /// # Errors
     /// Anything that [`Record::encode`] does not write, a wrong checksum above all.
     pub fn decode(conversation: ConversationId, bytes: &Bytes) -> Result<(Self, usize), Malformed> {
+        let (mut record, payload, taken) = Self::walk(bytes)?;
+        let covered = bytes.get(..payload.end).ok_or(Malformed("record"))?;
+        let crc = bytes.get(payload.end..taken).ok_or(Malformed("record checksum"))?;
+        if crc != checksum(conversation, covered).to_le_bytes() {
+            return Err(Malformed("record checksum"));
+        }
+        record.payload = bytes.slice(payload);
+        Ok((record, taken))
+    }
+
+    /// How many bytes the record at the start of `bytes` takes. The checksum is not looked at.
+    pub(crate) fn measure(bytes: &[u8]) -> Result<usize, Malformed> {
+        Self::walk(bytes).map(|(_, _, taken)| taken)
+    }
+
+    /// Reads all fields but the payload: the record without it, where the payload lies, and the bytes of the whole.
+    fn walk(bytes: &[u8]) -> Result<(Self, Range<usize>, usize), Malformed> {
         let mut at = Cursor::new(bytes);
         let kind = RecordKind::from_number(at.u8("record kind")?).ok_or(Malformed("record kind"))?;
         let flags = at.u8("record flags")?;
@@ -171,11 +193,8 @@ impl Record {
         }
         let payload_at = at.at();
         at.take(length, "record payload")?;
-        let end = at.at();
-        let crc = u32::from_le_bytes(at.array("record checksum")?);
-        if crc != checksum(conversation, bytes.get(..end).ok_or(Malformed("record"))?) {
-            return Err(Malformed("record checksum"));
-        }
+        let payload = payload_at..at.at();
+        at.take(CRC_BYTES, "record checksum")?;
         let record = Self {
             seq,
             kind,
@@ -189,9 +208,9 @@ impl Record {
             ttl,
             more: flags & MORE != 0,
             silent: flags & SILENT != 0,
-            payload: bytes.slice(payload_at..end),
+            payload: Bytes::new(),
         };
-        Ok((record, at.at()))
+        Ok((record, payload, at.at()))
     }
 
     /// Bytes it takes in memory and, about, on disk.

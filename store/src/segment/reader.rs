@@ -1,0 +1,418 @@
+//! Reading a segment: what the whole is, its runs and rows in order, the records of one run.
+//!
+//! - What is given out was verified: a run against its checksum, a run's place or a row against that of its block, order and
+//!   sums against the footer.
+//! - [`Runs`] and [`Rows`] hold one block at a time and end at the first error.
+//! - That the parts follow each other without a gap is part of it: blocks are found by where the part before ends.
+//!
+//! Not here: whether every record in a run makes sense (`verify`; [`records`] for one run).
+
+use std::{io, sync::Arc};
+
+use bytes::Bytes;
+use fulmar_protocol::id::{Seq, ShardId, UnixMillis};
+
+use super::{
+    Run, SegmentError, Summary,
+    layout::{self, BLOCK_BYTES, BLOCK_HEADER_BYTES, BlockHeader, FOOTER_BYTES, Footer, HEADER_BYTES, Kind},
+    name,
+};
+use crate::{
+    codec::{Cursor, Malformed},
+    files::{Files, ReadAt},
+    record::Record,
+};
+
+/// A segment that is open for reading. Clones share the file.
+#[derive(Clone, Debug)]
+pub(crate) struct Segment {
+    file: Arc<dyn ReadAt>,
+    footer: Footer,
+    seed: u32,
+}
+
+impl Segment {
+    /// Opens the segment `id` of `shard` and verifies header, footer and length.
+    ///
+    /// # Errors
+    /// The file can't be read, is another one, or is not whole.
+    pub(crate) fn open(files: &dyn Files, shard: ShardId, id: u64) -> Result<Self, SegmentError> {
+        let file = files.open(&name(id))?;
+        let length = file.len()?;
+        let footer_at = length
+            .checked_sub(FOOTER_BYTES as u64)
+            .filter(|at| *at >= HEADER_BYTES as u64)
+            .ok_or(Malformed("segment length"))?;
+        let mut header = [0; HEADER_BYTES];
+        file.read_exact_at(&mut header, 0)?;
+        let seed = layout::check_header(&header, shard, id)?;
+        let mut footer = [0; FOOTER_BYTES];
+        file.read_exact_at(&mut footer, footer_at)?;
+        let footer = Footer::decode(&footer, seed, shard, id, length)?;
+        Ok(Self { file, footer, seed })
+    }
+
+    pub(crate) fn summary(&self) -> &Summary {
+        &self.footer.summary
+    }
+
+    /// The bytes of a run, verified.
+    ///
+    /// # Errors
+    /// They can't be read, or are not those whose checksum `run` has.
+    pub(crate) fn run(&self, run: &Run) -> Result<Bytes, SegmentError> {
+        let end = run.offset.checked_add(u64::from(run.bytes)).ok_or(Malformed("segment run"))?;
+        let length = usize::try_from(run.bytes).map_err(|_| Malformed("segment run"))?;
+        if run.offset < HEADER_BYTES as u64 || end > self.footer.rows_at || length > super::RUN_BYTES_MAX {
+            return Err(Malformed("segment run: outside of the runs").into());
+        }
+        let bytes = self.read(run.offset, length)?;
+        if crc32c::crc32c(&bytes) != run.crc {
+            return Err(Malformed("segment run checksum").into());
+        }
+        Ok(bytes.into())
+    }
+
+    /// All runs, in order of (conversation, seq).
+    pub(crate) fn runs(&self) -> Runs {
+        Runs {
+            segment: self.clone(),
+            directory: Body::default(),
+            directory_at: self.footer.directory_at,
+            index: Body::default(),
+            index_at: HEADER_BYTES as u64,
+            index_end: HEADER_BYTES as u64,
+            offset: HEADER_BYTES as u64,
+            previous: None,
+            in_block: false,
+            sums: Sums::default(),
+            ended: false,
+        }
+    }
+
+    /// All rows, in order of (table, key).
+    pub(crate) fn rows(&self) -> Rows {
+        Rows {
+            segment: self.clone(),
+            block: Body::default(),
+            at: self.footer.rows_at,
+            previous: None,
+            rows: 0,
+            ended: false,
+        }
+    }
+
+    pub(super) fn verifier_parts(&self) -> (Runs, Rows) {
+        (self.runs(), self.rows())
+    }
+
+    /// Callers bound `length`.
+    fn read(&self, at: u64, length: usize) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; length];
+        self.file.read_exact_at(&mut bytes, at)?;
+        Ok(bytes)
+    }
+
+    /// The block that begins at `at` and ends at `end` or before: its body and where it ends.
+    fn block(&self, kind: Kind, at: u64, end: u64) -> Result<(Body, u64), SegmentError> {
+        let room = usize::try_from(end.saturating_sub(at)).unwrap_or(usize::MAX);
+        // Nearly all blocks are about as large as they may be, so one read takes the whole of it.
+        let mut bytes = self.read(at, room.min(BLOCK_BYTES))?;
+        let header = BlockHeader::decode(&bytes, kind)?;
+        let length = BLOCK_HEADER_BYTES + header.body_bytes;
+        if length > room {
+            return Err(kind.what().into());
+        }
+        if length > bytes.len() {
+            bytes = self.read(at, length)?;
+        }
+        bytes.truncate(length);
+        let body = Bytes::from(bytes).slice(BLOCK_HEADER_BYTES..);
+        header.check(&body, self.seed, at)?;
+        Ok((Body { bytes: body, at: 0, left: header.entries }, at + length as u64))
+    }
+}
+
+/// What is left of a block's entries.
+#[derive(Debug, Default)]
+struct Body {
+    bytes: Bytes,
+    at: usize,
+    left: u32,
+}
+
+impl Body {
+    /// Reads the next entry; `None` after the last.
+    fn next<T>(
+        &mut self,
+        kind: Kind,
+        take: impl FnOnce(&Bytes, &mut Cursor<'_>) -> Result<T, Malformed>,
+    ) -> Result<Option<T>, Malformed> {
+        if self.left == 0 {
+            return if self.at == self.bytes.len() { Ok(None) } else { Err(kind.what()) };
+        }
+        let rest = self.bytes.slice(self.at.min(self.bytes.len())..);
+        let mut at = Cursor::new(&rest);
+        let entry = take(&rest, &mut at)?;
+        self.at += at.at();
+        self.left -= 1;
+        Ok(Some(entry))
+    }
+}
+
+/// What the runs come to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Sums {
+    runs: u64,
+    records: u64,
+    run_bytes: u64,
+    newest: UnixMillis,
+}
+
+/// All runs of a segment, in order. Ends at the first error.
+#[derive(Debug)]
+pub(crate) struct Runs {
+    segment: Segment,
+    directory: Body,
+    /// Where the next directory block begins.
+    directory_at: u64,
+    index: Body,
+    /// Where the index block that is being read begins, and its runs end.
+    index_at: u64,
+    /// Where it ends, and the next runs begin.
+    index_end: u64,
+    /// Where the next run begins.
+    offset: u64,
+    previous: Option<Run>,
+    /// `previous` is of the same block as the next one.
+    in_block: bool,
+    sums: Sums,
+    ended: bool,
+}
+
+impl Runs {
+    fn step(&mut self) -> Result<Option<Run>, SegmentError> {
+        loop {
+            let before = if self.in_block { self.previous.as_ref() } else { None };
+            let offset = self.offset;
+            if let Some(run) = self.index.next(Kind::Index, |_, at| layout::take_run(at, before, offset))? {
+                return self.accept(run).map(Some);
+            }
+            if self.offset != self.index_at {
+                return Err(Malformed("segment index: runs and index do not meet").into());
+            }
+            if !self.next_index()? {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn accept(&mut self, run: Run) -> Result<Run, SegmentError> {
+        if self.previous.is_some_and(|p| (run.conversation, run.first) <= (p.conversation, p.last())) {
+            return Err(Malformed("segment index: a run out of order").into());
+        }
+        self.offset = self
+            .offset
+            .checked_add(u64::from(run.bytes))
+            .filter(|end| *end <= self.index_at)
+            .ok_or(Malformed("segment index: runs and index do not meet"))?;
+        // Bounded by the bytes of the file.
+        self.sums.runs += 1;
+        self.sums.records += run.count;
+        self.sums.run_bytes += u64::from(run.bytes);
+        self.sums.newest = self.sums.newest.max(run.newest);
+        self.previous = Some(run);
+        self.in_block = true;
+        Ok(run)
+    }
+
+    /// Reads the next index block. Returns false, with all sums checked, if there is none.
+    fn next_index(&mut self) -> Result<bool, SegmentError> {
+        let footer = &self.segment.footer;
+        let footer_at = footer.summary.bytes.saturating_sub(FOOTER_BYTES as u64);
+        let group = loop {
+            if let Some(group) = self.directory.next(Kind::Directory, |_, at| layout::take_group(at))? {
+                break group;
+            }
+            if self.directory_at == footer_at {
+                let said = &footer.summary;
+                let said = Sums {
+                    runs: said.runs,
+                    records: said.records,
+                    run_bytes: said.run_bytes,
+                    newest: said.newest,
+                };
+                if self.index_end != footer.rows_at || self.sums != said {
+                    return Err(Malformed("segment index: it does not come to what the footer says").into());
+                }
+                return Ok(false);
+            }
+            (self.directory, self.directory_at) =
+                self.segment.block(Kind::Directory, self.directory_at, footer_at)?;
+        };
+        let misplaced = Malformed("segment directory: a block outside of the runs");
+        let begin = self.index_end;
+        let at = begin.checked_add(group.run_bytes).ok_or(misplaced)?;
+        let end = at
+            .checked_add(u64::from(group.block_bytes))
+            .filter(|end| *end <= footer.rows_at)
+            .ok_or(misplaced)?;
+        let (index, found_end) = self.segment.block(Kind::Index, at, end)?;
+        if found_end != end {
+            return Err(misplaced.into());
+        }
+        self.index = index;
+        self.offset = begin;
+        self.index_at = at;
+        self.index_end = end;
+        self.in_block = false;
+        Ok(true)
+    }
+}
+
+impl Iterator for Runs {
+    type Item = Result<Run, SegmentError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let next = self.step().transpose();
+        self.ended = !matches!(next, Some(Ok(_)));
+        next
+    }
+}
+
+/// Table number, key, and the row; `None`: it is gone.
+pub(crate) type Row = (u8, Bytes, Option<Bytes>);
+
+/// All rows of a segment, in order. Ends at the first error.
+#[derive(Debug)]
+pub(crate) struct Rows {
+    segment: Segment,
+    block: Body,
+    /// Where the next block begins.
+    at: u64,
+    /// Table and key.
+    previous: Option<(u8, Bytes)>,
+    rows: u64,
+    ended: bool,
+}
+
+impl Rows {
+    fn step(&mut self) -> Result<Option<Row>, SegmentError> {
+        let footer = &self.segment.footer;
+        let row = loop {
+            if let Some(row) = self.block.next(Kind::Rows, take_row)? {
+                break row;
+            }
+            if self.at == footer.directory_at {
+                if self.rows != footer.summary.rows {
+                    return Err(Malformed("segment rows: not as many as the footer says").into());
+                }
+                return Ok(None);
+            }
+            (self.block, self.at) = self.segment.block(Kind::Rows, self.at, footer.directory_at)?;
+        };
+        let (table, key, _) = &row;
+        if self.previous.as_ref().is_some_and(|(t, k)| (*table, key) <= (*t, k)) {
+            return Err(Malformed("segment rows: a row out of order").into());
+        }
+        self.previous = Some((*table, key.clone()));
+        self.rows += 1;
+        Ok(Some(row))
+    }
+}
+
+fn take_row(bytes: &Bytes, at: &mut Cursor<'_>) -> Result<Row, Malformed> {
+    let what = "segment rows: row";
+    let table = at.u8(what)?;
+    let length = at.length(what)?;
+    let key_at = at.at();
+    at.take(length, what)?;
+    let key = bytes.slice(key_at..at.at());
+    let row = match at.varint(what)?.checked_sub(1) {
+        Some(length) => {
+            let row_at = at.at();
+            at.take(usize::try_from(length).map_err(|_| Malformed(what))?, what)?;
+            Some(bytes.slice(row_at..at.at()))
+        }
+        None => None,
+    };
+    Ok((table, key, row))
+}
+
+impl Iterator for Rows {
+    type Item = Result<Row, SegmentError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let next = self.step().transpose();
+        self.ended = !matches!(next, Some(Ok(_)));
+        next
+    }
+}
+
+/// The records of a run from `from` on, with the bytes each was read from. `bytes` are those that [`Segment::run`] verified; the
+/// records before `from` are stepped over, those given out are decoded and verified. Ends at the first error.
+pub(crate) fn records(run: &Run, bytes: &Bytes, from: Seq) -> Records {
+    Records { run: *run, bytes: bytes.clone(), at: 0, taken: 0, from, ended: false }
+}
+
+/// The records of a run, in order. Ends at the first error.
+#[derive(Debug)]
+pub(crate) struct Records {
+    run: Run,
+    bytes: Bytes,
+    at: usize,
+    /// Records given out or stepped over.
+    taken: u64,
+    from: Seq,
+    ended: bool,
+}
+
+impl Records {
+    fn step(&mut self) -> Result<Option<(Record, Bytes)>, Malformed> {
+        loop {
+            if self.taken == self.run.count {
+                return if self.at == self.bytes.len() {
+                    Ok(None)
+                } else {
+                    Err(Malformed("segment run: length"))
+                };
+            }
+            let rest = self.bytes.slice(self.at.min(self.bytes.len())..);
+            let expected = self.run.first.saturating_add(self.taken);
+            if expected < self.from {
+                self.at += Record::measure(&rest)?;
+                self.taken += 1;
+                continue;
+            }
+            let (record, taken) = Record::decode(self.run.conversation, &rest)?;
+            if record.seq != expected {
+                return Err(Malformed("segment run: a record out of place"));
+            }
+            self.at += taken;
+            self.taken += 1;
+            if self.taken == self.run.count && record.time != self.run.newest {
+                return Err(Malformed("segment run: time of the newest record"));
+            }
+            return Ok(Some((record, rest.slice(..taken))));
+        }
+    }
+}
+
+impl Iterator for Records {
+    type Item = Result<(Record, Bytes), Malformed>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let next = self.step().transpose();
+        self.ended = !matches!(next, Some(Ok(_)));
+        next
+    }
+}
