@@ -13,6 +13,7 @@ use crate::key::Table;
 
 #[cfg(test)]
 pub(crate) mod faulty;
+pub(crate) mod fjall;
 pub(crate) mod memory;
 pub(crate) mod sled;
 
