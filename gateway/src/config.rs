@@ -7,6 +7,7 @@
 //! Not here: reading the files that settings name (keys, certificates), and making the data folder
 //! ([`crate::data_folder`]).
 
+pub mod retention;
 pub mod setting;
 pub mod source;
 
@@ -21,7 +22,8 @@ use toml::Value;
 
 pub use self::source::{Assignment, ConfigError, Origin};
 
-use self::setting::{KeyDoc, Refusal, Section, Setting, Where, section, words};
+use self::retention::{Keep, KeepAge, KeepBytes};
+use self::setting::{KeyDoc, OneOf, Refusal, Section, Setting, Where, section, words};
 use self::source::{File, Origins, Sections};
 
 /// Name of the configuration file in a data folder; it is read when no other is named.
@@ -67,10 +69,10 @@ words! {
 words! {
     /// What must have happened before a send is acknowledged.
     Durability {
-        /// The commit is on the disk: it survives power loss.
-        Synced = "synced",
-        /// The operating system has the commit: it survives a crash of the process, not of the machine.
-        Buffered = "buffered",
+        /// What is acked survives power loss.
+        Power = "power" was "synced",
+        /// What is acked survives kill -9; a power cut may lose the newest.
+        Process = "process" was "buffered",
     }
 }
 
@@ -83,9 +85,10 @@ section! {
         /// exists keeps its count.
         shards: u16 = 4, 1..=256;
         /// What keeps the log: "sled", or "memory" (nothing survives the process).
-        engine: Engine = Engine::Sled, "\"sled\" or \"memory\"";
-        /// What an acknowledged send has survived: "synced" (power loss) or "buffered" (a crash of the process only).
-        durability: Durability = Durability::Synced, "\"synced\" or \"buffered\"";
+        engine: Engine = Engine::Sled, OneOf(Engine::WORDS);
+        /// When a send is acked: "power" (what is acked survives power loss) or "process" (what is acked survives
+        /// kill -9; a power cut may lose the newest).
+        durability: Durability = Durability::Power, OneOf(Durability::WORDS);
         /// Memory for the engine's own cache, in MiB, over all shards.
         engine_cache_mib: u64 = 64, 8..=65_536;
         /// Memory for the newest records of conversations, in MiB, over all shards.
@@ -145,6 +148,46 @@ section! {
         dev_key: bool = false, "true or false";
         /// Whether anybody with a valid token is a user. If false, only users that were named before are let in.
         open_users: bool = true, "true or false";
+        /// How long this app's records are kept, instead of retention.age.
+        retention_age: KeepAge = Keep::Inherit, KeepAge::EXPECTED;
+        /// Bytes of records this app's conversations keep each, instead of retention.bytes.
+        retention_bytes: KeepBytes = Keep::Inherit, KeepBytes::EXPECTED;
+        /// The age for this app's direct conversations only.
+        retention_direct_age: KeepAge = Keep::Inherit, KeepAge::EXPECTED;
+        /// The bytes for this app's direct conversations only.
+        retention_direct_bytes: KeepBytes = Keep::Inherit, KeepBytes::EXPECTED;
+        /// The age for this app's groups only.
+        retention_group_age: KeepAge = Keep::Inherit, KeepAge::EXPECTED;
+        /// The bytes for this app's groups only.
+        retention_group_bytes: KeepBytes = Keep::Inherit, KeepBytes::EXPECTED;
+    }
+}
+
+section! {
+    /// How much of a conversation is kept. What is beyond goes, oldest first; readers are told where a conversation
+    /// begins now. The narrowest setting that is not "inherit" counts: the app's for the class, the app's, the class's
+    /// here, then age and bytes.
+    RetentionConfig = "retention" {
+        /// How long records are kept: a number with s, m, h or d, or "forever".
+        age: KeepAge = Keep::Everything, Where(KeepAge::EXPECTED_AT_ROOT, |keep: &KeepAge| *keep != Keep::Inherit);
+        /// Bytes of records a conversation keeps, its newest ones: a number with KiB, MiB or GiB, or "unlimited".
+        bytes: KeepBytes = Keep::Everything,
+            Where(KeepBytes::EXPECTED_AT_ROOT, |keep: &KeepBytes| *keep != Keep::Inherit);
+        /// The age for direct conversations.
+        direct_age: KeepAge = Keep::Inherit, KeepAge::EXPECTED;
+        /// The bytes for direct conversations.
+        direct_bytes: KeepBytes = Keep::Inherit, KeepBytes::EXPECTED;
+        /// The age for groups.
+        group_age: KeepAge = Keep::Inherit, KeepAge::EXPECTED;
+        /// The bytes for groups.
+        group_bytes: KeepBytes = Keep::Inherit, KeepBytes::EXPECTED;
+        /// Seconds from the start of one sweep over a shard's conversations to the next.
+        sweep_s: u64 = 3_600, 1..=2_592_000;
+        /// Conversations a shard's sweep looks at per second. It rests while the shard is busy.
+        conversations_per_second: u32 = 100, 1..=100_000;
+        /// Seconds for which the system clock must have gone evenly, at the start and after any jump, before anything
+        /// goes by its age: a clock that is wrong for a moment takes nothing away.
+        clock_settle_s: u64 = 3_600, 1..=2_592_000;
     }
 }
 
@@ -326,6 +369,8 @@ pub struct Config {
     pub fanout: FanoutConfig,
     /// `[receipts]`
     pub receipts: ReceiptsConfig,
+    /// `[retention]`
+    pub retention: RetentionConfig,
     /// `[drain]`
     pub drain: DrainConfig,
     /// `[log]`
@@ -374,6 +419,7 @@ sections!(
     transport: TransportConfig,
     fanout: FanoutConfig,
     receipts: ReceiptsConfig,
+    retention: RetentionConfig,
     drain: DrainConfig,
     log: LogConfig,
     tls: TlsConfig,
@@ -701,7 +747,7 @@ mod tests {
             (
                 "[zzz]\n",
                 "/etc/f.toml:1: there is no section [zzz]; sections are listen, data, auth, limits, transport, fanout, \
-                 receipts, drain, log, tls, app",
+                 receipts, retention, drain, log, tls, app",
             ),
             (
                 "[listen]\naddress = \"localhost\"",
@@ -723,6 +769,33 @@ mod tests {
             (
                 "[data]\nengine = \"slad\"",
                 "/etc/f.toml:2: data.engine = \"slad\": expected \"sled\" or \"memory\"",
+            ),
+            (
+                "[data]\ndurability = \"synced\"",
+                "/etc/f.toml:2: data.durability = \"synced\": this is called \"power\" now, write that",
+            ),
+            (
+                "[data]\ndurability = \"buffered\"",
+                "/etc/f.toml:2: data.durability = \"buffered\": this is called \"process\" now, write that",
+            ),
+            (
+                "[data]\ndurability = \"ephemeral\"",
+                "/etc/f.toml:2: data.durability = \"ephemeral\": expected \"power\" or \"process\"",
+            ),
+            (
+                "[retention]\nage = \"90\"",
+                "/etc/f.toml:2: retention.age = \"90\": expected a time such as \"90d\" or \"12h\" (s, m, h, d), or \
+                 \"forever\"",
+            ),
+            (
+                "[retention]\nbytes = 1000000",
+                "/etc/f.toml:2: retention.bytes = 1000000: expected a size of at least 64 KiB such as \"64 MiB\" (KiB, \
+                 MiB, GiB), or \"unlimited\"",
+            ),
+            (
+                "[retention]\ngroup_age = \"never\"",
+                "/etc/f.toml:2: retention.group_age = \"never\": expected a time such as \"90d\" or \"12h\" (s, m, h, d), \
+                 \"forever\" or \"inherit\"",
             ),
             (
                 "[log]\nfilter = \"x=loud\"",

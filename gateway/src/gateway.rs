@@ -6,7 +6,7 @@
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::{Arc, atomic::AtomicU64},
+    sync::{Arc, Weak, atomic::AtomicU64},
     thread::JoinHandle,
     time::Duration,
 };
@@ -23,11 +23,11 @@ use crate::{
         endpoint::accept,
         tls::{Certificate, endpoint_config, server_config, tls_config},
     },
-    config::{Config, Engine},
+    config::{Config, Durability, Engine},
     context::Context,
     conversation::{
         route::Route,
-        shard::{self, ShardHandle, ShardLimits, repair_links},
+        shard::{self, CommitLog, ShardHandle, ShardLimits, repair_links},
     },
     data_folder::{DataFolder, FolderLock},
     drain::Drain,
@@ -67,12 +67,28 @@ impl Gateway {
     /// # Errors
     /// One line that says what is wrong and what to do.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
+        Self::start_with(config, |_, writer| writer).await
+    }
+
+    /// The same with something between every shard and its log, which `wrap` puts there: tests see from here what a
+    /// disk does to a gateway.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_with<W: CommitLog>(
+        config: Config,
+        wrap: impl Fn(ShardId, ShardWriter) -> W,
+    ) -> anyhow::Result<Self> {
         let open_files = open_files::raise(config.limits.open_files);
         if let Some(warning) = open_files.warning() {
             warn!("{warning}");
         }
         let metrics = Metrics::default();
         metrics.open_files_limit.set(open_files.limit);
+        metrics.durability(config.data.durability.word());
+        if let Some(warning) = durability_warning(&config) {
+            warn!("{warning}");
+        }
 
         let folder = DataFolder::prepare(&config.data.path, &config.tls.names)?;
         let lock = folder.lock()?;
@@ -99,7 +115,7 @@ impl Gateway {
         let limits = shard_limits(&config);
         let (mut shards, mut threads) = (Vec::new(), Vec::new());
         for (id, writer, reader) in taken {
-            let (handle, thread) = shard::start(id, writer, reader, limits, metrics.clone())
+            let (handle, thread) = shard::start(id, wrap(id, writer), reader, limits, metrics.clone())
                 .context("a shard's thread can't start")?;
             shards.push(handle);
             threads.push(thread);
@@ -173,11 +189,22 @@ impl Gateway {
             config,
         });
         repair_links(&context.shards, route).await;
+        let repairing = tokio::spawn(repair_after_recovery(Arc::downgrade(&context), route));
 
         let (started, ready) = watch::channel(false);
         let pages = http.map(|server| {
-            let pages =
-                Pages { metrics, canary: canary(Arc::clone(&store)), started: ready, drain: drain.clone() };
+            let pages = Pages {
+                metrics,
+                canary: canary(Arc::clone(&store)),
+                faults: context
+                    .shards
+                    .iter()
+                    .map(|shard| (shard.reader.shard(), shard.fault.clone()))
+                    .collect(),
+                warning: durability_warning(&context.config),
+                started: ready,
+                drain: drain.clone(),
+            };
             let mut stop = drain.clone();
             tokio::spawn(server.serve(pages, async move { stop.deadline().await }))
         });
@@ -192,9 +219,11 @@ impl Gateway {
         let _ = tokio::time::timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
         drop(endpoint);
         reloading.abort();
+        repairing.abort();
         if let Some(pages) = pages {
             pages.abort();
         }
+        let _ = repairing.await;
         // The shards end when nobody can ask them any more.
         drop(context);
         let ended = tokio::task::spawn_blocking(move || {
@@ -237,8 +266,8 @@ fn store_options(config: &Config) -> StoreOptions {
             Engine::Memory => fulmar_store::EngineKind::Memory,
         },
         durability: match config.data.durability {
-            crate::config::Durability::Synced => fulmar_store::Durability::Power,
-            crate::config::Durability::Buffered => fulmar_store::Durability::Process,
+            Durability::Power => fulmar_store::Durability::Power,
+            Durability::Process => fulmar_store::Durability::Process,
         },
         engine_cache_bytes: config.data.engine_cache_mib * mib / u64::from(config.data.shards.max(1)),
         cache_bytes: config.data.tail_cache_mib * mib,
@@ -258,13 +287,50 @@ fn shard_limits(config: &Config) -> ShardLimits {
     }
 }
 
+/// What an operator must know who chose less than the default.
+fn durability_warning(config: &Config) -> Option<String> {
+    match (config.data.engine, config.data.durability) {
+        (Engine::Memory, _) => {
+            Some("data.engine = \"memory\": every message is gone when this process ends".to_owned())
+        }
+        (_, Durability::Process) => Some(
+            "data.durability = \"process\": acknowledged messages survive kill -9, but a power cut may lose the newest"
+                .to_owned(),
+        ),
+        (_, Durability::Power) => None,
+    }
+}
+
+/// Repairs what users' lists missed while a shard could not write, each time one can again.
+async fn repair_after_recovery(context: Weak<Context>, route: Route) {
+    let Some(mut faults) = context.upgrade().map(|context| {
+        let faults = context.shards.iter().map(|shard| shard.fault.clone());
+        faults.collect::<Vec<_>>()
+    }) else {
+        return;
+    };
+    loop {
+        let changes = faults.iter_mut().map(|fault| {
+            async move { fault.changed().await.map(|()| fault.borrow_and_update().is_none()) }.boxed()
+        });
+        let (recovered, ..) = futures_util::future::select_all(changes).await;
+        let Some(context) = context.upgrade() else { return };
+        match recovered {
+            Ok(true) => repair_links(&context.shards, route).await,
+            Ok(false) => {}
+            // The shards are gone.
+            Err(_) => return,
+        }
+    }
+}
+
 fn canary(store: Arc<Store>) -> Canary {
     Arc::new(move || {
         let store = Arc::clone(&store);
         async move {
             for number in 0..store.shards() {
                 if let Some(shard) = ShardId::new(number) {
-                    store.canary_write(shard).await.map_err(|error| error.to_string())?;
+                    store.canary_write(shard).await.map_err(|error| format!("shard {shard}: {error}"))?;
                 }
             }
             Ok(())

@@ -1,6 +1,7 @@
 //! The operator's pages: `/metrics`, `/healthz`, `/readyz`, on a TCP address of their own.
 //!
 //! - `/healthz` does what a send does: it writes to the log and waits until that is durable. Many askers share one write.
+//!   While a shard refuses writes it says which and why, and what goes on all the same.
 //! - `/readyz` says whether to send new phones here: not while starting or draining.
 //! - Connections and their lifetime are bounded; nobody can hold the pages shut for long.
 //! - There is no authentication: the address is private unless configured otherwise.
@@ -26,6 +27,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, Sleep};
+
+use fulmar_protocol::id::ShardId;
 
 use crate::drain::Drain;
 use crate::metrics::Metrics;
@@ -57,6 +60,10 @@ pub struct Pages {
     pub metrics: Metrics,
     /// For `/healthz`.
     pub canary: Canary,
+    /// For `/healthz`: why a shard refuses writes, while it does.
+    pub faults: Vec<(ShardId, watch::Receiver<Option<String>>)>,
+    /// For `/healthz`: what is as it was configured, but should not be forgotten.
+    pub warning: Option<String>,
     /// For `/readyz`: whether the gateway has started.
     pub started: watch::Receiver<bool>,
     /// For `/readyz`: whether it is leaving.
@@ -185,9 +192,24 @@ async fn metrics(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
 }
 
 async fn healthz(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
-    match shared.canary().await {
-        Ok(()) => text(StatusCode::OK, "ok\n"),
-        Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+    let canary = shared.canary().await;
+    let mut body = String::new();
+    for (shard, fault) in &shared.pages.faults {
+        if let Some(why) = &*fault.borrow() {
+            body.push_str(&format!("degraded: shard {shard} refuses writes, reads go on: {why}\n"));
+        }
+    }
+    if let Err(why) = canary
+        && !body.contains(&why)
+    {
+        body.push_str(&format!("{why}\n"));
+    }
+    if !body.is_empty() {
+        return text(StatusCode::SERVICE_UNAVAILABLE, body);
+    }
+    match &shared.pages.warning {
+        Some(warning) => text(StatusCode::OK, format!("ok\nwarning: {warning}\n")),
+        None => text(StatusCode::OK, "ok\n"),
     }
 }
 
@@ -307,14 +329,22 @@ mod tests {
         });
         let server = HttpServer::bind(loopback()).await.unwrap();
         let address = server.address();
-        let pages = Pages { metrics: Metrics::default(), canary, started, drain };
+        let (fault_told, fault) = watch::channel(None);
+        let faults = vec![(ShardId::new(3).unwrap(), fault)];
+        let warning = Some("a power cut may lose the newest".to_owned());
+        let pages = Pages { metrics: Metrics::default(), canary, faults, warning, started, drain };
         let serving = tokio::spawn(server.serve(pages, stopped.map(drop)));
         assert_eq!(fetch(address, "/readyz").await, (503, "starting\n".to_owned()));
         starting.send_replace(true);
         assert_eq!(fetch(address, "/readyz").await, (200, "ready\n".to_owned()));
         for _ in 0..3 {
-            assert_eq!(fetch(address, "/healthz").await, (200, "ok\n".to_owned()));
+            let well = "ok\nwarning: a power cut may lose the newest\n".to_owned();
+            assert_eq!(fetch(address, "/healthz").await, (200, well));
         }
+        fault_told.send_replace(Some("the disk is full".to_owned()));
+        let ill = "degraded: shard 3 refuses writes, reads go on: the disk is full\n".to_owned();
+        assert_eq!(fetch(address, "/healthz").await, (503, ill));
+        fault_told.send_replace(None);
         assert!(writes.load(Ordering::Relaxed) >= 1);
         let (status, text) = fetch(address, "/metrics").await;
         assert!(status == 200 && text.contains("fulmar_connections 0"), "{text}");
@@ -337,7 +367,8 @@ mod tests {
             0 => std::future::ready(Err("shard 3: the disk is full".to_owned())).boxed(),
             _ => std::future::pending().boxed(),
         });
-        let pages = Pages { metrics: Metrics::default(), canary, started, drain };
+        let pages =
+            Pages { metrics: Metrics::default(), canary, faults: vec![], warning: None, started, drain };
         let shared = Shared { pages, last: Mutex::new(None) };
         let full = Err("shard 3: the disk is full".to_owned());
         assert_eq!(shared.canary().await, full);

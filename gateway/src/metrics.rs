@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+use fulmar_protocol::id::ShardId;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -36,6 +37,20 @@ pub struct Code {
 pub struct Queue {
     /// A word of this program, such as `shard`.
     pub queue: &'static str,
+}
+
+/// Which shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Shard {
+    /// Its number.
+    pub shard: u16,
+}
+
+/// What an ack has survived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Level {
+    /// A word of the configuration: `power` or `process`.
+    pub level: &'static str,
 }
 
 macro_rules! metrics {
@@ -105,6 +120,16 @@ metrics! {
     sends_refused: Family<Reason, Counter> = Family::default(), None;
     /// Group commits.
     commits: Counter = Counter::default(), None;
+    /// Group commits that failed; nothing of them is in the log.
+    commits_failed: Counter = Counter::default(), None;
+    /// Whether a shard's log can be written: 1, or 0 while writes are refused.
+    storage_writable: Family<Shard, Gauge> = Family::default(), None;
+    /// Requests refused because the log could not be written, by reason.
+    storage_refusals: Family<Reason, Counter> = Family::default(), None;
+    /// Reads and writes refused because what lies on disk is damaged.
+    damaged_reads: Counter = Counter::default(), None;
+    /// What an acknowledged message survives: 1 for the level that is configured.
+    durability: Family<Level, Gauge> = Family::default(), None;
     /// Time from the start of a group commit until it is durable.
     commit_duration: Histogram = seconds(), Some(Unit::Seconds);
     /// Records per group commit.
@@ -153,6 +178,21 @@ impl Metrics {
     /// Counts a refused send.
     pub fn send_refused(&self, reason: &'static str) {
         self.sends_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Says whether a shard's log can be written.
+    pub fn storage_writable(&self, shard: ShardId, writable: bool) {
+        self.storage_writable.get_or_create(&Shard { shard: shard.get() }).set(i64::from(writable));
+    }
+
+    /// Counts a request that was refused because the log could not be written.
+    pub fn storage_refused(&self, reason: &'static str) {
+        self.storage_refusals.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Says which level of durability is configured.
+    pub fn durability(&self, level: &'static str) {
+        self.durability.get_or_create(&Level { level }).set(1);
     }
 
     /// Counts a refused call.

@@ -19,6 +19,10 @@ pub trait Setting: Sized {
     fn read(value: &Value) -> Option<Self>;
     /// The value as it stands in a file.
     fn write(&self) -> Value;
+    /// What a value that is no longer taken is called now.
+    fn renamed(_value: &Value) -> Option<&'static str> {
+        None
+    }
 }
 
 /// What a key accepts beyond its type.
@@ -63,6 +67,24 @@ impl<T, F: Fn(&T) -> bool> Check<T> for Where<F> {
     }
 }
 
+/// One of a few words; see the macro `words`.
+#[derive(Debug)]
+pub struct OneOf(pub &'static [&'static str]);
+
+impl<T> Check<T> for OneOf {
+    fn accepts(&self, _: &T) -> bool {
+        true
+    }
+
+    fn expects(&self) -> String {
+        let quoted: Vec<String> = self.0.iter().map(|word| format!("{word:?}")).collect();
+        match quoted.split_last() {
+            Some((last, rest)) if !rest.is_empty() => format!("{} or {last}", rest.join(", ")),
+            _ => quoted.concat(),
+        }
+    }
+}
+
 /// Why a key was not set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
@@ -70,6 +92,8 @@ pub enum Refusal {
     NoSuchKey,
     /// The value will not do; this is what would.
     Expected(String),
+    /// The value has another name since an earlier version: this one.
+    Renamed(&'static str),
 }
 
 /// Reads one value and checks it.
@@ -77,7 +101,10 @@ pub enum Refusal {
 /// # Errors
 /// What was expected instead.
 pub fn read<T: Setting>(value: &Value, check: &impl Check<T>) -> Result<T, Refusal> {
-    T::read(value).filter(|v| check.accepts(v)).ok_or_else(|| Refusal::Expected(check.expects()))
+    T::read(value).filter(|v| check.accepts(v)).ok_or_else(|| match T::renamed(value) {
+        Some(now) => Refusal::Renamed(now),
+        None => Refusal::Expected(check.expects()),
+    })
 }
 
 /// What is known of a key without a value for it.
@@ -160,16 +187,30 @@ macro_rules! section {
 }
 pub(crate) use section;
 
-/// Declares an enum whose values are words in the file.
+/// Declares an enum whose values are words in the file. A word that was another one in an earlier version names it, so
+/// that whoever still writes that one is told.
 macro_rules! words {
     (
         $(#[doc = $enum_doc:literal])*
-        $name:ident { $( $(#[doc = $doc:literal])* $variant:ident = $word:literal, )* }
+        $name:ident {
+            $( $(#[doc = $doc:literal])* $variant:ident = $word:literal $(was $old:literal)?, )*
+        }
     ) => {
         $(#[doc = $enum_doc])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum $name {
             $( $(#[doc = $doc])* $variant, )*
+        }
+
+        impl $name {
+            /// The words of the file, in the order of their declaration.
+            pub const WORDS: &'static [&'static str] = &[$($word),*];
+
+            /// The word that stands for it in the file.
+            #[must_use]
+            pub const fn word(self) -> &'static str {
+                match self { $( Self::$variant => $word, )* }
+            }
         }
 
         impl $crate::config::setting::Setting for $name {
@@ -181,8 +222,14 @@ macro_rules! words {
             }
 
             fn write(&self) -> toml::Value {
-                let word = match self { $( Self::$variant => $word, )* };
-                toml::Value::String(word.to_owned())
+                toml::Value::String(self.word().to_owned())
+            }
+
+            fn renamed(value: &toml::Value) -> Option<&'static str> {
+                match value.as_str()? {
+                    $( $( $old => Some($word), )? )*
+                    _ => None,
+                }
             }
         }
     };

@@ -313,6 +313,9 @@ fn refused(
             format!("[{section}] has no key {key:?}; {advice}")
         }
         Refusal::Expected(expected) => format!("{section}.{key} = {}: expected {expected}", shown(value)),
+        Refusal::Renamed(now) => {
+            format!("{section}.{key} = {}: this is called {now:?} now, write that", shown(value))
+        }
     };
     ConfigError::new(origin, what)
 }

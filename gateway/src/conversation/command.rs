@@ -241,6 +241,17 @@ pub enum Command {
     Online(Vec<UserId>, oneshot::Sender<Vec<bool>>),
     /// Which devices of a user are here (user's shard).
     DevicesHere(UserId, oneshot::Sender<Vec<DeviceId>>),
+    /// Records up to and including `low` go, by retention (conversation's shard). Answers how many went.
+    Trim {
+        /// The conversation.
+        conversation: ConversationId,
+        /// The last record to go.
+        low: Seq,
+        /// Its `count`.
+        count: u64,
+        /// How many records went.
+        answer: Answer<u64>,
+    },
     /// Answers when everything asked before is on disk.
     Flush(Answer<()>),
 }

@@ -1,7 +1,7 @@
 //! A batch on its way to disk: the operations, and what happens once they are there.
 //!
-//! - Effects run in the order in which they were decided, and only after the commit; when it fails, every asker
-//!   is refused and nothing is published.
+//! - Effects run in the order in which they were decided, and only after the commit; when it fails, whoever wanted to
+//!   write is refused, whoever only asked is asked for again, and nothing is published.
 //! - A batch is closed by its bounds; what comes after waits in the shard's queue.
 
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use fulmar_protocol::{
 };
 use fulmar_store::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Op, Record};
 
-use super::command::Refusal;
+use super::command::{Command, Refusal};
 use crate::fanout::owed::{Owed, Settled};
 
 /// What happens once a batch is on disk.
@@ -31,7 +31,63 @@ pub(super) enum Effect {
         left: Vec<UserId>,
     },
     /// Answer somebody.
-    Answer(Box<dyn FnOnce(Result<(), Refusal>) + Send>),
+    Answer {
+        /// The conversation the answer is about, if one.
+        about: Option<ConversationId>,
+        /// Gives it.
+        give: Give,
+    },
+    /// Readers who are here learn that a conversation begins later now.
+    Trimmed {
+        /// The conversation.
+        conversation: ConversationId,
+        /// The last record that is gone.
+        low: Seq,
+        /// Its `count`.
+        count: u64,
+    },
+}
+
+/// Answers that the batch is on disk, or the refusal. Whoever only asked gives the question back when the batch failed:
+/// it can be answered without it.
+pub(super) type Give = Box<dyn FnOnce(Result<(), Refusal>) -> Option<Command> + Send>;
+
+impl Effect {
+    /// The conversation it is about, if one.
+    pub(super) fn about(&self) -> Option<ConversationId> {
+        match self {
+            Self::Settle(
+                _,
+                Settled::Acked { conversation, .. }
+                | Settled::Before { conversation, .. }
+                | Settled::Refused(SendRefused { conversation, .. }),
+            )
+            | Self::Publish { conversation, .. }
+            | Self::Trimmed { conversation, .. } => Some(*conversation),
+            Self::Answer { about, .. } => *about,
+        }
+    }
+}
+
+/// The conversation of this shard whose log an operation changes, if it changes one.
+pub(super) const fn conversation_of(op: &Op) -> Option<ConversationId> {
+    match op {
+        Op::Append { conversation, .. }
+        | Op::Refuse { conversation, .. }
+        | Op::NameConversation { conversation, .. }
+        | Op::Member { conversation, .. }
+        | Op::Read { conversation, .. }
+        | Op::Low { conversation, .. }
+        | Op::LinkDone { conversation, .. }
+        | Op::MemberCount { conversation, .. } => Some(*conversation),
+        Op::Link(link) => Some(link.conversation),
+        Op::NameUser { .. }
+        | Op::Listed { .. }
+        | Op::Device { .. }
+        | Op::ClassEpoch { .. }
+        | Op::Recv { .. }
+        | Op::Acquire { .. } => None,
+    }
 }
 
 impl std::fmt::Debug for Effect {
@@ -43,7 +99,14 @@ impl std::fmt::Debug for Effect {
                 .field("conversation", conversation)
                 .field("seq", &record.seq)
                 .finish(),
-            Self::Answer(_) => f.write_str("Answer"),
+            Self::Answer { about, .. } => {
+                f.debug_struct("Answer").field("about", about).finish_non_exhaustive()
+            }
+            Self::Trimmed { conversation, low, .. } => f
+                .debug_struct("Trimmed")
+                .field("conversation", conversation)
+                .field("low", low)
+                .finish_non_exhaustive(),
         }
     }
 }
@@ -110,8 +173,23 @@ impl Batch {
         ));
     }
 
-    pub(super) fn answer(&mut self, answer: impl FnOnce(Result<(), Refusal>) + Send + 'static) {
-        self.effects.push(Effect::Answer(Box::new(answer)));
+    pub(super) fn answer(&mut self, about: Option<ConversationId>, give: Give) {
+        self.effects.push(Effect::Answer { about, give });
+    }
+
+    /// Takes out everything about one conversation, and returns what was to happen after its commit.
+    pub(super) fn take_out(&mut self, conversation: ConversationId) -> Vec<Effect> {
+        let before = std::mem::take(self);
+        let mut out = Vec::new();
+        for op in before.ops {
+            if conversation_of(&op) != Some(conversation) {
+                self.push(op);
+            }
+        }
+        for effect in before.effects {
+            if effect.about() == Some(conversation) { out.push(effect) } else { self.effects.push(effect) }
+        }
+        out
     }
 }
 

@@ -49,6 +49,13 @@ impl Directory {
         self.filling = Overlay::default();
     }
 
+    /// What was decided about one conversation is lost.
+    pub(super) fn forget(&mut self, conversation: ConversationId) {
+        for overlay in [&mut self.filling, &mut self.committing] {
+            overlay.conversations.retain(|_, known| *known != conversation);
+        }
+    }
+
     pub(super) fn user(&self, app: AppId, name: &str) -> Result<Option<UserId>, ReadError> {
         let key = (app, name.to_owned());
         if let Some(user) = self.filling.users.get(&key).or_else(|| self.committing.users.get(&key)) {

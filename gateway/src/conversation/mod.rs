@@ -12,6 +12,7 @@ mod directory;
 pub mod route;
 pub mod shard;
 pub mod state;
+mod storage;
 
 pub use fulmar_store::ConversationClass;
 

@@ -3,13 +3,15 @@
 //! - One thread per shard; reads it needs to decide may block it, nobody else.
 //! - One commit is in flight; what is decided meanwhile is the next one. That is the group commit: no timer, no
 //!   minimum, a lone send is committed at once.
-//! - A failed commit refuses everything it held and everything decided since, retryably, and forgets what it knew
-//!   of the conversations, which are loaded again from disk.
+//! - A failed commit is void. Writes it held, and those decided since, are refused as retryable; questions are answered
+//!   again without them; the conversations they touched are loaded again from disk. Until a commit succeeds, writes
+//!   are refused before anything is decided about them, and reads go on ([`super::storage`]).
+//! - One damaged conversation is refused alone: a batch that trips over it is committed without it.
 //!
 //! Not here: what is decided (`state`, `directory`), how it is stored (`fulmar_store`).
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     pin::Pin,
     sync::Arc,
     time::{Duration, Instant},
@@ -23,16 +25,17 @@ use fulmar_protocol::{
 use fulmar_store::{
     CommitError, ConversationClass, Device, Op, PendingLink, ReadError, ShardReader, ShardWriter, User,
 };
-use tokio::sync::{mpsc, oneshot};
-use tracing::{debug, debug_span, error, warn};
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{debug, debug_span, error, info, warn};
 
 use super::{
     command::{
         Answer, Command, DirectRequest, Found, GroupRequest, LoggedIn, LoginRequest, MembersRequest, Refusal,
     },
-    commit::{Batch, Effect, send_refused},
+    commit::{Batch, Effect, conversation_of, send_refused},
     directory::Directory,
     state::{self, MembersChange, Progress, State, Verdict},
+    storage::{Failure, Storage},
 };
 use crate::{
     fanout::{
@@ -71,10 +74,36 @@ const CURSORS_WAITING_MAX: usize = 16_384;
 /// Links the repair asks for at a time.
 const LINKS_PAGE: usize = 256;
 
+/// Conversations that are remembered as reported damaged, so that each is logged once.
+const DAMAGED_TOLD_MAX: usize = 1_024;
+
+/// Between two lines in the log about an engine that can't read.
+const UNREADABLE_TOLD_EVERY: Duration = Duration::from_secs(10);
+
+/// What a send to a damaged conversation is told to wait: until somebody has repaired it.
+const DAMAGED_WAIT_MS: u32 = 30_000;
+
+/// Where a shard's batches are committed: the store's writer, or what a test puts around it.
+pub trait CommitLog: Send + 'static {
+    /// Commits a batch: all of it or nothing.
+    ///
+    /// # Errors
+    /// Nothing of the batch is in the log, and never will be.
+    fn commit(&mut self, batch: &[Op]) -> impl Future<Output = Result<(), CommitError>>;
+}
+
+impl CommitLog for ShardWriter {
+    async fn commit(&mut self, batch: &[Op]) -> Result<(), CommitError> {
+        Self::commit(self, batch).await.map(|_| ())
+    }
+}
+
 /// Sends commands to one shard.
 #[derive(Clone, Debug)]
 pub struct ShardHandle {
     commands: mpsc::Sender<Command>,
+    /// Why the shard takes no writes, while it takes none.
+    pub fault: watch::Receiver<Option<String>>,
     /// Reads what is on disk, without asking the shard.
     pub reader: ShardReader,
 }
@@ -124,16 +153,18 @@ impl ShardHandle {
 ///
 /// # Errors
 /// The thread can't be started.
-pub fn start(
+pub fn start<W: CommitLog>(
     shard: ShardId,
-    writer: ShardWriter,
+    writer: W,
     reader: ShardReader,
     limits: ShardLimits,
     metrics: Metrics,
 ) -> std::io::Result<(ShardHandle, std::thread::JoinHandle<()>)> {
     let (commands, queue) = mpsc::channel(QUEUE_MAX);
     let directory = Directory::new(reader.clone());
-    let handle = ShardHandle { commands, reader: reader.clone() };
+    let (fault_told, fault) = watch::channel(None);
+    let handle = ShardHandle { commands, fault, reader: reader.clone() };
+    metrics.storage_writable(shard, true);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     let thread = std::thread::Builder::new().name(format!("shard-{shard}")).spawn(move || {
         let shard = Shard {
@@ -149,6 +180,10 @@ pub fn start(
             reads: HashMap::new(),
             cursors_since: None,
             tick: 0,
+            storage: Storage::default(),
+            fault: fault_told,
+            damaged_told: HashSet::new(),
+            unreadable_told: None,
         };
         runtime.block_on(shard.run(writer, queue));
     })?;
@@ -162,7 +197,14 @@ struct Loaded {
     used: u64,
 }
 
-type InFlight = Pin<Box<dyn Future<Output = (ShardWriter, Vec<Effect>, Result<(), CommitError>)>>>;
+/// A batch whose fate is decided.
+struct Done<W> {
+    writer: W,
+    batch: Batch,
+    result: Result<(), CommitError>,
+}
+
+type InFlight<W> = Pin<Box<dyn Future<Output = Done<W>>>>;
 
 struct Shard {
     id: ShardId,
@@ -179,12 +221,18 @@ struct Shard {
     reads: HashMap<(ConversationId, UserId), Seq>,
     cursors_since: Option<Instant>,
     tick: u64,
+    storage: Storage,
+    fault: watch::Sender<Option<String>>,
+    /// Damaged conversations that were logged.
+    damaged_told: HashSet<ConversationId>,
+    /// When it was last logged that the engine can't read.
+    unreadable_told: Option<Instant>,
 }
 
 impl Shard {
-    async fn run(mut self, writer: ShardWriter, mut queue: mpsc::Receiver<Command>) {
+    async fn run<W: CommitLog>(mut self, writer: W, mut queue: mpsc::Receiver<Command>) {
         let mut idle_writer = Some(writer);
-        let mut in_flight: Option<InFlight> = None;
+        let mut in_flight: Option<InFlight<W>> = None;
         let mut open = true;
         let mut timer = tokio::time::interval(self.limits.cursor_delay.max(Duration::from_millis(10)));
         timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -192,7 +240,9 @@ impl Shard {
             if in_flight.is_none() && !self.batch.is_empty() {
                 self.add_cursors(false);
                 if let Some(writer) = idle_writer.take() {
-                    in_flight = Some(self.commit(writer));
+                    self.directory.batch_started();
+                    let batch = std::mem::take(&mut self.batch);
+                    in_flight = Some(self.commit(writer, batch));
                 }
             }
             tokio::select! {
@@ -200,9 +250,11 @@ impl Shard {
                 done = async { match in_flight.as_mut() { Some(commit) => commit.await, None => std::future::pending().await } },
                     if in_flight.is_some() => {
                     in_flight = None;
-                    let (writer, effects, result) = done;
-                    idle_writer = Some(writer);
-                    self.committed(effects, result);
+                    let Done { writer, batch, result } = done;
+                    match self.committed(batch, result) {
+                        None => idle_writer = Some(writer),
+                        Some(rest) => in_flight = Some(self.commit(writer, rest)),
+                    }
                 }
                 command = queue.recv(), if open && self.batch.has_room() => match command {
                     Some(command) => {
@@ -222,6 +274,7 @@ impl Shard {
                     if self.cursors_since.is_some_and(|since| since.elapsed() >= self.limits.cursor_delay) {
                         self.add_cursors(true);
                     }
+                    self.probe();
                     self.put_away(in_flight.is_none());
                 }
             }
@@ -229,62 +282,193 @@ impl Shard {
         debug!(shard = %self.id, "shard ended");
     }
 
-    fn commit(&mut self, mut writer: ShardWriter) -> InFlight {
-        self.directory.batch_started();
-        let Batch { ops, effects, .. } = std::mem::take(&mut self.batch);
+    fn commit<W: CommitLog>(&mut self, mut writer: W, batch: Batch) -> InFlight<W> {
+        if !batch.ops.is_empty() {
+            self.storage.began();
+        }
         let started = Instant::now();
-        let records = ops.iter().filter(|op| matches!(op, Op::Append { .. })).count();
+        let records = batch.ops.iter().filter(|op| matches!(op, Op::Append { .. })).count();
         let metrics = self.metrics.clone();
         Box::pin(async move {
-            if ops.is_empty() {
-                return (writer, effects, Ok(()));
+            if batch.ops.is_empty() {
+                return Done { writer, batch, result: Ok(()) };
             }
-            let result = writer.commit(&ops).await.map(|_| ());
-            metrics.commits.inc();
-            metrics.commit_records.observe(records as f64);
-            metrics.commit_duration.observe(started.elapsed().as_secs_f64());
-            (writer, effects, result)
+            let result = writer.commit(&batch.ops).await;
+            if result.is_ok() {
+                metrics.commits.inc();
+                metrics.commit_records.observe(records as f64);
+                metrics.commit_duration.observe(started.elapsed().as_secs_f64());
+            } else {
+                metrics.commits_failed.inc();
+            }
+            Done { writer, batch, result }
         })
     }
 
-    fn committed(&mut self, effects: Vec<Effect>, result: Result<(), CommitError>) {
+    /// Carries out what follows from a batch's fate; returns what is to be committed in its place, if anything is.
+    fn committed(&mut self, batch: Batch, result: Result<(), CommitError>) -> Option<Batch> {
         match result {
-            Ok(_) => {
+            Ok(()) => {
+                if !batch.ops.is_empty()
+                    && let Some(after) = self.storage.committed(Instant::now())
+                {
+                    info!(shard = %self.id, ?after, "the log can be written again");
+                    self.metrics.storage_writable(self.id, true);
+                    self.fault.send_replace(None);
+                }
                 self.directory.batch_committed();
-                for effect in effects {
+                for effect in batch.effects {
                     self.carry_out(effect);
                 }
+                None
+            }
+            Err(CommitError::Read(ReadError::Damaged { conversation: Some(conversation), .. }))
+                if batch.ops.iter().any(|op| conversation_of(op) == Some(conversation)) =>
+            {
+                self.without(conversation, batch)
             }
             Err(error) => {
-                let code = match error {
-                    CommitError::Full { .. } => RefusalCode::StorageFull,
-                    _ => RefusalCode::StorageUnavailable,
-                };
-                error!(shard = %self.id, %error, "a commit failed; its askers are refused");
-                self.directory.batch_failed();
-                let since = std::mem::take(&mut self.batch);
-                for effect in effects.into_iter().chain(since.effects) {
-                    refuse(effect, Refusal::new(code));
+                self.failed(batch, &error);
+                None
+            }
+        }
+    }
+
+    /// A batch could not be committed because a conversation is damaged: refuses everything about that one, and returns
+    /// the rest.
+    fn without(&mut self, conversation: ConversationId, mut batch: Batch) -> Option<Batch> {
+        self.tell_damaged(conversation, "writing to it");
+        let out = batch.take_out(conversation);
+        let since = self.batch.take_out(conversation);
+        self.directory.forget(conversation);
+        self.unload(conversation);
+        let refusal = Refusal { code: RefusalCode::StorageUnavailable, retry_after_ms: DAMAGED_WAIT_MS };
+        let questions: Vec<Command> =
+            out.into_iter().chain(since).filter_map(|effect| self.refuse(effect, refusal)).collect();
+        for question in questions {
+            self.handle(question);
+        }
+        if batch.is_empty() {
+            self.directory.batch_committed();
+            return None;
+        }
+        Some(batch)
+    }
+
+    /// A batch is void, and with it everything decided since.
+    fn failed(&mut self, batch: Batch, error: &CommitError) {
+        let failure = Failure::of(error);
+        if self.storage.failed(failure, Instant::now()) {
+            match failure {
+                Failure::Storage(_) => {
+                    error!(shard = %self.id, %error, "the log can't be written: writes are refused until it can, reads go on");
+                    self.metrics.storage_writable(self.id, false);
+                    self.fault.send_replace(Some(error.to_string()));
                 }
-                let loaded: Vec<_> = self.loaded.drain().collect();
-                for (conversation, loaded) in loaded {
-                    self.roster.unload(conversation, loaded.state.members());
+                Failure::Batch => {
+                    error!(shard = %self.id, %error, "a batch was refused by the log, and so are its askers")
                 }
             }
+        }
+        self.directory.batch_failed();
+        let since = std::mem::take(&mut self.batch);
+        for op in batch.ops.into_iter().chain(since.ops) {
+            match op {
+                // Cursors only move forward: they wait for another commit.
+                Op::Recv { user, device, conversation, seq } => {
+                    self.wait_received(user, device, conversation, seq);
+                }
+                Op::Read { conversation, user, seq } => self.wait_read(conversation, user, seq),
+                // The row stays, and is repaired when the log can be written again.
+                Op::LinkDone { .. } => {}
+                op => {
+                    if let Some(conversation) = conversation_of(&op) {
+                        self.unload(conversation);
+                    }
+                }
+            }
+        }
+        let refusal = Refusal::new(failure.code());
+        let questions: Vec<Command> = batch
+            .effects
+            .into_iter()
+            .chain(since.effects)
+            .filter_map(|effect| self.refuse(effect, refusal))
+            .collect();
+        for question in questions {
+            self.handle(question);
+        }
+    }
+
+    /// Refuses what was to follow a commit; a question comes back, to be asked again.
+    fn refuse(&self, effect: Effect, refusal: Refusal) -> Option<Command> {
+        match effect {
+            Effect::Settle(session, settled) => {
+                // What was to be refused for good is refused for now: that its number is used up is not on disk.
+                let (conversation, pseq) = match settled {
+                    Settled::Acked { conversation, pseq, .. }
+                    | Settled::Before { conversation, up_to: pseq, .. }
+                    | Settled::Refused(frame::SendRefused { conversation, pseq, .. }) => (conversation, pseq),
+                };
+                self.metrics.storage_refused(refusal.code.name());
+                session.settle(Settled::Refused(send_refused(conversation, pseq, refusal, pseq)));
+                None
+            }
+            Effect::Answer { give, .. } => {
+                let question = give(Err(refusal));
+                if question.is_none() {
+                    self.metrics.storage_refused(refusal.code.name());
+                }
+                question
+            }
+            Effect::Publish { .. } | Effect::Trimmed { .. } => None,
+        }
+    }
+
+    /// Whether something may be decided that has to be written.
+    fn writable(&self) -> Result<(), Refusal> {
+        let admitted = self.storage.admits(self.batch.ops.is_empty(), Instant::now());
+        admitted.inspect_err(|refusal| self.metrics.storage_refused(refusal.code.name()))
+    }
+
+    /// Finds out whether the log can be written again when nobody asks for it.
+    fn probe(&mut self) {
+        if !self.storage.wants_probe(Instant::now()) || !self.batch.ops.is_empty() {
+            return;
+        }
+        if let Some(conversation) = self.id.number(0).and_then(ConversationId::new) {
+            // Nothing is owed to the user without a number by the conversation without one: a commit that changes nothing.
+            self.batch.push(Op::LinkDone { conversation, user: UserId::default() });
+        }
+    }
+
+    fn unload(&mut self, conversation: ConversationId) {
+        if let Some(loaded) = self.loaded.remove(&conversation) {
+            self.roster.unload(conversation, loaded.state.members());
         }
     }
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
             Effect::Settle(session, settled) => {
+                if let Settled::Refused(refused) = &settled {
+                    self.metrics.send_refused(refused.code.name());
+                }
                 if let Settled::Acked { conversation, pseq, seq, .. } = settled {
                     debug_span!("ack", conversation = conversation.get())
                         .in_scope(|| debug!(%pseq, %seq, "committed"));
                 }
                 session.settle(settled);
             }
-            Effect::Answer(answer) => answer(Ok(())),
+            Effect::Answer { give, .. } => {
+                // On disk: there is nothing to ask again.
+                let _ = give(Ok(()));
+            }
+            Effect::Trimmed { conversation, low, count } => self.trimmed(conversation, low, count),
             Effect::Publish { conversation, record, joined, left } => {
+                if record.pseq != Pseq::ZERO {
+                    self.metrics.sends_accepted.inc();
+                }
                 for user in joined {
                     self.roster.join(conversation, user);
                 }
@@ -307,7 +491,8 @@ impl Shard {
 
     /// Puts cursors that wait into the batch: all of them when they are due, else only if there is room to spare.
     fn add_cursors(&mut self, due: bool) {
-        if !due && self.cursors.len() + self.reads.len() < CURSORS_WAITING_MAX {
+        let enough = self.cursors.len() + self.reads.len() >= CURSORS_WAITING_MAX;
+        if !(due || enough) || self.storage.admits(self.batch.ops.is_empty(), Instant::now()).is_err() {
             return;
         }
         for ((conversation, user), seq) in std::mem::take(&mut self.reads) {
@@ -339,55 +524,104 @@ impl Shard {
         let old: Vec<ConversationId> =
             self.loaded.iter().filter(|(_, loaded)| loaded.used < cutoff).map(|(id, _)| *id).collect();
         for conversation in old {
-            if let Some(loaded) = self.loaded.remove(&conversation) {
-                self.roster.unload(conversation, loaded.state.members());
-            }
+            self.unload(conversation);
         }
+    }
+
+    /// A received-cursor waits for a commit. While the log can't be written only so many do: the device's own is the
+    /// truth.
+    fn wait_received(&mut self, user: UserId, device: DeviceId, conversation: ConversationId, seq: Seq) {
+        let key = (user, device, conversation);
+        if self.cursors.len() >= CURSORS_WAITING_MAX && !self.cursors.contains_key(&key) {
+            return;
+        }
+        let known = self.cursors.entry(key).or_default();
+        *known = (*known).max(seq);
+        self.cursors_since.get_or_insert_with(Instant::now);
+    }
+
+    /// A read-cursor waits for a commit, within the same bound.
+    fn wait_read(&mut self, conversation: ConversationId, user: UserId, seq: Seq) {
+        let key = (conversation, user);
+        if self.reads.len() >= CURSORS_WAITING_MAX && !self.reads.contains_key(&key) {
+            return;
+        }
+        let known = self.reads.entry(key).or_default();
+        *known = (*known).max(seq);
+        self.cursors_since.get_or_insert_with(Instant::now);
     }
 
     fn handle(&mut self, command: Command) {
         match command {
             Command::Send { session, app, producer, send } => self.send(session, app, producer, &send),
             Command::Login(request, answer) => {
+                let before = self.batch.ops.len();
                 let result = self.login(&request);
-                self.answer_when_committed(answer, result);
+                let again = self.asks_only(before, move |answer| Command::Login(request, answer));
+                self.answer_when_committed(None, answer, result, again);
             }
             Command::User { app, name, create, answer } => {
+                let before = self.batch.ops.len();
                 let result = self.user(app, &name, create);
-                self.answer_when_committed(answer, result);
+                let again = self.asks_only(before, move |answer| Command::User { app, name, create, answer });
+                self.answer_when_committed(None, answer, result, again);
             }
             Command::Direct(request, answer) => {
-                let result = self.direct(request);
-                self.answer_when_committed(answer, result);
+                let before = self.batch.ops.len();
+                let result = self.direct(&request);
+                let about = result.as_ref().ok().map(|(conversation, _)| *conversation);
+                let again = self.asks_only(before, move |answer| Command::Direct(request, answer));
+                self.answer_when_committed(about, answer, result, again);
             }
             Command::GroupByName { app, name, answer } => {
                 let found = self.directory.conversation(app, ConversationClass::Group, &name);
                 let result = self
                     .read(found)
                     .and_then(|found| found.ok_or_else(|| RefusalCode::UnknownConversation.into()));
-                self.answer_when_committed(answer, result);
+                let again: Option<Again<_>> =
+                    Some(Box::new(move |answer| Command::GroupByName { app, name, answer }));
+                self.answer_when_committed(None, answer, result, again);
             }
             Command::Group(request, answer) => {
-                let result = self.group(request);
-                self.answer_when_committed(answer, result);
+                let before = self.batch.ops.len();
+                let result = self.group(&request);
+                let about = result.as_ref().ok().map(|(conversation, _)| *conversation);
+                let again = self.asks_only(before, move |answer| Command::Group(request, answer));
+                self.answer_when_committed(about, answer, result, again);
             }
             Command::Members(request, answer) => {
-                let result = self.members(request);
-                self.answer_when_committed(answer, result);
+                let (before, about) = (self.batch.ops.len(), request.conversation);
+                let result = self.members(&request);
+                let again = self.asks_only(before, move |answer| Command::Members(request, answer));
+                self.answer_when_committed(Some(about), answer, result, again);
             }
             Command::Find { app, conversation, producer, answer } => {
                 let result = self.find(app, conversation, producer);
-                self.answer_when_committed(answer, result);
+                let again: Option<Again<_>> =
+                    Some(Box::new(move |answer| Command::Find { app, conversation, producer, answer }));
+                self.answer_when_committed(Some(conversation), answer, result, again);
             }
             Command::Link(link, answer) => {
-                self.batch.push(Op::Listed {
-                    user: link.user,
-                    conversation: link.conversation,
-                    row: link.listed,
-                });
-                self.answer_when_committed(answer, Ok(()));
+                let result = self.writable();
+                if result.is_ok() {
+                    self.batch.push(Op::Listed {
+                        user: link.user,
+                        conversation: link.conversation,
+                        row: link.listed,
+                    });
+                }
+                self.answer_when_committed(None, answer, result, None);
             }
-            Command::LinkDone { conversation, user } => self.batch.push(Op::LinkDone { conversation, user }),
+            Command::LinkDone { conversation, user } => {
+                // If not now, then by the repair when the log can be written again.
+                if self.writable().is_ok() {
+                    self.batch.push(Op::LinkDone { conversation, user });
+                }
+            }
+            Command::Trim { conversation, low, count, answer } => {
+                let result = self.trim(conversation, low, count);
+                self.answer_when_committed(Some(conversation), answer, result, None);
+            }
             Command::Arrive(session, answer) => {
                 self.arrive(&session);
                 let _ = answer.send(());
@@ -398,10 +632,8 @@ impl Shard {
                     if !self.keeps_cursor(user, device, conversation) {
                         continue;
                     }
-                    let known = self.cursors.entry((user, device, conversation)).or_default();
-                    *known = (*known).max(seq);
+                    self.wait_received(user, device, conversation, seq);
                 }
-                self.cursors_since.get_or_insert_with(Instant::now);
                 if self.cursors.len() >= CURSORS_WAITING_MAX {
                     self.add_cursors(true);
                 }
@@ -422,32 +654,77 @@ impl Shard {
                 let _ = answer.send(here);
             }
             Command::Flush(answer) => {
+                let result = self.writable();
                 self.add_cursors(true);
-                self.answer_when_committed(answer, Ok(()));
+                self.answer_when_committed(None, answer, result, None);
             }
         }
     }
 
-    /// Refusals are told at once, results after the commit they rest on.
-    fn answer_when_committed<T: Send + 'static>(&mut self, answer: Answer<T>, result: Result<T, Refusal>) {
+    /// The way to ask again, for a command that has put nothing into the batch since it held `before` operations.
+    fn asks_only<T>(
+        &self,
+        before: usize,
+        again: impl FnOnce(Answer<T>) -> Command + Send + 'static,
+    ) -> Option<Again<T>> {
+        if self.batch.ops.len() == before { Some(Box::new(again)) } else { None }
+    }
+
+    /// Refusals are told at once, results after the commit they rest on. When that fails, `again` asks once more.
+    fn answer_when_committed<T: Send + 'static>(
+        &mut self,
+        about: Option<ConversationId>,
+        answer: Answer<T>,
+        result: Result<T, Refusal>,
+        again: Option<Again<T>>,
+    ) {
         match result {
             Err(refusal) => {
                 let _ = answer.send(Err(refusal));
             }
-            Ok(value) => self.batch.answer(move |committed| {
-                let _ = answer.send(committed.map(|()| value));
-            }),
+            Ok(value) => {
+                let give = move |committed: Result<(), Refusal>| match (committed, again) {
+                    (Err(_), Some(again)) => Some(again(answer)),
+                    (committed, _) => {
+                        let _ = answer.send(committed.map(|()| value));
+                        None
+                    }
+                };
+                self.batch.answer(about, Box::new(give));
+            }
         }
     }
 
-    fn read<T>(&self, result: Result<T, ReadError>) -> Result<T, Refusal> {
-        result.map_err(|error| {
-            error!(shard = %self.id, %error, "reading the log failed");
-            Refusal::new(match error {
-                ReadError::Damaged { .. } => RefusalCode::Damaged,
-                _ => RefusalCode::StorageUnavailable,
-            })
+    fn read<T>(&mut self, result: Result<T, ReadError>) -> Result<T, Refusal> {
+        result.map_err(|error| match error {
+            ReadError::Damaged { conversation, .. } => {
+                match conversation {
+                    Some(conversation) => self.tell_damaged(conversation, &error.to_string()),
+                    None => self.tell_unreadable(&error),
+                }
+                RefusalCode::Damaged.into()
+            }
+            error => {
+                self.tell_unreadable(&error);
+                RefusalCode::StorageUnavailable.into()
+            }
         })
+    }
+
+    /// Logs once per conversation that it is damaged.
+    fn tell_damaged(&mut self, conversation: ConversationId, what: &str) {
+        self.metrics.damaged_reads.inc();
+        if self.damaged_told.len() < DAMAGED_TOLD_MAX && self.damaged_told.insert(conversation) {
+            error!(shard = %self.id, %conversation, what, "a conversation is damaged and refused; the others go on");
+        }
+    }
+
+    /// Logs now and then that the engine can't read.
+    fn tell_unreadable(&mut self, error: &ReadError) {
+        if self.unreadable_told.is_none_or(|at| at.elapsed() >= UNREADABLE_TOLD_EVERY) {
+            self.unreadable_told = Some(Instant::now());
+            error!(shard = %self.id, %error, "reading the log failed");
+        }
     }
 
     /// The conversation, loaded, if it is one of `app`.
@@ -457,27 +734,34 @@ impl Shard {
             if conversation.shard() != self.id {
                 return Err(RefusalCode::UnknownConversation.into());
             }
-            let meta = self.read(self.reader.meta(conversation))?.ok_or(RefusalCode::UnknownConversation)?;
+            let meta = self.reader.meta(conversation);
+            let meta = self.read(meta)?.ok_or(RefusalCode::UnknownConversation)?;
             if meta.app != app {
                 return Err(RefusalCode::UnknownConversation.into());
             }
-            let head = self.read(self.reader.head(conversation))?.unwrap_or_default();
+            let head = self.reader.head(conversation);
+            let head = self.read(head)?.unwrap_or_default();
             let mut members = Vec::new();
             let mut after = None;
             loop {
-                let page = self.read(self.reader.members(conversation, after, 4_096))?;
+                let page = self.reader.members(conversation, after, 4_096);
+                let page = self.read(page)?;
                 let Some((last, _)) = page.last() else { break };
                 after = Some(*last);
                 members.extend(page);
             }
             let small = members.len() <= self.limits.receipts_members_max;
+            let reads = if small {
+                let reads = self.reader.read_cursors(conversation, None, self.limits.receipts_members_max);
+                self.read(reads)?
+            } else {
+                Vec::new()
+            };
+            // Nothing can fail from here on: what is in the roster is loaded.
             self.roster.load(conversation, members.iter().map(|(user, _)| *user));
             let mut state = State::load(conversation, meta, head, members);
-            if small {
-                let reads = self.reader.read_cursors(conversation, None, self.limits.receipts_members_max);
-                for (user, read) in self.read(reads)? {
-                    state.restore_progress(user, Progress { recv: read, read });
-                }
+            for (user, read) in reads {
+                state.restore_progress(user, Progress { recv: read, read });
             }
             let ring = Arc::new(Ring::new(self.limits.ring));
             self.loaded.insert(conversation, Loaded { state, ring, used: self.tick });
@@ -495,11 +779,11 @@ impl Shard {
     fn send(&mut self, session: Arc<Owed>, app: AppId, producer: Producer, send: &frame::Send) {
         let (conversation, pseq) = (send.conversation, send.pseq);
         let _span = debug_span!("append", conversation = conversation.get()).entered();
-        let verdict = self.decide(app, producer, send);
+        let closed = self.storage.admits(self.batch.ops.is_empty(), Instant::now());
+        let verdict = self.decide(app, producer, send, closed.err().map(|refusal| refusal.code));
         let now = unix_now();
         match verdict {
             Ok(Verdict::Append(record)) => {
-                self.metrics.sends_accepted.inc();
                 debug!(%pseq, seq = %record.seq, "appended");
                 self.batch.push(Op::Append { conversation, record: record.clone() });
                 self.batch.acked(session, conversation, pseq, record.seq, record.time);
@@ -522,33 +806,53 @@ impl Shard {
                 }
             }
             Ok(Verdict::Consumed { code, op }) => {
-                self.metrics.send_refused(code.name());
                 self.batch.push(op);
                 self.batch.refused(session, conversation, pseq, code.into(), pseq.saturating_add(1));
             }
             Ok(Verdict::Early { expected }) => {
-                self.metrics.send_refused(RefusalCode::OutOfOrder.name());
                 self.batch.refused(session, conversation, pseq, RefusalCode::OutOfOrder.into(), expected);
             }
             Ok(Verdict::Refused { code, expected }) => {
-                self.metrics.send_refused(code.name());
-                self.batch.refused(session, conversation, pseq, code.into(), expected);
+                // Because the log can't be written: that says how long to wait as well.
+                let refusal = closed.err().filter(|closed| closed.code == code);
+                if refusal.is_some() {
+                    self.metrics.storage_refused(code.name());
+                }
+                let refusal = refusal.unwrap_or(code.into());
+                self.batch.refused(session, conversation, pseq, refusal, expected);
             }
             Err(refusal) => {
-                self.metrics.send_refused(refusal.code.name());
+                // Nothing was decided, so nothing may be final: the number is not used up. What is damaged can be
+                // repaired.
+                let refusal = if refusal.code == RefusalCode::Damaged {
+                    Refusal { code: RefusalCode::StorageUnavailable, retry_after_ms: DAMAGED_WAIT_MS }
+                } else {
+                    refusal
+                };
                 self.batch.refused(session, conversation, pseq, refusal, pseq);
             }
         }
     }
 
-    fn decide(&mut self, app: AppId, producer: Producer, send: &frame::Send) -> Result<Verdict, Refusal> {
+    fn decide(
+        &mut self,
+        app: AppId,
+        producer: Producer,
+        send: &frame::Send,
+        closed: Option<RefusalCode>,
+    ) -> Result<Verdict, Refusal> {
         self.load(app, send.conversation)?;
         let referred = match send.reference {
             Some(seq) if seq != Seq::ZERO => {
                 let found = self.reader.record(send.conversation, seq);
-                self.read(found)?
+                match self.read(found) {
+                    Ok(found) => Ok(found),
+                    // Only this send wants that record: it is refused for good, and what follows goes on.
+                    Err(refusal) if refusal.code == RefusalCode::Damaged => Err(RefusalCode::Damaged),
+                    Err(refusal) => return Err(refusal),
+                }
             }
-            _ => None,
+            _ => Ok(None),
         };
         let Self { loaded, reader, .. } = self;
         let loaded = loaded.get_mut(&send.conversation).ok_or(RefusalCode::UnknownConversation)?;
@@ -557,7 +861,8 @@ impl Shard {
             let lane = lane.map_err(|_| Refusal::new(RefusalCode::StorageUnavailable))?;
             loaded.state.restore_lane(producer.user, producer.device, lane);
         }
-        Ok(loaded.state.send(producer, send, referred.as_ref(), unix_now()))
+        let referred = referred.as_ref().map(Option::as_ref).map_err(|code| *code);
+        Ok(loaded.state.send(producer, send, referred, closed, unix_now()))
     }
 
     fn login(&mut self, request: &LoginRequest) -> Result<LoggedIn, Refusal> {
@@ -565,10 +870,12 @@ impl Shard {
         let user = self.user(request.app, &request.name, true)?;
         let known = self.directory.device(user, request.uid);
         let known = self.read(known)?;
-        let class_epoch = self.read(self.reader.class_epoch(user, request.class))?;
+        let class_epoch = self.reader.class_epoch(user, request.class);
+        let class_epoch = self.read(class_epoch)?;
         let (device, mut row, fresh) = match known {
             Some((device, row)) => (device, row, row.epoch != request.epoch),
             None => {
+                self.writable()?;
                 let next = self.directory.next_device(user);
                 let device = self.read(next)?.ok_or(RefusalCode::StorageFull)?;
                 let row = Device {
@@ -582,10 +889,12 @@ impl Shard {
             }
         };
         if fresh {
+            self.writable()?;
             row.epoch = row.epoch.saturating_add(1);
         }
-        // A device that comes back writes nothing, but for an hourly note of when it was seen.
-        if fresh || row.class != request.class || now.get().saturating_sub(row.seen.get()) > 3_600_000 {
+        // A device that comes back writes nothing, but for an hourly note of when it was seen, which can wait.
+        let note = row.class != request.class || now.get().saturating_sub(row.seen.get()) > 3_600_000;
+        if fresh || (note && !self.storage.is_failing()) {
             row.seen = now;
             row.class = request.class;
             self.directory.put_device(user, device, row);
@@ -595,7 +904,8 @@ impl Shard {
         if !fresh {
             let mut after = None;
             loop {
-                let page = self.read(self.reader.recv_cursors(user, device, after, 4_096))?;
+                let page = self.reader.recv_cursors(user, device, after, 4_096);
+                let page = self.read(page)?;
                 let Some((last, _)) = page.last() else { break };
                 after = Some(*last);
                 cursors.extend(page);
@@ -619,27 +929,28 @@ impl Shard {
         if !create {
             return Err(RefusalCode::UnknownUser.into());
         }
+        self.writable()?;
         let row = User { app, name: name.to_owned(), created: unix_now() };
         let user = self.directory.name_user(&row).ok_or(RefusalCode::StorageFull)?;
         self.batch.push(Op::NameUser { user, row });
         Ok(user)
     }
 
-    fn direct(&mut self, request: DirectRequest) -> Result<(ConversationId, Vec<PendingLink>), Refusal> {
+    fn direct(&mut self, request: &DirectRequest) -> Result<(ConversationId, Vec<PendingLink>), Refusal> {
         let name = state::direct_name(request.user.0, request.peer.0);
         let found = self.directory.conversation(request.app, ConversationClass::Direct, &name);
         if let Some(found) = self.read(found)? {
             return Ok((found, Vec::new()));
         }
         let owner = request.user.0;
-        let mut members = vec![request.user];
+        let mut members = vec![request.user.clone()];
         if request.peer.0 != owner {
-            members.push(request.peer);
+            members.push(request.peer.clone());
         }
         self.create(request.app, ConversationClass::Direct, name, owner, &members)
     }
 
-    fn group(&mut self, request: GroupRequest) -> Result<(ConversationId, Vec<PendingLink>), Refusal> {
+    fn group(&mut self, request: &GroupRequest) -> Result<(ConversationId, Vec<PendingLink>), Refusal> {
         let found = self.directory.conversation(request.app, ConversationClass::Group, &request.name);
         let owner = request.owner.0;
         if let Some(found) = self.read(found)? {
@@ -647,13 +958,13 @@ impl Shard {
             let mine = loaded.state.meta().creator == owner;
             return if mine { Ok((found, Vec::new())) } else { Err(RefusalCode::NameTaken.into()) };
         }
-        let mut members = vec![request.owner];
-        for member in request.members {
+        let mut members = vec![request.owner.clone()];
+        for member in &request.members {
             if !members.iter().any(|(user, _)| *user == member.0) {
-                members.push(member);
+                members.push(member.clone());
             }
         }
-        self.create(request.app, ConversationClass::Group, request.name, owner, &members)
+        self.create(request.app, ConversationClass::Group, request.name.clone(), owner, &members)
     }
 
     fn create(
@@ -664,6 +975,7 @@ impl Shard {
         owner: UserId,
         members: &[(UserId, String)],
     ) -> Result<(ConversationId, Vec<PendingLink>), Refusal> {
+        self.writable()?;
         let now = unix_now();
         let meta = state::meta(app, class, name, owner, now);
         let id = self.directory.name_conversation(&meta).ok_or(RefusalCode::StorageFull)?;
@@ -682,8 +994,9 @@ impl Shard {
         links
     }
 
-    fn members(&mut self, request: MembersRequest) -> Result<(u32, Seq, Vec<PendingLink>), Refusal> {
+    fn members(&mut self, request: &MembersRequest) -> Result<(u32, Seq, Vec<PendingLink>), Refusal> {
         let members_max = self.limits.members_max;
+        self.writable()?;
         let loaded = self.load(request.app, request.conversation)?;
         let change =
             loaded.state.change(request.by, &request.add, &request.remove, members_max, unix_now())?;
@@ -701,9 +1014,11 @@ impl Shard {
     ) -> Result<Found, Refusal> {
         let member = self.load(app, conversation)?.state.member(producer.user).copied();
         let member = member.ok_or(RefusalCode::UnknownConversation)?;
-        let on_disk = self.read(self.reader.read_cursor(conversation, producer.user))?;
+        let on_disk = self.reader.read_cursor(conversation, producer.user);
+        let on_disk = self.read(on_disk)?;
         let waiting = self.reads.get(&(conversation, producer.user)).copied().unwrap_or_default();
-        let lane = self.read(self.reader.lane(conversation, producer.user, producer.device))?;
+        let lane = self.reader.lane(conversation, producer.user, producer.device);
+        let lane = self.read(lane)?;
         let receipts_members_max = self.limits.receipts_members_max;
         let loaded = self.load(app, conversation)?;
         loaded.state.restore_lane(producer.user, producer.device, lane);
@@ -721,6 +1036,33 @@ impl Shard {
             read: on_disk.max(waiting),
             last_pseq: loaded.state.last_pseq(producer),
         })
+    }
+
+    fn trim(&mut self, conversation: ConversationId, low: Seq, count: u64) -> Result<u64, Refusal> {
+        let head = self.reader.head(conversation);
+        let head = self.read(head)?.ok_or(RefusalCode::UnknownConversation)?;
+        let low = low.min(head.seq);
+        if low <= head.low {
+            return Ok(0);
+        }
+        self.writable()?;
+        self.batch.push(Op::Low { conversation, low, count });
+        self.batch.effects.push(Effect::Trimmed { conversation, low, count });
+        Ok(low.since(head.low))
+    }
+
+    /// Tells the members who are here where their conversation begins now. Who is not here, or whose conversation is not
+    /// loaded, learns it when it asks for anything of it.
+    fn trimmed(&mut self, conversation: ConversationId, low: Seq, count: u64) {
+        let Some(loaded) = self.loaded.get_mut(&conversation) else { return };
+        loaded.state.trimmed(low, count);
+        // What is on disk: the state may be ahead of it.
+        let Ok(Some(head)) = self.reader.head(conversation) else { return };
+        for session in self.roster.present(conversation) {
+            let Some(member) = loaded.state.member(session.user) else { continue };
+            let low = head.low.saturating_add(1).max(member.joined);
+            session.trimmed(frame::Head { conversation, head: head.seq, count: head.count, low });
+        }
     }
 
     fn arrive(&mut self, session: &Arc<Owed>) {
@@ -751,9 +1093,7 @@ impl Shard {
             return;
         }
         let read = read.min(loaded.state.head().seq);
-        let known = self.reads.entry((conversation, user)).or_default();
-        *known = (*known).max(read);
-        self.cursors_since.get_or_insert_with(Instant::now);
+        self.wait_read(conversation, user, read);
         self.progressed(conversation, user, Seq::ZERO, read);
     }
 
@@ -784,31 +1124,11 @@ impl Shard {
     }
 }
 
-fn refuse(effect: Effect, refusal: Refusal) {
-    match effect {
-        Effect::Settle(
-            session,
-            Settled::Acked { conversation, pseq, .. } | Settled::Before { conversation, up_to: pseq, .. },
-        ) => {
-            session.settle(Settled::Refused(send_refused(conversation, pseq, refusal, pseq)));
-        }
-        Effect::Settle(session, Settled::Refused(refused)) => {
-            // It was to be told after a commit that failed: what it rests on is not on disk.
-            let expected: Pseq = refused.pseq;
-            session.settle(Settled::Refused(send_refused(
-                refused.conversation,
-                refused.pseq,
-                refusal,
-                expected,
-            )));
-        }
-        Effect::Answer(answer) => answer(Err(refusal)),
-        Effect::Publish { .. } => {}
-    }
-}
+/// Asks again what was asked in a batch that failed.
+type Again<T> = Box<dyn FnOnce(Answer<T>) -> Command + Send>;
 
-/// Repairs what a crash left half done: users' lists that don't follow their conversations yet. Runs until everything
-/// owed at the start is done; a link whose shard is busy is tried again.
+/// Repairs what a crash or a failing log left half done: users' lists that don't follow their conversations yet. Looks
+/// at everything that is owed once.
 pub async fn repair_links(shards: &[ShardHandle], route: super::route::Route) {
     for shard in shards {
         let mut after = None;

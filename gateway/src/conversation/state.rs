@@ -1,8 +1,8 @@
 //! What a shard knows of one loaded conversation, and every decision about it. Pure: the clock is an argument, records
 //! that are referred to are looked up by the caller.
 //!
-//! - `head` runs ahead of the disk by what is in the shard's uncommitted batches; when a commit fails the whole
-//!   state is thrown away and loaded again.
+//! - `head` runs ahead of the disk by what is in the shard's uncommitted batches; when one fails the whole state is
+//!   thrown away and loaded again. While the log can't be written nothing is decided, so nothing runs ahead.
 //! - Seqs are contiguous, times never go back, `count` counts what a person would count as unread.
 //! - A refusal by policy uses its pseq up, so that it can't block what follows.
 
@@ -185,12 +185,15 @@ impl State {
         }
     }
 
-    /// Decides a send. `referred` is the record `send.reference` names, if it names one and there is one.
+    /// Decides a send. `referred` is the record `send.reference` names, if it names one and there is one, or why it
+    /// can't be had. `closed`: the log can't be written now, and this is why; what was settled before is told all the
+    /// same.
     pub fn send(
         &mut self,
         producer: Producer,
         send: &frame::Send,
-        referred: Option<&Record>,
+        referred: Result<Option<&Record>, RefusalCode>,
+        closed: Option<RefusalCode>,
         now: UnixMillis,
     ) -> Verdict {
         let key = (producer.user, producer.device);
@@ -198,7 +201,11 @@ impl State {
         let lane = self.lanes.entry(key).or_insert_with(|| Lane::new(producer.epoch));
         let expected = lane.last().saturating_add(1);
         match lane.offer(producer.epoch, send.pseq, print) {
-            Decision::Append => {}
+            Decision::Append => {
+                if let Some(code) = closed {
+                    return Verdict::Refused { code, expected: send.pseq };
+                }
+            }
             Decision::Again { seq } => return Verdict::Again(seq),
             Decision::Early { expected } => return Verdict::Early { expected },
             Decision::Conflict => return Verdict::Refused { code: RefusalCode::Conflict, expected },
@@ -250,7 +257,12 @@ impl State {
         Verdict::Append(record)
     }
 
-    fn permit(&self, user: UserId, send: &frame::Send, referred: Option<&Record>) -> Result<(), RefusalCode> {
+    fn permit(
+        &self,
+        user: UserId,
+        send: &frame::Send,
+        referred: Result<Option<&Record>, RefusalCode>,
+    ) -> Result<(), RefusalCode> {
         let member = self.members.get(&user).ok_or(RefusalCode::NotAMember)?;
         if send.cancel {
             return Err(RefusalCode::Cancelled);
@@ -262,7 +274,7 @@ impl State {
             return Err(RefusalCode::UnknownReference);
         }
         if send.reference.is_some() {
-            let referred = referred.ok_or(RefusalCode::UnknownReference)?;
+            let referred = referred?.ok_or(RefusalCode::UnknownReference)?;
             let own = referred.sender == user;
             match send.kind {
                 frame::RecordKind::Edit if !own => return Err(RefusalCode::NotAllowed),
@@ -388,6 +400,14 @@ impl State {
         self.head.seq = record.seq;
         self.head.count = record.count;
         self.head.time = record.time;
+    }
+
+    /// Records up to and including `low` are gone from the log. Never moves back.
+    pub fn trimmed(&mut self, low: Seq, count: u64) {
+        if low > self.head.low {
+            self.head.low = low;
+            self.head.low_count = count;
+        }
     }
 
     /// What is known of a member's progress before anything is reported of it.

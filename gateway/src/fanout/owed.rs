@@ -382,6 +382,20 @@ impl Owed {
         self.control.notify_one();
     }
 
+    /// Retention took the oldest records of a conversation: the client is told where it begins now.
+    pub fn trimmed(&self, head: Head) {
+        let mut inner = self.lock();
+        let told = inner.heads.entry(head.conversation).or_insert(head);
+        *told = Head {
+            conversation: head.conversation,
+            head: told.head.max(head.head),
+            count: told.count.max(head.count),
+            low: told.low.max(head.low),
+        };
+        drop(inner);
+        self.control.notify_one();
+    }
+
     /// A member has come further.
     pub fn receipt(&self, receipt: Receipt) {
         let mut inner = self.lock();

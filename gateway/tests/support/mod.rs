@@ -19,6 +19,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use fulmar_gateway::{
     config::Config,
+    conversation::shard::CommitLog,
     data_folder::DataFolder,
     drain::{self, Cause, DrainTrigger},
     gateway::Gateway,
@@ -29,11 +30,16 @@ use fulmar_protocol::{
         AuthProof, Channel, Decoder, Deliver, Error as ErrorFrame, Frame, NetworkHint, OpenTarget, Opened,
         RecordKind, Reply, Send as SendFrame, SendRefused, StreamHeader, Welcome,
     },
-    id::{ConversationId, DeviceClass, DeviceUid, Pseq, Seq, UnixMillis},
+    id::{ConversationId, DeviceClass, DeviceUid, Pseq, Seq, ShardId, UnixMillis},
     session::client::{Client as Half, ClientConfig, Output, Restored},
     version::ALPN,
 };
-use tokio::{sync::mpsc, task::JoinHandle};
+use fulmar_store::ShardWriter;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    sync::mpsc,
+    task::JoinHandle,
+};
 
 pub const SERVER_NAME: &str = "localhost";
 
@@ -64,6 +70,7 @@ pub fn token(folder: &Path, user: &str) -> String {
 /// A gateway that runs in this process.
 pub struct Running {
     pub address: SocketAddr,
+    pub http: Option<SocketAddr>,
     pub folder: PathBuf,
     trigger: DrainTrigger,
     task: JoinHandle<anyhow::Result<()>>,
@@ -71,12 +78,39 @@ pub struct Running {
 
 impl Running {
     pub async fn start(config: Config) -> Self {
+        Self::start_with(config, |_, writer| writer).await
+    }
+
+    /// With something between the shards and their logs.
+    pub async fn start_with<W: CommitLog>(config: Config, wrap: impl Fn(ShardId, ShardWriter) -> W) -> Self {
         let folder = config.data.path.clone();
-        let gateway = Gateway::start(config).await.unwrap();
+        let gateway = Gateway::start_with(config, wrap).await.unwrap();
         let address = gateway.address().unwrap();
+        let http = gateway.http_address();
         let (trigger, drain) = drain::drain(Duration::from_secs(5));
         let task = tokio::spawn(gateway.run(drain));
-        Self { address, folder, trigger, task }
+        Self { address, http, folder, trigger, task }
+    }
+
+    /// A page of the operator's: its status, and what it says.
+    pub async fn page(&self, path: &str) -> (u16, String) {
+        let mut stream = tokio::net::TcpStream::connect(self.http.expect("the pages are on")).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    }
+
+    /// The sum of a metric over its labels.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let (_, text) = self.page("/metrics").await;
+        let values = text.lines().filter_map(|line| {
+            let (key, value) = line.rsplit_once(' ')?;
+            (key.split('{').next() == Some(name)).then(|| value.parse::<f64>().unwrap())
+        });
+        values.sum()
     }
 
     pub fn drain(&self) {
