@@ -29,16 +29,18 @@ use crate::{
 };
 
 mod layout;
-
+mod merge;
 mod reader;
-
 #[cfg(test)]
 mod tests;
+mod verify;
 mod writer;
 
-#[allow(unused_imports, reason = "nothing calls them yet")]
+#[allow(unused_imports, reason = "the shard is being moved onto segments")]
 pub(crate) use self::{
+    merge::{Change, Changes, Merge, MergeError, Step, changes},
     reader::{Records, Row, Rows, Runs, Segment, records},
+    verify::{Progress, Verifier},
     writer::SegmentWriter,
 };
 

@@ -38,18 +38,15 @@ impl Segment {
     /// The file can't be read, is another one, or is not whole.
     pub(crate) fn open(files: &dyn Files, shard: ShardId, id: u64) -> Result<Self, SegmentError> {
         let file = files.open(&name(id))?;
-        let length = file.len()?;
-        let footer_at = length
-            .checked_sub(FOOTER_BYTES as u64)
-            .filter(|at| *at >= HEADER_BYTES as u64)
-            .ok_or(Malformed("segment length"))?;
-        let mut header = [0; HEADER_BYTES];
-        file.read_exact_at(&mut header, 0)?;
-        let seed = layout::check_header(&header, shard, id)?;
-        let mut footer = [0; FOOTER_BYTES];
-        file.read_exact_at(&mut footer, footer_at)?;
-        let footer = Footer::decode(&footer, seed, shard, id, length)?;
+        let (footer, seed) = read_ends(file.as_ref(), shard, id)?;
         Ok(Self { file, footer, seed })
+    }
+
+    /// Reads header and footer again; they must say what they said.
+    pub(super) fn check_ends(&self) -> Result<(), SegmentError> {
+        let said = &self.footer.summary;
+        let ends = read_ends(self.file.as_ref(), said.shard, said.id)?;
+        if ends == (self.footer, self.seed) { Ok(()) } else { Err(Malformed("segment footer").into()) }
     }
 
     pub(crate) fn summary(&self) -> &Summary {
@@ -102,10 +99,6 @@ impl Segment {
         }
     }
 
-    pub(super) fn verifier_parts(&self) -> (Runs, Rows) {
-        (self.runs(), self.rows())
-    }
-
     /// Callers bound `length`.
     fn read(&self, at: u64, length: usize) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; length];
@@ -131,6 +124,21 @@ impl Segment {
         header.check(&body, self.seed, at)?;
         Ok((Body { bytes: body, at: 0, left: header.entries }, at + length as u64))
     }
+}
+
+/// Verifies header, footer and length of the file. Returns the footer and the seed of all checksums.
+fn read_ends(file: &dyn ReadAt, shard: ShardId, id: u64) -> Result<(Footer, u32), SegmentError> {
+    let length = file.len()?;
+    let footer_at = length
+        .checked_sub(FOOTER_BYTES as u64)
+        .filter(|at| *at >= HEADER_BYTES as u64)
+        .ok_or(Malformed("segment length"))?;
+    let mut header = [0; HEADER_BYTES];
+    file.read_exact_at(&mut header, 0)?;
+    let seed = layout::check_header(&header, shard, id)?;
+    let mut footer = [0; FOOTER_BYTES];
+    file.read_exact_at(&mut footer, footer_at)?;
+    Ok((Footer::decode(&footer, seed, shard, id, length)?, seed))
 }
 
 /// What is left of a block's entries.
@@ -191,6 +199,12 @@ pub(crate) struct Runs {
 }
 
 impl Runs {
+    /// Bytes of memory it holds.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.directory.bytes.len() + self.index.bytes.len()
+    }
+
     fn step(&mut self) -> Result<Option<Run>, SegmentError> {
         loop {
             let before = if self.in_block { self.previous.as_ref() } else { None };
@@ -300,6 +314,12 @@ pub(crate) struct Rows {
 }
 
 impl Rows {
+    /// Bytes of memory it holds; the last key can be of the block before.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        2 * self.block.bytes.len()
+    }
+
     fn step(&mut self) -> Result<Option<Row>, SegmentError> {
         let footer = &self.segment.footer;
         let row = loop {
@@ -374,6 +394,12 @@ pub(crate) struct Records {
 }
 
 impl Records {
+    /// Bytes of memory it holds.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.bytes.len()
+    }
+
     fn step(&mut self) -> Result<Option<(Record, Bytes)>, Malformed> {
         loop {
             if self.taken == self.run.count {

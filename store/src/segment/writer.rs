@@ -92,6 +92,8 @@ pub(crate) struct SegmentWriter {
     /// Table and key of the last row.
     last_row: Option<(u8, Vec<u8>)>,
     counts: Counts,
+    /// Bytes of a body at most; [`BODY_BYTES`] outside of tests.
+    body_bytes: usize,
 }
 
 #[derive(Debug, Default)]
@@ -132,7 +134,22 @@ impl SegmentWriter {
             rows: Block::default(),
             last_row: None,
             counts: Counts::default(),
+            body_bytes: BODY_BYTES,
         })
+    }
+
+    /// Smaller blocks, so that small segments have many.
+    #[cfg(test)]
+    pub(super) fn with_bodies_of(mut self, bytes: usize) -> Self {
+        self.body_bytes = bytes.min(BODY_BYTES);
+        self
+    }
+
+    /// Bytes of memory it holds.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        let groups = self.groups.capacity() * size_of::<Group>();
+        self.out.buffer.capacity() + self.index.body.capacity() + self.rows.body.capacity() + groups
     }
 
     /// Appends one record as `Record::encode` wrote it. Runs are cut here.
@@ -204,7 +221,11 @@ impl SegmentWriter {
         self.index.entries += 1;
         self.indexed = Some(run);
         self.counts.newest = self.counts.newest.max(run.newest);
-        if self.index.body.len() + INDEX_ENTRY_BYTES_MAX > BODY_BYTES { self.end_group() } else { Ok(()) }
+        if self.index.body.len() + INDEX_ENTRY_BYTES_MAX > self.body_bytes {
+            self.end_group()
+        } else {
+            Ok(())
+        }
     }
 
     /// Writes the index of the runs since the last one, if there are any.
@@ -242,7 +263,8 @@ impl SegmentWriter {
             return Err(refused("a row out of order"));
         }
         self.end_records()?;
-        if self.rows.entries > 0 && self.rows.body.len() + bytes + layout::ROW_ENTRY_OVERHEAD_MAX > BODY_BYTES
+        if self.rows.entries > 0
+            && self.rows.body.len() + bytes + layout::ROW_ENTRY_OVERHEAD_MAX > self.body_bytes
         {
             write_block(&mut self.out, &mut self.rows, Kind::Rows, self.seed)?;
         }
@@ -276,7 +298,7 @@ impl SegmentWriter {
         let directory_at = self.out.at;
         let mut directory = Block::default();
         for group in &self.groups {
-            if directory.body.len() + DIRECTORY_ENTRY_BYTES_MAX > BODY_BYTES {
+            if directory.entries > 0 && directory.body.len() + DIRECTORY_ENTRY_BYTES_MAX > self.body_bytes {
                 write_block(&mut self.out, &mut directory, Kind::Directory, self.seed)?;
             }
             layout::put_group(&mut directory.body, *group);
