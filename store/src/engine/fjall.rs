@@ -13,7 +13,8 @@
 //!   looks whether the worker lives.
 //! - One worker per database: the first of several spins on the processor while another one compacts.
 //! - A panic becomes an error of the call that met it. fjall may abort the process if it panics while it opens damaged files
-//!   (it panics again when it drops a poisoned lock); openings that never ended are counted, and the third is refused.
+//!   (it panics again when it drops a poisoned lock); openings that never ended are counted, and after five in a
+//!   row the next is refused.
 //!
 //! Not here: any promise about several writes at once.
 
@@ -45,7 +46,7 @@ const NEW: &str = "new";
 
 /// One byte per opening that has not ended; after this many the next is refused.
 const OPENING: &str = "opening";
-const OPENINGS_MAX: u64 = 2;
+const OPENINGS_MAX: u64 = 5;
 
 /// The keyspace all rows lie in.
 const ROWS: &str = "rows";
@@ -123,7 +124,7 @@ impl Fjall {
     }
 
     fn open_made(home: PathBuf, cache_bytes: u64, durability: Durability) -> Result<Self, EngineError> {
-        remove_leftovers(&home)?;
+        inspect(&home)?;
         let (database, rows) = guarded(|| {
             let database = builder(&home, cache_bytes).open()?;
             // fjall drops a keyspace whose files are not whole without a word; asked for it, it would make an empty one.
@@ -340,8 +341,10 @@ fn sync_all(folder: &Path) -> std::io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
-/// Removes the files that a process left when it was killed while it replaced `current`. fjall never does.
-fn remove_leftovers(home: &Path) -> std::io::Result<()> {
+/// Looks at the keyspaces before fjall does: removes what a process left when it was killed while it replaced `current`
+/// (fjall never does), and compares the list of tables that `current` names with its checksum (fjall does not, and of all
+/// damage this is what it panics about).
+fn inspect(home: &Path) -> Result<(), EngineError> {
     for keyspace in std::fs::read_dir(home.join("keyspaces"))? {
         let keyspace = keyspace?;
         if !keyspace.file_type()?.is_dir() {
@@ -354,8 +357,23 @@ fn remove_leftovers(home: &Path) -> std::io::Result<()> {
                 std::fs::remove_file(entry.path())?;
             }
         }
+        if !is_current_whole(&keyspace.path())? {
+            return Err(EngineError::Failed(format!(
+                "the list of tables of {} is damaged",
+                keyspace.path().display()
+            )));
+        }
     }
     Ok(())
+}
+
+/// `current`: number of the version file u64 LE, its XXH3-128 u128 LE, kind of checksum u8 (0).
+fn is_current_whole(keyspace: &Path) -> Result<bool, EngineError> {
+    let current = std::fs::read(keyspace.join("current"))?;
+    let Some((number, rest)) = current.split_first_chunk::<8>() else { return Ok(false) };
+    let Some((checksum, [0])) = rest.split_first_chunk::<16>() else { return Ok(false) };
+    let version = std::fs::read(keyspace.join(format!("v{}", u64::from_le_bytes(*number))))?;
+    Ok(xxhash_rust::xxh3::xxh3_128(&version) == u128::from_le_bytes(*checksum))
 }
 
 /// A row's key: the table's number, then the key in it.
@@ -576,7 +594,7 @@ mod tests {
     }
 
     #[test]
-    fn leftovers_of_killed_openings_are_removed_and_the_third_is_refused() {
+    fn leftovers_of_killed_openings_are_removed_and_too_many_are_refused() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(folder.path().join(NEW).join("keyspaces/0")).unwrap();
         std::fs::write(folder.path().join(NEW).join("0.jnl"), [1; 10]).unwrap();
@@ -587,13 +605,13 @@ mod tests {
 
         let leftover = folder.path().join(HOME).join("keyspaces/1/.tmpAbCd");
         std::fs::write(&leftover, [1; 10]).unwrap();
-        std::fs::write(folder.path().join(OPENING), [1; 1]).unwrap();
+        std::fs::write(folder.path().join(OPENING), [1; OPENINGS_MAX as usize - 1]).unwrap();
         let engine = open(folder.path());
         assert_eq!(rows(&engine, Table::User).len(), 1);
         assert!(!leftover.exists() && !folder.path().join(OPENING).exists());
         drop(engine);
 
-        std::fs::write(folder.path().join(OPENING), [1; 2]).unwrap();
+        std::fs::write(folder.path().join(OPENING), [1; OPENINGS_MAX as usize]).unwrap();
         for _ in 0..2 {
             let error = Fjall::open(folder.path(), 1 << 20, Durability::Power).unwrap_err();
             assert!(matches!(error, EngineError::Failed(text) if text.contains("never ended")));
@@ -607,8 +625,39 @@ mod tests {
         engine.insert(Table::User, b"a", b"1").unwrap();
         drop(engine);
         std::fs::remove_file(folder.path().join(HOME).join("keyspaces/1/current")).unwrap();
+        assert!(Fjall::open(folder.path(), 1 << 20, Durability::Power).is_err());
+        // Not even its folder: fjall would go on without.
+        std::fs::remove_dir_all(folder.path().join(HOME).join("keyspaces/1")).unwrap();
         let error = Fjall::open(folder.path(), 1 << 20, Durability::Power).unwrap_err();
         assert!(matches!(error, EngineError::Failed(text) if text.contains("lost")));
+    }
+
+    #[test]
+    fn every_damaged_byte_of_a_list_of_tables_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let engine = open(folder.path());
+        engine.insert(Table::User, b"a", b"1").unwrap();
+        engine.put_away().unwrap();
+        wait_for_worker(&engine);
+        drop(engine);
+        let keyspace = folder.path().join(HOME).join("keyspaces/1");
+        let current = keyspace.join("current");
+        let number = u64::from_le_bytes(std::fs::read(&current).unwrap()[..8].try_into().unwrap());
+        assert!(is_current_whole(&keyspace).unwrap());
+        let lists = [current, keyspace.join(format!("v{number}"))];
+        for path in lists {
+            let whole = std::fs::read(&path).unwrap();
+            for at in 0..whole.len() {
+                let mut damaged = whole.clone();
+                damaged[at] ^= 1 << (at % 8);
+                std::fs::write(&path, damaged).unwrap();
+                assert!(!is_current_whole(&keyspace).unwrap_or(false), "{} at {at}", path.display());
+            }
+            std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+            assert!(Fjall::open(folder.path(), 1 << 20, Durability::Power).is_err());
+            std::fs::write(&path, whole).unwrap();
+        }
+        assert_eq!(rows(&open(folder.path()), Table::User).len(), 1);
     }
 
     /// fjall itself would wait for its dead worker without end.
