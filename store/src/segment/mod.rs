@@ -9,8 +9,8 @@
 //! - Memory is bounded on both sides, whatever the file says: writing keeps a buffer, one index block and 16 bytes for every index
 //!   block written; reading keeps one block or one run; merging keeps that once per input.
 //!
-//! Against the first sketch of the interface: [`Runs`], [`Rows`], [`Records`] and [`Verifier`] own what they need (a [`Segment`] is a
-//! cheap clone), so that they can be kept between steps; [`changes`] says what a merge means for the table of runs.
+//! [`Runs`], [`Rows`], [`Records`] and [`Verifier`] own what they need (a [`Segment`] is a cheap clone), so that they can be kept
+//! between steps. [`changes`] says what a merge means for the table of runs.
 //!
 //! ```text
 //! header 64 │ runs │ index block │ runs │ index block │ … │ row blocks │ directory blocks │ footer 128
@@ -56,9 +56,12 @@ pub(crate) const RUN_BYTES_MAX: usize = {
 /// Bytes of key and row together at most.
 pub(crate) const ROW_BYTES_MAX: usize = crate::op::BATCH_BYTES_MAX;
 
+/// How the name of every segment's file ends.
+pub(crate) const SUFFIX: &str = ".seg";
+
 /// What the file of the segment `id` is called.
 pub(crate) fn name(id: u64) -> String {
-    format!("{id:016x}.seg")
+    format!("{id:016x}{SUFFIX}")
 }
 
 /// Where a run lies.

@@ -459,6 +459,176 @@ fn another_length_is_refused() {
     }
 }
 
+/// Parts of a file that are put together under right checksums.
+#[derive(Clone, Debug)]
+struct Crafted {
+    /// Records; entries of the index; bytes after the index block that nobody accounts for.
+    groups: Vec<(Vec<Sample>, Vec<Run>, usize)>,
+    rows: Vec<OwnedRow>,
+    /// Bytes after the last entry of each block.
+    trailing: usize,
+    /// Added to the length of each index block in the directory.
+    longer: u32,
+}
+
+impl Crafted {
+    fn intact() -> Self {
+        let (samples, rows) = tiny();
+        let mut offset = HEADER_BYTES as u64;
+        let groups = samples.chunks(2).map(|records| {
+            let runs = records.iter().map(|s| {
+                let bytes = u32::try_from(s.encoded.len()).unwrap();
+                let run = Run {
+                    conversation: s.conversation,
+                    first: s.record.seq,
+                    count: 1,
+                    newest: s.record.time,
+                    offset,
+                    bytes,
+                    crc: crc32c::crc32c(&s.encoded),
+                };
+                offset += u64::from(bytes);
+                run
+            });
+            (records.to_vec(), runs.collect(), 0)
+        });
+        Self { groups: groups.collect(), rows, trailing: 0, longer: 0 }
+    }
+
+    /// Writes it with a footer that `change` has had its way with; returns what is noticed.
+    fn noticed(&self, change: impl FnOnce(&mut Footer)) -> Option<String> {
+        let (mut out, seed) = layout::header(shard(), 1);
+        let block = |out: &mut Vec<u8>, kind, entries: usize, mut body: Vec<u8>| {
+            body.resize(body.len() + self.trailing, 0);
+            let entries = u32::try_from(entries).unwrap();
+            out.extend_from_slice(&layout::block_header(kind, entries, &body, seed, out.len() as u64));
+            out.extend_from_slice(&body);
+        };
+        let mut directory = Vec::new();
+        let mut runs = Vec::new();
+        for (samples, entries, gap) in &self.groups {
+            let begin = out.len();
+            samples.iter().for_each(|s| out.extend_from_slice(&s.encoded));
+            let index_at = out.len();
+            let mut body = Vec::new();
+            let mut before = None;
+            for run in entries {
+                layout::put_run(&mut body, before, run);
+                before = Some(run);
+            }
+            block(&mut out, Kind::Index, entries.len(), body);
+            let block_bytes = u32::try_from(out.len() - index_at).unwrap() + self.longer;
+            layout::put_group(
+                &mut directory,
+                layout::Group { run_bytes: (index_at - begin) as u64, block_bytes },
+            );
+            out.resize(out.len() + gap, 0);
+            runs.extend_from_slice(entries);
+        }
+        let rows_at = out.len() as u64;
+        let mut body = Vec::new();
+        for (table, key, row) in &self.rows {
+            layout::put_row(&mut body, *table, key, row.as_deref());
+        }
+        block(&mut out, Kind::Rows, self.rows.len(), body);
+        let directory_at = out.len() as u64;
+        block(&mut out, Kind::Directory, self.groups.len(), directory);
+        let summary = Summary {
+            shard: shard(),
+            id: 1,
+            first_commit: 1,
+            last_commit: 1,
+            runs: runs.len() as u64,
+            rows: self.rows.len() as u64,
+            records: runs.iter().map(|run| run.count).sum(),
+            bytes: (out.len() + FOOTER_BYTES) as u64,
+            run_bytes: runs.iter().map(|run| u64::from(run.bytes)).sum(),
+            newest: runs.iter().map(|run| run.newest).max().unwrap(),
+            oldest: runs.iter().map(|run| run.newest).min().unwrap(),
+        };
+        let mut footer = Footer { summary, rows_at, directory_at };
+        change(&mut footer);
+        out.extend_from_slice(&footer.encode(seed));
+        let files = MemoryFiles::default();
+        put(&files, 1, &out);
+        match Segment::open(&files, shard(), 1) {
+            Ok(segment) => verify(&segment, 1_000).first().map(ToString::to_string),
+            Err(refused) => Some(format!("at opening: {refused}")),
+        }
+    }
+}
+
+/// Checksums are no excuse: what contradicts itself is refused, whoever wrote it.
+#[test]
+fn a_file_that_contradicts_itself_is_refused() {
+    let intact = Crafted::intact();
+    assert_eq!(intact.noticed(|_| ()), None);
+    let with = |change: fn(&mut Crafted)| {
+        let mut crafted = Crafted::intact();
+        change(&mut crafted);
+        crafted.noticed(|_| ()).unwrap_or_else(|| panic!("not noticed: {crafted:?}"))
+    };
+    let meet = "runs and index do not meet";
+    for (found, expected) in [
+        // A record that no run has, at the end and at the beginning; a run that reaches into the index.
+        (with(|c| c.groups[0].1.truncate(1)), meet),
+        (with(|c| c.groups[1].1[1].bytes += 3), meet),
+        (with(|c| c.groups[0].1[0].bytes += 1), "run checksum"),
+        // Bytes that nobody accounts for.
+        (with(|c| c.groups[0].2 = 5), "index block"),
+        (with(|c| c.groups[1].2 = 5), "what the footer says"),
+        (with(|c| c.trailing = 1), "index block"),
+        (with(|c| (c.longer, c.groups[0].2, c.groups[1].2) = (4, 4, 4)), "outside of the runs"),
+        // The same, and another order.
+        (with(|c| c.groups.swap(0, 1)), "a run out of order"),
+        (with(|c| c.groups.push(c.groups[0].clone())), "a run out of order"),
+        (with(|c| c.rows.swap(0, 2)), "a row out of order"),
+        (with(|c| c.rows.insert(1, c.rows[0].clone())), "a row out of order"),
+        // Runs that say of their records what is not so.
+        (with(|c| c.groups[0].1[1].newest = UnixMillis::new(7).unwrap()), "time of the newest record"),
+        (with(|c| c.groups[0].1[1].first = seq(7)), "a record out of place"),
+        (with(|c| c.groups[1].1[1].conversation = conversation(771)), "record checksum"),
+        // A block that is too large.
+        (
+            with(|c| {
+                let samples: Vec<Sample> = (1..9_000).map(|n| sample(n, 1, 5, Vec::new())).collect();
+                let run = c.groups[0].1[0];
+                let run = |s: &Sample| Run { conversation: s.conversation, first: seq(1), bytes: 13, ..run };
+                c.groups = vec![(samples.clone(), samples.iter().map(run).collect(), 0)];
+            }),
+            "index block",
+        ),
+    ] {
+        assert!(found.contains(expected), "{found}, not {expected}");
+    }
+    let footers: [fn(&mut Footer); 16] = [
+        |f| f.summary.runs -= 1,
+        |f| f.summary.records += 1,
+        |f| f.summary.records = u64::MAX,
+        |f| f.summary.runs = f.summary.records + 1,
+        |f| f.summary.rows += 1,
+        |f| f.summary.rows = u64::MAX,
+        |f| f.summary.run_bytes += 1,
+        |f| f.summary.run_bytes = f.rows_at,
+        |f| f.summary.newest = UnixMillis::new(1_003).unwrap(),
+        |f| f.summary.oldest = UnixMillis::new(998).unwrap(),
+        |f| f.summary.first_commit = 2,
+        |f| f.rows_at = 63,
+        |f| f.rows_at = f.directory_at + 1,
+        |f| f.rows_at -= 1,
+        |f| f.directory_at = f.summary.bytes,
+        |f| f.directory_at -= 1,
+    ];
+    for (n, change) in footers.into_iter().enumerate() {
+        assert!(intact.noticed(change).is_some(), "change {n} of the footer");
+    }
+    // What can't be is refused at once, before anybody works with it.
+    for n in [2, 3, 5, 7, 10, 11, 12, 14] {
+        let refused = intact.noticed(footers[n]).unwrap();
+        assert!(refused.starts_with("at opening"), "change {n} of the footer: {refused}");
+    }
+}
+
 /// Blocks whose checksums are right and whose bodies are anything.
 fn with_blocks(runs: &[u8], blocks: &[(Kind, u32, Vec<u8>)], numbers: [u64; 6]) -> Vec<u8> {
     let (mut out, seed) = layout::header(shard(), 1);
