@@ -15,7 +15,7 @@ use anyhow::Context as _;
 use fulmar_protocol::id::ShardId;
 use fulmar_store::{ShardReader, ShardWriter, Store, StoreOptions};
 use futures_util::FutureExt;
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinSet};
 use tracing::{info, warn};
 
 use crate::{
@@ -36,6 +36,7 @@ use crate::{
     identity::{ticket::Tickets, token::Verifier},
     metrics::Metrics,
     open_files,
+    retention::{policy::Policy, sweep::Sweeper},
     telemetry::Complaints,
 };
 
@@ -191,6 +192,16 @@ impl Gateway {
         repair_links(&context.shards, route).await;
         let repairing = tokio::spawn(repair_after_recovery(Arc::downgrade(&context), route));
 
+        let policy = Arc::new(Policy::new(&context.config.retention, &context.config.apps));
+        let mut sweeping = JoinSet::new();
+        if !policy.keeps_everything() {
+            for shard in &context.shards {
+                let sweeper =
+                    Sweeper::new(&context.config.retention, Arc::clone(&policy), context.metrics.clone());
+                sweeping.spawn(sweeper.run(shard.clone()));
+            }
+        }
+
         let (started, ready) = watch::channel(false);
         let pages = http.map(|server| {
             let pages = Pages {
@@ -224,6 +235,7 @@ impl Gateway {
             pages.abort();
         }
         let _ = repairing.await;
+        sweeping.shutdown().await;
         // The shards end when nobody can ask them any more.
         drop(context);
         let ended = tokio::task::spawn_blocking(move || {

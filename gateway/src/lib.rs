@@ -30,5 +30,6 @@ pub mod metrics;
 pub mod open_files;
 pub mod receipt;
 pub mod record;
+pub mod retention;
 pub mod service;
 pub mod telemetry;

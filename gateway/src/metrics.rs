@@ -156,6 +156,12 @@ metrics! {
     received: Counter = Counter::default(), Some(Unit::Bytes);
     /// Bytes written to clients, transport overhead not included.
     sent: Counter = Counter::default(), Some(Unit::Bytes);
+    /// Conversations retention looked at.
+    retention_conversations: Counter = Counter::default(), None;
+    /// Records retention took away.
+    retention_records: Counter = Counter::default(), None;
+    /// When retention had last looked at all conversations of a shard, in seconds since 1970.
+    retention_swept: Family<Shard, Gauge> = Family::default(), Some(Unit::Seconds);
     /// Open-file limit of the process.
     open_files_limit: Gauge<u64, AtomicU64> = Gauge::default(), None;
 }
@@ -193,6 +199,12 @@ impl Metrics {
     /// Says which level of durability is configured.
     pub fn durability(&self, level: &'static str) {
         self.durability.get_or_create(&Level { level }).set(1);
+    }
+
+    /// Says when retention was through with a shard, in seconds since 1970.
+    pub fn retention_swept(&self, shard: ShardId, seconds: u64) {
+        let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
+        self.retention_swept.get_or_create(&Shard { shard: shard.get() }).set(seconds);
     }
 
     /// Counts a refused call.

@@ -45,6 +45,7 @@ mod log;
 mod op;
 mod reader;
 mod record;
+mod retention;
 mod row;
 mod segment;
 mod shard;
@@ -58,6 +59,7 @@ pub use format::FORMAT_VERSION;
 pub use log::{Log, Writer};
 pub use op::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Batch, Op};
 pub use reader::ShardReader;
+pub use retention::RetentionLimits;
 pub use record::{RECORD_HEADER_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind};
 pub use row::{
     ConversationClass, ConversationMeta, Device, Head, LaneState, Listed, Member, PendingLink, Role, User,

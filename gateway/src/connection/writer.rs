@@ -208,8 +208,15 @@ impl Connection {
             Ok(Some((block, next))) => {
                 self.context.metrics.backlog_records.inc_by(block.records.len() as u64);
                 let next = next.max(block.first);
+                let stuck = block.records.is_empty() && next <= from.min(to);
                 self.write_block(stream, Frame::Block(block)).await?;
-                peer.owed.backlog_written(conversation, next);
+                if stuck {
+                    // Nothing where something should be: asking again would bring nothing again.
+                    warn!(%conversation, seq = %from, "the log has no record where it should; the client is left to pull");
+                    peer.owed.backlog_failed(conversation);
+                } else {
+                    peer.owed.backlog_written(conversation, next);
+                }
             }
             // No member any more: nothing is owed.
             Ok(None) => peer.owed.backlog_written(conversation, to.saturating_add(1)),

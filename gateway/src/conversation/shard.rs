@@ -818,7 +818,7 @@ impl Shard {
                 if refusal.is_some() {
                     self.metrics.storage_refused(code.name());
                 }
-                let refusal = refusal.unwrap_or(code.into());
+                let refusal = refusal.unwrap_or_else(|| code.into());
                 self.batch.refused(session, conversation, pseq, refusal, expected);
             }
             Err(refusal) => {

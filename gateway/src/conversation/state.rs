@@ -473,3 +473,105 @@ pub fn meta(
 ) -> ConversationMeta {
     ConversationMeta { app, class, name, creator, created }
 }
+
+#[cfg(test)]
+mod tests {
+    use fulmar_protocol::id::DeviceId;
+
+    use super::*;
+
+    fn at(millis: u64) -> UnixMillis {
+        UnixMillis::new(millis).unwrap()
+    }
+
+    fn alice() -> (UserId, String) {
+        (UserId::new(257).unwrap(), "alice".to_owned())
+    }
+
+    fn group() -> State {
+        let meta = meta(AppId::of("demo"), ConversationClass::Group, "g".to_owned(), alice().0, at(1_000));
+        State::create(ConversationId::new(256).unwrap(), meta, alice().0, &[alice()], at(1_000)).state
+    }
+
+    fn message(pseq: u64) -> (Producer, frame::Send) {
+        let producer = Producer { user: alice().0, device: DeviceId::FIRST, epoch: Epoch::FIRST };
+        let send = frame::Send {
+            kind: frame::RecordKind::Message,
+            conversation: ConversationId::new(256).unwrap(),
+            pseq: Pseq::new(pseq).unwrap(),
+            seen: Seq::ZERO,
+            reference: None,
+            ttl: None,
+            more: false,
+            silent: false,
+            cancel: false,
+            payload: Bytes::from_static(b"hi"),
+        };
+        (producer, send)
+    }
+
+    fn appended(verdict: Verdict) -> Record {
+        match verdict {
+            Verdict::Append(record) => record,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_record_s_time_never_goes_back_whatever_the_clock_does() {
+        let mut state = group();
+        let mut times = vec![state.head().time.get()];
+        for (pseq, now) in [(1, 5_000), (2, 4_000), (3, 9_000_000_000), (4, 6_000), (5, 9_000_000_001)] {
+            let (producer, send) = message(pseq);
+            times.push(appended(state.send(producer, &send, Ok(None), None, at(now))).time.get());
+        }
+        let bob = (UserId::new(513).unwrap(), "bob".to_owned());
+        let change = state.change(alice().0, &[bob], &[], 100, at(7_000)).unwrap().unwrap();
+        times.push(change.record.time.get());
+        assert_eq!(times, [1_000, 5_000, 5_000, 9_000_000_000, 9_000_000_000, 9_000_000_001, 9_000_000_001]);
+    }
+
+    #[test]
+    fn while_the_log_is_closed_nothing_is_decided_but_what_is_settled_is_told() {
+        let mut state = group();
+        let (producer, first) = message(1);
+        let record = appended(state.send(producer, &first, Ok(None), None, at(2_000)));
+        let head = *state.head();
+        let closed = Some(RefusalCode::StorageFull);
+        let (_, second) = message(2);
+        for _ in 0..2 {
+            let verdict = state.send(producer, &second, Ok(None), closed, at(3_000));
+            assert_eq!(
+                verdict,
+                Verdict::Refused { code: RefusalCode::StorageFull, expected: Pseq::new(2).unwrap() }
+            );
+            // Not even what would be refused for good uses a number up.
+            let cancel = frame::Send { cancel: true, ..second.clone() };
+            let verdict = state.send(producer, &cancel, Ok(None), closed, at(3_000));
+            assert!(
+                matches!(verdict, Verdict::Refused { code: RefusalCode::StorageFull, .. }),
+                "{verdict:?}"
+            );
+            let verdict = state.send(producer, &first, Ok(None), closed, at(3_000));
+            assert_eq!(verdict, Verdict::Again(Some(record.seq)));
+        }
+        // A producer that lost its database is not taken for the present one either.
+        let newer = Producer { epoch: Epoch::new(2).unwrap(), ..producer };
+        let verdict = state.send(newer, &first, Ok(None), closed, at(3_000));
+        assert!(matches!(verdict, Verdict::Refused { code: RefusalCode::StorageFull, .. }), "{verdict:?}");
+        assert_eq!((*state.head(), state.last_pseq(producer)), (head, Pseq::FIRST));
+        let next = appended(state.send(producer, &second, Ok(None), None, at(4_000)));
+        assert_eq!(next.seq, record.seq.next().unwrap());
+    }
+
+    #[test]
+    fn a_reference_that_is_damaged_is_refused_for_good_and_blocks_nothing() {
+        let mut state = group();
+        let (producer, send) = message(1);
+        let edit = frame::Send { kind: frame::RecordKind::Edit, reference: Some(Seq::FIRST), ..send };
+        let verdict = state.send(producer, &edit, Err(RefusalCode::Damaged), None, at(2_000));
+        assert!(matches!(verdict, Verdict::Consumed { code: RefusalCode::Damaged, .. }), "{verdict:?}");
+        let (producer, next) = message(2);
+        appended(state.send(producer, &next, Ok(None), None, at(2_000)));
+    }
+}

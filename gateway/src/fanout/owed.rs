@@ -182,12 +182,13 @@ impl Owed {
         }
     }
 
-    /// The device has everything before `next` and the conversation has come to `head`: owe it the rest.
-    pub fn resume(&self, conversation: ConversationId, next: Seq, head: Head) {
+    /// The device has everything before `next` and the conversation has come to `head`: owe it the rest. `gap`: what it
+    /// lacks before `next` is gone, so the log is read even if the rest is at hand: only a BLOCK says where a log begins.
+    pub fn resume(&self, conversation: ConversationId, next: Seq, gap: bool, head: Head) {
         let mut inner = self.lock();
         let known = inner.lags.remove(&conversation);
         let (known_head, ring) = known.map_or((head.head, None), |lag| (lag.head.max(head.head), lag.ring));
-        if next > known_head {
+        if next > known_head && !gap {
             // It has everything; an entry is only kept where a ring is known to be live.
             if ring.is_some() {
                 let lag = Lag { next, head: known_head, mode: Mode::Live, ring, queued: false };
@@ -196,7 +197,7 @@ impl Owed {
             return;
         }
         let far = known_head.since(next) >= self.backlog_max;
-        let live = !far && ring.as_ref().is_some_and(|ring| ring.serves(next));
+        let live = !far && !gap && ring.as_ref().is_some_and(|ring| ring.serves(next));
         let mode = if far {
             Mode::Pulling
         } else if live {
@@ -543,7 +544,7 @@ mod tests {
             push(&ring, n);
         }
         owed.publish(conversation(1), seq(10), &ring, true);
-        owed.resume(conversation(1), seq(3), head(10));
+        owed.resume(conversation(1), seq(3), false, head(10));
         assert_eq!(live(&owed), [0u64; 0], "3 is not in the ring");
         assert_eq!(owed.take_backlog(), Some((conversation(1), seq(3), seq(10))));
         push(&ring, 11);
@@ -557,7 +558,7 @@ mod tests {
     #[test]
     fn who_is_far_behind_pulls_and_then_goes_on_live() {
         let (owed, ring) = (owed(), Arc::new(Ring::new(RingLimits { records: 4, bytes: 1_000 })));
-        owed.resume(conversation(1), seq(1), head(500));
+        owed.resume(conversation(1), seq(1), false, head(500));
         assert_eq!(owed.take_control().heads, [head(500)]);
         assert_eq!(owed.take_backlog(), None);
         push(&ring, 501);
@@ -614,8 +615,38 @@ mod tests {
     #[test]
     fn resume_of_what_is_complete_owes_nothing() {
         let owed = owed();
-        owed.resume(conversation(1), seq(11), head(10));
+        owed.resume(conversation(1), seq(11), false, head(10));
         assert_eq!((live(&owed).len(), owed.take_backlog(), owed.waiting()), (0, None, 0));
+    }
+
+    #[test]
+    fn a_gap_is_told_by_the_log_even_if_nothing_else_is_missed() {
+        let (owed, ring) = (owed(), Arc::new(Ring::new(RingLimits { records: 8, bytes: 1_000 })));
+        for n in 1..=8 {
+            push(&ring, n);
+        }
+        owed.publish(conversation(1), seq(8), &ring, true);
+        owed.resume(conversation(1), seq(6), true, head(8));
+        assert_eq!(live(&owed), [0u64; 0], "the ring has 6, but can't say that 5 is gone");
+        assert_eq!(owed.take_backlog(), Some((conversation(1), seq(6), seq(8))));
+        owed.backlog_written(conversation(1), seq(7));
+        assert_eq!(live(&owed), [7, 8]);
+        owed.resume(conversation(1), seq(9), true, head(8));
+        assert_eq!(owed.take_backlog(), Some((conversation(1), seq(9), seq(8))), "everything is gone");
+        owed.backlog_written(conversation(1), seq(9));
+        assert_eq!((live(&owed).len(), owed.take_backlog()), (0, None));
+        push(&ring, 9);
+        owed.publish(conversation(1), seq(9), &ring, true);
+        assert_eq!(live(&owed), [9]);
+    }
+
+    #[test]
+    fn a_new_beginning_is_told_once_and_forgets_no_head() {
+        let owed = owed();
+        owed.resume(conversation(1), seq(1), false, head(500));
+        owed.trimmed(Head { low: seq(40), ..head(480) });
+        owed.trimmed(Head { low: seq(30), ..head(490) });
+        assert_eq!(owed.take_control().heads, [Head { low: seq(40), ..head(500) }]);
     }
 
     #[test]

@@ -19,6 +19,8 @@ use crate::fanout::owed::Owed;
 pub struct Missed {
     /// The first record it lacks and may see.
     pub next: Seq,
+    /// Records between its cursor and `next` are gone, or were never for it: it must be told.
+    pub gap: bool,
     /// How far the conversation has come.
     pub head: frame::Head,
 }
@@ -50,7 +52,7 @@ pub fn missed(
             let low = low(&head, &member);
             let next = cursor.saturating_add(1).max(low);
             let head = frame::Head { conversation: *conversation, head: head.seq, count: head.count, low };
-            missed.push(Missed { next, head });
+            missed.push(Missed { next, gap: next.prev() > cursor, head });
         }
     }
     // The shortest first: most conversations are complete soonest, and a long one harms no other.
@@ -61,6 +63,6 @@ pub fn missed(
 /// Owes a session what it missed.
 pub fn owe(session: &Owed, missed: &[Missed]) {
     for missed in missed {
-        session.resume(missed.head.conversation, missed.next, missed.head);
+        session.resume(missed.head.conversation, missed.next, missed.gap, missed.head);
     }
 }

@@ -194,6 +194,7 @@ pub struct Phone {
     pub events: Vec<fulmar_protocol::frame::Event>,
     pub receipts: Vec<fulmar_protocol::frame::Receipt>,
     pub gaps: Vec<(ConversationId, Seq, Seq)>,
+    pub heads: Vec<fulmar_protocol::frame::Head>,
     pub connects: usize,
     /// How the last connection ended.
     pub ended: Option<quinn::ConnectionError>,
@@ -232,6 +233,7 @@ impl Phone {
             events: Vec::new(),
             receipts: Vec::new(),
             gaps: Vec::new(),
+            heads: Vec::new(),
             connects: 0,
             ended: None,
         }
@@ -423,7 +425,8 @@ impl Phone {
                 Output::Goaway(_) => self.goaways += 1,
                 Output::Failed(error) | Output::RequestRefused(error) => self.errors.push(error),
                 Output::Close(_) => close = true,
-                Output::Page(_) | Output::Heads(_) | Output::Kicked(_) | Output::Rtt(_) => {}
+                Output::Heads(heads) => self.heads.extend(heads),
+                Output::Page(_) | Output::Kicked(_) | Output::Rtt(_) => {}
             }
         }
         let mut failed = close;
