@@ -2,11 +2,9 @@
 //!
 //! - Commits are numbered from 1 without a gap; each carries the chain hash of the one before and its own, so that a hole,
 //!   a rewrite or a commit of another shard is noticed.
-//! - A commit lies in the `commit` table in chunks of at most [`CHUNK_BYTES`]: sled keeps larger values in files of their
-//!   own, which it never syncs.
 //! - `decode` returns only what `encode` wrote: checksums of header and body, and the chain hash, are all verified.
 //!
-//! Not here: the operations in the body (`op`), when it is durable (`shard::committer`).
+//! Not here: the operations in the body (`op`), the files it lies in (`shard::journal`), when it is durable (`shard::committer`).
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
@@ -40,13 +38,10 @@ impl CommitId {
     pub const ZERO: Self = Self { number: 0, chain: ChainHash([0; 16]) };
 }
 
-/// Bytes of one chunk of a commit or block.
-pub(crate) const CHUNK_BYTES: usize = 4096;
-
 /// Bytes before a commit's body.
 pub(crate) const HEADER_BYTES: usize = 72;
 
-const MAGIC: [u8; 4] = *b"FLMC";
+pub(crate) const MAGIC: [u8; 4] = *b"FLMC";
 const VERSION: u8 = 1;
 
 /// A commit as it came back from disk, verified by itself.
@@ -62,7 +57,7 @@ pub struct Commit {
     pub body: Bytes,
 }
 
-/// What the chunk 0 of a commit says about the whole.
+/// What the start of a commit says about the whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) id: CommitId,
@@ -73,17 +68,12 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    /// Chunks the commit takes.
-    pub(crate) fn chunks(&self) -> usize {
-        (HEADER_BYTES + self.body_bytes).div_ceil(CHUNK_BYTES)
-    }
-
-    /// Reads the header at the start of chunk 0.
+    /// Reads the header at the start of `bytes`.
     ///
     /// # Errors
     /// Wrong magic, version or checksum, or a body longer than a commit can be.
-    pub(crate) fn decode(chunk: &[u8]) -> Result<Self, Malformed> {
-        let header = chunk.get(..HEADER_BYTES).ok_or(Malformed("commit header"))?;
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let header = bytes.get(..HEADER_BYTES).ok_or(Malformed("commit header"))?;
         let mut at = Cursor::new(header);
         if at.array("commit magic")? != MAGIC {
             return Err(Malformed("commit magic"));
@@ -112,7 +102,7 @@ impl Header {
     }
 }
 
-/// The commit after `previous`: its id, and its bytes to be cut into chunks of [`CHUNK_BYTES`].
+/// The commit after `previous`: its id, and its bytes.
 pub(crate) fn encode(previous: CommitId, ops: u32, body: &[u8]) -> (CommitId, Vec<u8>) {
     let number = previous.number.saturating_add(1);
     let id = CommitId { number, chain: chain(previous.chain, number, body) };
@@ -166,12 +156,6 @@ fn chain(previous: ChainHash, number: u64, body: &[u8]) -> ChainHash {
     ChainHash(short)
 }
 
-const _: () = {
-    assert!(HEADER_BYTES < CHUNK_BYTES, "chunk 0 holds the whole header");
-    let chunks = (HEADER_BYTES + crate::op::BATCH_BYTES_MAX).div_ceil(CHUNK_BYTES);
-    assert!(chunks <= u16::MAX as usize, "every chunk of the largest commit has a number");
-};
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -205,7 +189,7 @@ mod tests {
         fn a_commit_comes_back(body in proptest::collection::vec(any::<u8>(), 0..10_000), number in 0..u64::MAX, ops in any::<u32>()) {
             let previous = CommitId { number, chain: ChainHash([7; 16]) };
             let (id, bytes) = encode(previous, ops, &body);
-            prop_assert_eq!(Header::decode(&bytes).unwrap().chunks(), bytes.chunks(CHUNK_BYTES).len());
+            prop_assert_eq!(Header::decode(&bytes).unwrap().body_bytes, body.len());
             let commit = decode(bytes.into()).unwrap();
             prop_assert_eq!(commit, Commit { id, previous: previous.chain, ops, body: body.into() });
         }

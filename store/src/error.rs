@@ -79,8 +79,28 @@ pub enum OpenError {
         /// The engine's words.
         reason: String,
     },
+    /// A shard's own files could not be read or written.
+    #[error("shard {shard}: {reason}; see to the disk, then start again")]
+    Log {
+        /// The shard.
+        shard: ShardId,
+        /// What was being done, and why it failed.
+        reason: String,
+    },
+    /// What is settled is not what was written, or is not there.
+    #[error(
+        "shard {shard}: {what}; restore the folder from a backup, or keep what can be proven: `fulmar store salvage`"
+    )]
+    Settled {
+        /// The shard.
+        shard: ShardId,
+        /// What is wrong.
+        what: String,
+    },
     /// A shard can't prove its log, and so refuses to serve.
-    #[error("shard {shard}: its log is damaged at commit {commit}: {what}; restore the folder from a backup")]
+    #[error(
+        "shard {shard}: its log is damaged at commit {commit}: {what}; restore the folder from a backup, or keep what can be proven: `fulmar store salvage`"
+    )]
     Damaged {
         /// The shard.
         shard: ShardId,

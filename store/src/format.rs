@@ -15,10 +15,10 @@ use std::{
 
 use fulmar_protocol::{id::ShardId, limit::SHARDS_MAX};
 
-use crate::error::OpenError;
+use crate::{EngineKind, error::OpenError};
 
 /// The newest format this program reads and writes.
-pub const FORMAT_VERSION: u64 = 1;
+pub const FORMAT_VERSION: u64 = 2;
 
 const MARKER: &str = "FORMAT";
 const MARKER_NEW: &str = "FORMAT.new";
@@ -47,7 +47,7 @@ pub(crate) struct Folder {
 
 impl Folder {
     /// Opens the folder, or makes it with `shards` and `engine`.
-    pub(crate) fn open(path: &Path, shards: u16, engine: &str) -> Result<Self, OpenError> {
+    pub(crate) fn open(path: &Path, shards: u16, engine: EngineKind) -> Result<Self, OpenError> {
         fs::create_dir_all(path).map_err(io_error("can't create the data folder", path))?;
         let lock = lock(path)?;
         let marker_path = path.join(MARKER);
@@ -64,17 +64,17 @@ impl Folder {
                     tracing::debug!(entry = %other.display(), "not an empty folder");
                     return Err(OpenError::NotOurs { path: path.to_owned() });
                 }
-                let marker = Marker { shards, engine: engine.to_owned(), created: now() };
+                let marker = Marker { shards, engine: engine.name().to_owned(), created: now() };
                 write_marker(path, &marker)?;
                 marker
             }
             Err(error) => return Err(io_error("can't read", &marker_path)(error)),
         };
-        if marker.engine != engine {
+        if marker.engine != engine.name() {
             return Err(OpenError::OtherEngine {
                 path: path.to_owned(),
                 found: marker.engine,
-                wanted: engine.to_owned(),
+                wanted: engine.name().to_owned(),
             });
         }
         Ok(Self { path: path.to_owned(), marker, _lock: lock })
@@ -215,7 +215,7 @@ mod tests {
     #[test]
     fn the_marker_is_pinned_and_comes_back() {
         let marker = Marker { shards: 4, engine: "sled".to_owned(), created: 1_700_000_000_000 };
-        let text = "fulmar data folder\nformat = 1\nshards = 4\nengine = sled\ncreated = 1700000000000\n";
+        let text = "fulmar data folder\nformat = 2\nshards = 4\nengine = sled\ncreated = 1700000000000\n";
         assert_eq!(render(&marker), text);
         assert_eq!(parse(Path::new("x"), text).unwrap(), marker);
     }
@@ -227,8 +227,8 @@ mod tests {
             let text = render(&Marker { shards: 4, engine: "sled".to_owned(), created: 1 });
             parse(folder, &text.replace(from, to)).unwrap_err()
         };
-        assert!(matches!(with("format = 1", "format = 2"), OpenError::Newer { found: 2, known: 1, .. }));
-        assert!(matches!(with("format = 1", "format = 0"), OpenError::Marker { .. }));
+        assert!(matches!(with("format = 2", "format = 3"), OpenError::Newer { found: 3, known: 2, .. }));
+        assert!(matches!(with("format = 2", "format = 0"), OpenError::Marker { .. }));
         assert!(matches!(with("shards = 4", "shards = 257"), OpenError::Marker { .. }));
         assert!(matches!(with("shards = 4", "shards = 0"), OpenError::Marker { .. }));
         assert!(matches!(with("shards = 4", ""), OpenError::Marker { .. }));
@@ -239,14 +239,14 @@ mod tests {
     fn a_folder_of_other_things_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("letter.txt"), "dear").unwrap();
-        assert!(matches!(Folder::open(folder.path(), 1, "sled"), Err(OpenError::NotOurs { .. })));
+        assert!(matches!(Folder::open(folder.path(), 1, EngineKind::Sled), Err(OpenError::NotOurs { .. })));
     }
 
     #[test]
     fn a_second_opening_is_refused_and_names_the_process() {
         let folder = tempfile::tempdir().unwrap();
-        let _first = Folder::open(folder.path(), 3, "sled").unwrap();
-        let second = Folder::open(folder.path(), 3, "sled").unwrap_err();
+        let _first = Folder::open(folder.path(), 3, EngineKind::Sled).unwrap();
+        let second = Folder::open(folder.path(), 3, EngineKind::Sled).unwrap_err();
         assert!(
             matches!(second, OpenError::InUse { pid: Some(pid), .. } if pid == std::process::id()),
             "{second}"
@@ -256,8 +256,11 @@ mod tests {
     #[test]
     fn shard_count_and_engine_are_those_of_the_creation() {
         let folder = tempfile::tempdir().unwrap();
-        drop(Folder::open(folder.path(), 3, "sled").unwrap());
-        assert_eq!(Folder::open(folder.path(), 8, "sled").unwrap().marker.shards, 3);
-        assert!(matches!(Folder::open(folder.path(), 8, "fjall"), Err(OpenError::OtherEngine { .. })));
+        drop(Folder::open(folder.path(), 3, EngineKind::Sled).unwrap());
+        assert_eq!(Folder::open(folder.path(), 8, EngineKind::Sled).unwrap().marker.shards, 3);
+        assert!(matches!(
+            Folder::open(folder.path(), 8, EngineKind::Fjall),
+            Err(OpenError::OtherEngine { .. })
+        ));
     }
 }

@@ -3,7 +3,9 @@
 //! - Every number in a key is big-endian and of fixed width, so byte order is number order.
 //! - A key starts with what it is listed by: the rows of one conversation, user or device lie side by side.
 //!
-//! Not here: the rows (`row`), the bytes of commits (`commit`) and of blocks (`shard::block`).
+//! - Numbers 1 and 2 were the commits and blocks of format 1; they are not given again.
+//!
+//! Not here: the rows (`row`), the files beside the tables (`commit`, `segment`).
 
 use fulmar_protocol::id::{AppId, ConversationId, DeviceClass, DeviceId, DeviceUid, Seq, UserId};
 
@@ -13,10 +15,6 @@ use crate::{codec::Malformed, row::ConversationClass};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(u8)]
 pub(crate) enum Table {
-    /// (commit u64, chunk u16) → bytes of the commit log.
-    Commit = 1,
-    /// (conversation, first seq, chunk u16) → consecutive records.
-    Block = 2,
     /// conversation → `Head`.
     Head = 3,
     /// conversation → `ConversationMeta`.
@@ -43,15 +41,15 @@ pub(crate) enum Table {
     Lane = 14,
     /// (conversation, user) → `PendingLink`.
     Link = 15,
-    /// A few named rows about the shard itself.
+    /// A few named rows about the index itself.
     Shard = 16,
+    /// (conversation, first seq) → where the run of records that begins there lies.
+    Run = 17,
 }
 
 impl Table {
     /// Every table, in order of their numbers.
-    pub(crate) const ALL: [Self; 16] = [
-        Self::Commit,
-        Self::Block,
+    pub(crate) const ALL: [Self; 15] = [
         Self::Head,
         Self::Conversation,
         Self::Name,
@@ -66,13 +64,22 @@ impl Table {
         Self::Lane,
         Self::Link,
         Self::Shard,
+        Self::Run,
     ];
+
+    /// The table of this number; `None` if there is none.
+    pub(crate) fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|table| *table as u8 == number)
+    }
+
+    /// Its place among [`Self::ALL`].
+    pub(crate) fn place(self) -> usize {
+        usize::from(self as u8).saturating_sub(Self::Head as u8 as usize)
+    }
 
     /// What the engine calls it.
     pub(crate) const fn name(self) -> &'static str {
         match self {
-            Self::Commit => "commit",
-            Self::Block => "block",
             Self::Head => "head",
             Self::Conversation => "conversation",
             Self::Name => "name",
@@ -87,6 +94,7 @@ impl Table {
             Self::Lane => "lane",
             Self::Link => "link",
             Self::Shard => "shard",
+            Self::Run => "run",
         }
     }
 }
@@ -121,12 +129,8 @@ impl Key {
         self.0
     }
 
-    pub(crate) fn commit(commit: u64, chunk: u16) -> Self {
-        Self::with(&[commit]).and(&chunk.to_be_bytes())
-    }
-
-    pub(crate) fn block(conversation: ConversationId, first: Seq, chunk: u16) -> Self {
-        Self::with(&[conversation.get(), first.get()]).and(&chunk.to_be_bytes())
+    pub(crate) fn run(conversation: ConversationId, first: Seq) -> Self {
+        Self::with(&[conversation.get(), first.get()])
     }
 
     pub(crate) fn conversation(conversation: ConversationId) -> Self {
@@ -196,13 +200,6 @@ pub(crate) fn number_at(key: &[u8], n: usize) -> Result<u64, Malformed> {
     Ok(u64::from_be_bytes(bytes.try_into().map_err(|_| Malformed("key"))?))
 }
 
-/// The chunk number at the end of a commit's or block's key.
-pub(crate) fn chunk_of(key: &[u8]) -> Result<u16, Malformed> {
-    let at = key.len().checked_sub(2).ok_or(Malformed("key"))?;
-    let bytes = key.get(at..).ok_or(Malformed("key"))?;
-    Ok(u16::from_be_bytes(bytes.try_into().map_err(|_| Malformed("key"))?))
-}
-
 #[cfg(test)]
 mod tests {
     use fulmar_protocol::limit::VARINT_MAX;
@@ -217,8 +214,7 @@ mod tests {
     #[test]
     fn keys_are_pinned() {
         let hex = |key: Key| crate::hex(key.as_ref());
-        assert_eq!(hex(Key::commit(1, 2)), "00000000000000010002");
-        assert_eq!(hex(Key::block(id(256), id(7), 1)), "000000000000010000000000000000070001");
+        assert_eq!(hex(Key::run(id(256), id(7))), "00000000000001000000000000000007");
         assert_eq!(hex(Key::name(id(9), 2, "ab")), "0000000000000009026162");
         assert_eq!(hex(Key::recv(id(1), id(2), id(3))), "000000000000000100000000000000020000000000000003");
         assert_eq!(hex(Key::lane(id(1), id(2), id(3))), "000000000000000100000000000000020000000000000003");
@@ -228,13 +224,17 @@ mod tests {
         );
         assert_eq!(hex(Key::class_epoch(id(1), DeviceClass::Web)), "000000000000000103");
         let names: Vec<_> = Table::ALL.iter().map(|t| (*t as u8, t.name())).collect();
-        assert_eq!(names.first(), Some(&(1, "commit")));
-        assert!(names.iter().enumerate().all(|(i, (n, _))| usize::from(*n) == i + 1));
+        assert_eq!((names.first(), names.last()), (Some(&(3, "head")), Some(&(17, "run"))));
+        for (place, table) in Table::ALL.into_iter().enumerate() {
+            assert_eq!(table.place(), place);
+            assert_eq!(Table::from_number(table as u8), Some(table));
+        }
+        assert_eq!((Table::from_number(2), Table::from_number(18)), (None, None));
     }
 
     proptest! {
         #[test]
-        fn byte_order_is_number_order(a in any::<[u64; 3]>(), b in any::<[u64; 3]>(), c in any::<[u16; 2]>()) {
+        fn byte_order_is_number_order(a in any::<[u64; 3]>(), b in any::<[u64; 3]>()) {
             let a = a.map(|n| n % (VARINT_MAX + 1));
             let b = b.map(|n| n % (VARINT_MAX + 1));
             prop_assert_eq!(
@@ -242,12 +242,8 @@ mod tests {
                 a.cmp(&b)
             );
             prop_assert_eq!(
-                Key::block(id(a[0]), id(a[1]), c[0]).as_ref().cmp(Key::block(id(b[0]), id(b[1]), c[1]).as_ref()),
-                (a[0], a[1], c[0]).cmp(&(b[0], b[1], c[1]))
-            );
-            prop_assert_eq!(
-                Key::commit(a[0], c[0]).as_ref().cmp(Key::commit(b[0], c[1]).as_ref()),
-                (a[0], c[0]).cmp(&(b[0], c[1]))
+                Key::run(id(a[0]), id(a[1])).as_ref().cmp(Key::run(id(b[0]), id(b[1])).as_ref()),
+                (a[0], a[1]).cmp(&(b[0], b[1]))
             );
         }
 

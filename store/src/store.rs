@@ -7,7 +7,7 @@
 
 use std::{
     path::Path,
-    sync::{Arc, atomic::Ordering, mpsc::sync_channel},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering, mpsc::sync_channel},
     time::Duration,
 };
 
@@ -19,33 +19,55 @@ use tokio::sync::oneshot;
 
 use crate::{
     commit::Commit,
-    engine::{Engine, memory::Memory, sled::Sled},
+    engine::{Engine, fjall::Fjall, memory::Memory, sled::Sled},
     error::{CommitError, OpenError, ReadError},
+    files::{Files, disk::Disk, memory::MemoryFiles},
     format::Folder,
     key,
     log::Log,
     reader::ShardReader,
     row::ConversationClass,
-    shard::{
-        Shard, ShardStats,
-        committer::Request,
-        recovery::{self, NotWhole},
-        tip::Tip,
-    },
+    shard::{Shard, ShardStats, committer::Request, journal, settler::EngineOpener},
     writer::{EmbeddedWriter, ShardWriter, ask},
 };
+
+/// The engine's folder in a shard's.
+const INDEX: &str = "index";
 
 /// Shards opened at the same time.
 const OPEN_AT_ONCE: usize = 4;
 
-/// Which engine keeps the shards.
+/// Which engine keeps the index of the shards. The log, and what is settled of it, are the store's own files with any of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum EngineKind {
     /// sled 0.34.7: on disk.
     #[default]
     Sled,
-    /// In memory: gone when the store is dropped. The path is not touched.
+    /// fjall 3: on disk.
+    Fjall,
+    /// In memory, log and all: gone when the store is dropped. The path is not touched.
     Memory,
+}
+
+impl EngineKind {
+    /// Every engine there is.
+    pub const ALL: [Self; 3] = [Self::Sled, Self::Fjall, Self::Memory];
+
+    /// What it is called in configuration and in a data folder.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Sled => "sled",
+            Self::Fjall => "fjall",
+            Self::Memory => "memory",
+        }
+    }
+
+    /// The engine of this name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|engine| engine.name() == name)
+    }
 }
 
 /// What a commit survives.
@@ -78,6 +100,10 @@ pub struct StoreOptions {
     pub settle_commits: u64,
     /// Time without a commit after which a shard settles what it has.
     pub settle_idle: Duration,
+    /// Bytes up to which segments are merged into larger ones.
+    pub segment_bytes_max: u64,
+    /// Bytes of segments merged per second at most, per shard, while commits go on.
+    pub background_bytes_per_second: u64,
     /// Free bytes of the file system below which commits are refused as [`CommitError::Full`].
     pub reserve_bytes: u64,
 }
@@ -90,9 +116,11 @@ impl Default for StoreOptions {
             durability: Durability::Power,
             cache_bytes: 64 << 20,
             engine_cache_bytes: 16 << 20,
-            settle_bytes: 8 << 20,
-            settle_commits: 8_192,
-            settle_idle: Duration::from_secs(1),
+            settle_bytes: 16 << 20,
+            settle_commits: 16_384,
+            settle_idle: Duration::from_secs(60),
+            segment_bytes_max: 1 << 30,
+            background_bytes_per_second: 64 << 20,
             reserve_bytes: 64 << 20,
         }
     }
@@ -147,13 +175,14 @@ impl Store {
             EngineKind::Memory => {
                 let shards = shard_ids(options.shards)
                     .map(|id| {
-                        Shard::open(id, Arc::new(Memory::default()), None, None, options, options.shards)
+                        let files = Arc::new(MemoryFiles::default());
+                        Shard::open(id, files, memory_opener(), None, options, options.shards)
                     })
                     .collect::<Result<_, _>>()?;
                 Ok(Self { inner: Arc::new(Inner { shards }) })
             }
-            EngineKind::Sled => {
-                let folder = Arc::new(Folder::open(path, options.shards, "sled")?);
+            EngineKind::Sled | EngineKind::Fjall => {
+                let folder = Arc::new(Folder::open(path, options.shards, options.engine)?);
                 let shards = open_shards(&folder, options)?;
                 folder.sync()?;
                 Ok(Self { inner: Arc::new(Inner { shards }) })
@@ -272,23 +301,8 @@ impl Log for Store {
 
     async fn read(&self, shard: ShardId, from: u64, limit: usize) -> Result<Vec<Commit>, ReadError> {
         let reason = |error: &dyn std::fmt::Display| ReadError::Engine { shard, reason: error.to_string() };
-        let engine = self.get(shard).map_err(|error| reason(&error))?.shared.view.engine().as_ref();
-        let mut chunks = recovery::Commits::after(engine, from.saturating_sub(1));
-        let mut commits = Vec::new();
-        while commits.len() < limit {
-            let Some(found) = chunks.next_chunks().map_err(|error| reason(&error))? else { break };
-            match recovery::assemble(&found) {
-                Ok(commit) => commits.push(commit),
-                // Being written right now, or being deleted.
-                Err(NotWhole::Incomplete) if found.is_last || commits.is_empty() => {}
-                Err(NotWhole::Incomplete) => break,
-                Err(NotWhole::Malformed(what)) => {
-                    let what = format!("commit {}: {what}", found.number);
-                    return Err(ReadError::Damaged { shard, conversation: None, seq: None, what });
-                }
-            }
-        }
-        Ok(commits)
+        let files = Arc::clone(&self.get(shard).map_err(|error| reason(&error))?.shared.files);
+        journal::read_some(files.as_ref(), from, limit).map_err(|error| reason(&error))
     }
 }
 
@@ -327,21 +341,36 @@ fn open_shards(folder: &Arc<Folder>, options: &StoreOptions) -> Result<Vec<Shard
 
 fn open_shard(id: ShardId, folder: &Arc<Folder>, options: &StoreOptions) -> Result<Shard, OpenError> {
     let at = folder.shard(id)?;
-    let engine = Sled::open(&at.join("sled"), options.engine_cache_bytes, options.durability)
-        .map_err(|error| OpenError::Engine { shard: id, reason: error.to_string() })?;
-    let tip_path = at.join("tip");
-    let tip = match options.durability {
-        Durability::Power => {
-            let tip = Tip::open(&tip_path).map_err(|source| OpenError::Io {
-                doing: "can't open",
-                path: tip_path,
-                source,
-            })?;
-            Some(tip)
+    let files: Arc<dyn Files> = Arc::new(Disk::new(&at));
+    let opener = engine_opener(&at, options);
+    Shard::open(id, files, opener, Some(Arc::clone(folder)), options, folder.marker.shards)
+}
+
+/// Opens the engine in a shard's folder.
+pub(crate) fn engine_opener(shard: &Path, options: &StoreOptions) -> EngineOpener {
+    let index = shard.join(INDEX);
+    let cache_bytes = options.engine_cache_bytes;
+    let kind = options.engine;
+    Box::new(move |anew| {
+        if anew && index.exists() {
+            std::fs::remove_dir_all(&index)?;
         }
-        // What this level may lose in a power cut must not look like damage afterwards.
-        Durability::Process => None,
-    };
-    let engine: Arc<dyn Engine> = Arc::new(engine);
-    Shard::open(id, engine, tip, Some(Arc::clone(folder)), options, folder.marker.shards)
+        Ok(match kind {
+            EngineKind::Sled => Arc::new(Sled::open(&index, cache_bytes)?),
+            EngineKind::Fjall => Arc::new(Fjall::open(&index, cache_bytes)?),
+            EngineKind::Memory => Arc::new(Memory::default()),
+        })
+    })
+}
+
+fn memory_opener() -> EngineOpener {
+    let engine = Mutex::new(Arc::new(Memory::default()));
+    Box::new(move |anew| {
+        let mut engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
+        if anew {
+            *engine = Arc::default();
+        }
+        let engine: Arc<dyn Engine> = Arc::<Memory>::clone(&engine);
+        Ok(engine)
+    })
 }

@@ -125,16 +125,16 @@ fn a_newer_format_is_refused() {
     Store::open(folder.path(), &two_shards()).unwrap().close().unwrap();
     let marker = folder.path().join("FORMAT");
     let text = std::fs::read_to_string(&marker).unwrap();
-    std::fs::write(&marker, text.replace("format = 1", "format = 2")).unwrap();
+    std::fs::write(&marker, text.replace("format = 2", "format = 3")).unwrap();
     let error = Store::open(folder.path(), &two_shards()).unwrap_err();
-    assert!(matches!(error, OpenError::Newer { found: 2, known: 1, .. }), "{error}");
+    assert!(matches!(error, OpenError::Newer { found: 3, known: 2, .. }), "{error}");
 }
 
 #[test]
 fn a_snapshot_that_was_never_finished_is_in_nobodys_way() {
     let folder = tempfile::tempdir().unwrap();
     Store::open(folder.path(), &two_shards()).unwrap().close().unwrap();
-    let leftover = folder.path().join("shard-000/sled/snap.0000000000000007.generating");
+    let leftover = folder.path().join("shard-000/index/snap.0000000000000007.generating");
     std::fs::write(&leftover, b"half a snapshot").unwrap();
     Store::open(folder.path(), &two_shards()).unwrap();
     assert!(!leftover.exists());
@@ -268,7 +268,7 @@ fn flips(rounds: u64, records: u64, settled: bool) -> u64 {
             store.close().unwrap();
         }
     }
-    let file = "shard-000/sled/db";
+    let file = "shard-000/index/db";
     let intact = std::fs::read(original.path().join(file)).unwrap();
     let used = intact.iter().rposition(|byte| *byte != 0).unwrap();
     let mut refused = 0;

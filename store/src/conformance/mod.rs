@@ -3,11 +3,9 @@
 //! The same suite runs over sled and memory; `crash` cuts the power at random writes; `faults` fails single calls and
 //! damages single rows.
 
-mod crash;
-mod faults;
 mod suite;
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use fulmar_protocol::id::{AppId, ConversationId, DeviceId, Epoch, Pseq, Seq, ShardId, UnixMillis, UserId};
@@ -15,8 +13,9 @@ use fulmar_protocol::id::{AppId, ConversationId, DeviceId, Epoch, Pseq, Seq, Sha
 use crate::{
     Op, OpenError, Record, RecordKind, ShardReader, ShardWriter, StoreOptions,
     commit::CommitId,
-    engine::Engine,
-    shard::{Shard, committer::Request, tip::Tip},
+    engine::{Engine, memory::Memory},
+    files::Files,
+    shard::{Shard, committer::Request, settler::EngineOpener},
     writer::{EmbeddedWriter, ask},
 };
 
@@ -64,7 +63,19 @@ pub(crate) fn append(local: u64, n: u64, payload: impl Into<Bytes>) -> Op {
     Op::Append { conversation: conversation(local), record: message(n, payload) }
 }
 
-/// A shard over an engine, without a data folder.
+/// Opens one engine that lives in memory, again and again; told to, it begins with an empty one.
+pub(crate) fn in_memory(engine: &Arc<Memory>) -> EngineOpener {
+    let engine = Arc::clone(engine);
+    Box::new(move |anew| {
+        if anew {
+            engine.clear();
+        }
+        let engine: Arc<dyn Engine> = Arc::<Memory>::clone(&engine);
+        Ok(engine)
+    })
+}
+
+/// A shard without a data folder.
 pub(crate) struct Open {
     pub(crate) shard: Shard,
     pub(crate) writer: ShardWriter,
@@ -73,12 +84,11 @@ pub(crate) struct Open {
 
 impl Open {
     pub(crate) fn over(
-        engine: Arc<dyn Engine>,
-        tip: Option<&Path>,
+        files: Arc<dyn Files>,
+        opener: EngineOpener,
         options: &StoreOptions,
     ) -> Result<Self, OpenError> {
-        let tip = tip.map(|path| Tip::open(path).unwrap());
-        let shard = Shard::open(shard_id(), engine, tip, None, options, 1)?;
+        let shard = Shard::open(shard_id(), files, opener, None, options, 1)?;
         let (epoch, last) = acquire(&shard)
             .map_err(|error| OpenError::Engine { shard: shard_id(), reason: error.to_string() })?;
         let reader = ShardReader { shared: Arc::clone(&shard.shared) };

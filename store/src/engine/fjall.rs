@@ -37,8 +37,8 @@ use fjall::{
     AbstractTree, Database, Keyspace, KeyspaceCreateOptions, LsmError, PersistMode, compaction::Leveled,
 };
 
-use super::{Direction, Engine, EngineError, Entry};
-use crate::{Durability, commit::CHUNK_BYTES, key::Table};
+use super::{Direction, Engine, EngineError, Entry, VALUE_BYTES_MAX};
+use crate::key::Table;
 
 /// The folder of a whole database, and of one that is being made.
 const HOME: &str = "db";
@@ -79,7 +79,6 @@ pub(crate) struct Fjall {
     rows: Keyspace,
     database: Database,
     home: PathBuf,
-    durability: Durability,
     memtable_bytes: u64,
     /// About the bytes of the active memtable.
     written: AtomicU64,
@@ -91,14 +90,14 @@ pub(crate) struct Fjall {
 
 impl std::fmt::Debug for Fjall {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Fjall").field("durability", &self.durability).finish_non_exhaustive()
+        f.debug_struct("Fjall").finish_non_exhaustive()
     }
 }
 
 impl Fjall {
     /// Opens or creates the database in the folder `path`. Half of `cache_bytes` is for blocks of tables, half for rows that
     /// are not in tables yet.
-    pub(crate) fn open(path: &Path, cache_bytes: u64, durability: Durability) -> Result<Self, EngineError> {
+    pub(crate) fn open(path: &Path, cache_bytes: u64) -> Result<Self, EngineError> {
         std::fs::create_dir_all(path)?;
         let home = path.join(HOME);
         if !home.try_exists()? {
@@ -113,7 +112,7 @@ impl Fjall {
             )));
         }
         File::options().create(true).append(true).open(&opening)?.write_all(&[1])?;
-        let engine = Self::open_made(home, cache_bytes, durability);
+        let engine = Self::open_made(home, cache_bytes);
         // An opening that failed has ended, too.
         std::fs::remove_file(&opening)?;
         let engine = engine?;
@@ -123,7 +122,7 @@ impl Fjall {
         Ok(engine)
     }
 
-    fn open_made(home: PathBuf, cache_bytes: u64, durability: Durability) -> Result<Self, EngineError> {
+    fn open_made(home: PathBuf, cache_bytes: u64) -> Result<Self, EngineError> {
         inspect(&home)?;
         let (database, rows) = guarded(|| {
             let database = builder(&home, cache_bytes).open()?;
@@ -143,7 +142,6 @@ impl Fjall {
             rows,
             database,
             home,
-            durability,
             memtable_bytes: (cache_bytes / 2 / (SEALED_MAX as u64 + 1)).max(MEMTABLE_BYTES_MIN),
             written: AtomicU64::new(replayed),
             turn: Mutex::new(()),
@@ -234,7 +232,7 @@ impl Engine for Fjall {
     }
 
     fn insert(&self, table: Table, key: &[u8], value: &[u8]) -> Result<(), EngineError> {
-        if value.len() > CHUNK_BYTES {
+        if value.len() > VALUE_BYTES_MAX {
             return Err(EngineError::Failed(format!("a value of {} bytes is too large", value.len())));
         }
         let key = row_key(table, key)?;
@@ -278,11 +276,7 @@ impl Engine for Fjall {
     }
 
     fn barrier(&self) -> Result<(), EngineError> {
-        let mode = match self.durability {
-            Durability::Power => PersistMode::SyncData,
-            Durability::Process => PersistMode::Buffer,
-        };
-        self.call(|| self.database.persist(mode))
+        self.call(|| self.database.persist(PersistMode::SyncData))
     }
 
     fn size(&self) -> u64 {
@@ -424,7 +418,7 @@ mod tests {
     const ALL: usize = usize::MAX;
 
     fn open(folder: &Path) -> Fjall {
-        Fjall::open(folder, 1 << 20, Durability::Power).unwrap()
+        Fjall::open(folder, 1 << 20).unwrap()
     }
 
     fn key(n: u64) -> [u8; 8] {
@@ -459,7 +453,7 @@ mod tests {
     fn rows_come_back_with_their_bytes_and_in_their_table() {
         let folder = tempfile::tempdir().unwrap();
         let engine = open(folder.path());
-        let values: [&[u8]; 4] = [&[], &[0], &[0xff; 300], &[7; CHUNK_BYTES]];
+        let values: [&[u8]; 4] = [&[], &[0], &[0xff; 300], &[7; VALUE_BYTES_MAX]];
         let keys: [&[u8]; 6] = [&[], &[0], &[0, 0], &[0xff], &[0xff; 40], &[5; KEY_BYTES_MAX]];
         for (i, table) in Table::ALL.iter().enumerate() {
             for (j, key) in keys.iter().enumerate() {
@@ -501,7 +495,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let engine = open(folder.path());
         engine.insert(Table::Head, b"a", b"1").unwrap();
-        assert!(engine.insert(Table::Head, b"a", &[0; CHUNK_BYTES + 1]).is_err());
+        assert!(engine.insert(Table::Head, b"a", &[0; VALUE_BYTES_MAX + 1]).is_err());
         let long = [1; KEY_BYTES_MAX + 1];
         assert!(engine.insert(Table::Head, &long, b"1").is_err());
         assert!(engine.remove(Table::Head, &long).is_err());
@@ -515,7 +509,7 @@ mod tests {
     fn a_database_is_open_once() {
         let folder = tempfile::tempdir().unwrap();
         let engine = open(folder.path());
-        let error = Fjall::open(folder.path(), 1 << 20, Durability::Power).unwrap_err();
+        let error = Fjall::open(folder.path(), 1 << 20).unwrap_err();
         assert!(matches!(error, EngineError::Failed(text) if text.contains("open already")));
         drop(engine);
         open(folder.path());
@@ -524,42 +518,39 @@ mod tests {
     /// The folder of a process that was killed: everything before the barrier, and of the rest a beginning.
     #[test]
     fn a_killed_process_keeps_what_a_barrier_covered() {
-        for durability in [Durability::Power, Durability::Process] {
-            let folder = tempfile::tempdir().unwrap();
-            let engine = Fjall::open(&folder.path().join("live"), 1 << 20, durability).unwrap();
-            let mut written = 0;
-            for round in 0..6u64 {
-                for _ in 0..400 {
-                    engine.insert(Table::Member, &key(written), &[written as u8; 200]).unwrap();
-                    if written % 3 == 0 {
-                        engine.remove(Table::Member, &key(written / 2)).unwrap();
-                    }
-                    written += 1;
+        let folder = tempfile::tempdir().unwrap();
+        let engine = Fjall::open(&folder.path().join("live"), 1 << 20).unwrap();
+        let mut written = 0;
+        for round in 0..6u64 {
+            for _ in 0..400 {
+                engine.insert(Table::Member, &key(written), &[written as u8; 200]).unwrap();
+                if written % 3 == 0 {
+                    engine.remove(Table::Member, &key(written / 2)).unwrap();
                 }
-                engine.barrier().unwrap();
-                let want = rows(&engine, Table::Member);
-                let late = written + 1_000_000;
-                for n in 0..100 {
-                    engine.insert(Table::Lane, &key(late + n), &[1; 300]).unwrap();
-                }
-                // Nothing moves while it is copied, as after a kill.
-                wait_for_worker(&engine);
-                let killed = folder.path().join(format!("killed-{round}"));
-                copy(&folder.path().join("live"), &killed);
-                let found = open(&killed);
-                assert_eq!(rows(&found, Table::Member), want);
-                let rest = rows(&found, Table::Lane);
-                let of_this_round =
-                    rest.iter().filter(|(k, _)| k.as_slice() >= &key(late)[..]).count() as u64;
-                assert!(of_this_round <= 100);
-                for n in 0..of_this_round {
-                    assert_eq!(found.get(Table::Lane, &key(late + n)).unwrap().unwrap(), [1; 300][..]);
-                }
-                found.insert(Table::Head, b"after", b"1").unwrap();
-                found.barrier().unwrap();
-                if round % 2 == 0 {
-                    engine.put_away().unwrap();
-                }
+                written += 1;
+            }
+            engine.barrier().unwrap();
+            let want = rows(&engine, Table::Member);
+            let late = written + 1_000_000;
+            for n in 0..100 {
+                engine.insert(Table::Lane, &key(late + n), &[1; 300]).unwrap();
+            }
+            // Nothing moves while it is copied, as after a kill.
+            wait_for_worker(&engine);
+            let killed = folder.path().join(format!("killed-{round}"));
+            copy(&folder.path().join("live"), &killed);
+            let found = open(&killed);
+            assert_eq!(rows(&found, Table::Member), want);
+            let rest = rows(&found, Table::Lane);
+            let of_this_round = rest.iter().filter(|(k, _)| k.as_slice() >= &key(late)[..]).count() as u64;
+            assert!(of_this_round <= 100);
+            for n in 0..of_this_round {
+                assert_eq!(found.get(Table::Lane, &key(late + n)).unwrap().unwrap(), [1; 300][..]);
+            }
+            found.insert(Table::Head, b"after", b"1").unwrap();
+            found.barrier().unwrap();
+            if round % 2 == 0 {
+                engine.put_away().unwrap();
             }
         }
     }
@@ -571,7 +562,7 @@ mod tests {
         let live = folder.path().join("live");
         let engine = open(&live);
         for n in 0..50 {
-            engine.insert(Table::ALL[n as usize % 16], &key(n), &[n as u8; 30]).unwrap();
+            engine.insert(Table::ALL[n as usize % Table::ALL.len()], &key(n), &[n as u8; 30]).unwrap();
         }
         engine.barrier().unwrap();
         let mut most = 0;
@@ -585,7 +576,7 @@ mod tests {
             assert!(count >= most, "longer journals hold more");
             most = count;
             for n in 0..count {
-                assert!(found.get(Table::ALL[n as usize % 16], &key(n)).unwrap().is_some());
+                assert!(found.get(Table::ALL[n as usize % Table::ALL.len()], &key(n)).unwrap().is_some());
             }
             drop(found);
             std::fs::remove_dir_all(torn).unwrap();
@@ -613,7 +604,7 @@ mod tests {
 
         std::fs::write(folder.path().join(OPENING), [1; OPENINGS_MAX as usize]).unwrap();
         for _ in 0..2 {
-            let error = Fjall::open(folder.path(), 1 << 20, Durability::Power).unwrap_err();
+            let error = Fjall::open(folder.path(), 1 << 20).unwrap_err();
             assert!(matches!(error, EngineError::Failed(text) if text.contains("never ended")));
         }
     }
@@ -625,10 +616,10 @@ mod tests {
         engine.insert(Table::User, b"a", b"1").unwrap();
         drop(engine);
         std::fs::remove_file(folder.path().join(HOME).join("keyspaces/1/current")).unwrap();
-        assert!(Fjall::open(folder.path(), 1 << 20, Durability::Power).is_err());
+        assert!(Fjall::open(folder.path(), 1 << 20).is_err());
         // Not even its folder: fjall would go on without.
         std::fs::remove_dir_all(folder.path().join(HOME).join("keyspaces/1")).unwrap();
-        let error = Fjall::open(folder.path(), 1 << 20, Durability::Power).unwrap_err();
+        let error = Fjall::open(folder.path(), 1 << 20).unwrap_err();
         assert!(matches!(error, EngineError::Failed(text) if text.contains("lost")));
     }
 
@@ -654,7 +645,7 @@ mod tests {
                 assert!(!is_current_whole(&keyspace).unwrap_or(false), "{} at {at}", path.display());
             }
             std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
-            assert!(Fjall::open(folder.path(), 1 << 20, Durability::Power).is_err());
+            assert!(Fjall::open(folder.path(), 1 << 20).is_err());
             std::fs::write(&path, whole).unwrap();
         }
         assert_eq!(rows(&open(folder.path()), Table::User).len(), 1);
@@ -724,7 +715,7 @@ mod tests {
     }
 
     fn a_table() -> impl Strategy<Value = Table> {
-        prop_oneof![Just(Table::Commit), Just(Table::Block), Just(Table::Head), Just(Table::Shard)]
+        prop_oneof![Just(Table::Head), Just(Table::Shard), Just(Table::Run)]
     }
 
     /// Keys that are often equal, neighbours, or each other's prefix.

@@ -21,6 +21,14 @@ pub(crate) struct Memory {
     tables: RwLock<BTreeMap<Table, BTreeMap<Vec<u8>, Bytes>>>,
 }
 
+#[cfg(test)]
+impl Memory {
+    /// Forgets everything.
+    pub(crate) fn clear(&self) {
+        self.tables.write().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
 impl Engine for Memory {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
         let tables = self.tables.read().unwrap_or_else(PoisonError::into_inner);

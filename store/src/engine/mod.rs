@@ -11,11 +11,15 @@ use bytes::Bytes;
 
 use crate::key::Table;
 
+pub(crate) mod closed;
 #[cfg(test)]
 pub(crate) mod faulty;
 pub(crate) mod fjall;
 pub(crate) mod memory;
 pub(crate) mod sled;
+
+/// Bytes of a value at most. sled keeps much larger ones in files of their own, which it never syncs.
+pub(crate) const VALUE_BYTES_MAX: usize = 4096;
 
 /// An engine's failure. The first one is final: the shard takes no more commits until it is opened again.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -50,7 +54,7 @@ pub(crate) type Entry = (Vec<u8>, Bytes);
 pub(crate) trait Engine: Send + Sync + std::fmt::Debug {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, EngineError>;
 
-    /// Values are at most [`crate::commit::CHUNK_BYTES`].
+    /// Values are at most [`VALUE_BYTES_MAX`].
     fn insert(&self, table: Table, key: &[u8], value: &[u8]) -> Result<(), EngineError>;
 
     fn remove(&self, table: Table, key: &[u8]) -> Result<(), EngineError>;

@@ -16,8 +16,8 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{Direction, Engine, EngineError, Entry};
-use crate::{Durability, commit::CHUNK_BYTES, key::Table};
+use super::{Direction, Engine, EngineError, Entry, VALUE_BYTES_MAX};
+use crate::key::Table;
 
 /// Milliseconds between rounds of sled's flusher, which also collects its garbage.
 const FLUSH_EVERY_MS: u64 = 500;
@@ -27,19 +27,18 @@ pub(crate) struct Sled {
     tables: Vec<::sled::Tree>,
     /// Our own descriptor of the file sled writes, for `fdatasync`.
     file: File,
-    durability: Durability,
     database: ::sled::Db,
 }
 
 impl std::fmt::Debug for Sled {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Sled").field("durability", &self.durability).finish_non_exhaustive()
+        f.debug_struct("Sled").finish_non_exhaustive()
     }
 }
 
 impl Sled {
     /// Opens or creates the database in the folder `path`.
-    pub(crate) fn open(path: &Path, cache_bytes: u64, durability: Durability) -> Result<Self, EngineError> {
+    pub(crate) fn open(path: &Path, cache_bytes: u64) -> Result<Self, EngineError> {
         std::fs::create_dir_all(path)?;
         for leftover in unfinished_snapshots(path)? {
             tracing::warn!(file = %leftover.display(), "removing a snapshot that was never finished");
@@ -56,7 +55,7 @@ impl Sled {
             .map(|table| guarded(|| database.open_tree(table.name())))
             .collect::<Result<Vec<_>, _>>()?;
         let file = File::options().read(true).write(true).open(path.join("db"))?;
-        let engine = Self { tables, file, durability, database };
+        let engine = Self { tables, file, database };
         engine.barrier()?;
         for folder in [Some(path), path.parent()].into_iter().flatten() {
             File::open(folder)?.sync_all()?;
@@ -65,8 +64,9 @@ impl Sled {
     }
 
     fn table(&self, table: Table) -> Result<&::sled::Tree, EngineError> {
-        let at = usize::from(table as u8).saturating_sub(1);
-        self.tables.get(at).ok_or_else(|| EngineError::Failed(format!("the table {table:?} is not open")))
+        self.tables
+            .get(table.place())
+            .ok_or_else(|| EngineError::Failed(format!("the table {table:?} is not open")))
     }
 }
 
@@ -78,7 +78,7 @@ impl Engine for Sled {
     }
 
     fn insert(&self, table: Table, key: &[u8], value: &[u8]) -> Result<(), EngineError> {
-        if value.len() > CHUNK_BYTES {
+        if value.len() > VALUE_BYTES_MAX {
             return Err(EngineError::Failed(format!("a value of {} bytes is too large", value.len())));
         }
         let table = self.table(table)?;
@@ -121,9 +121,7 @@ impl Engine for Sled {
 
     fn barrier(&self) -> Result<(), EngineError> {
         guarded(|| self.database.flush())?;
-        if self.durability == Durability::Power {
-            rustix::fs::fdatasync(&self.file).map_err(std::io::Error::from)?;
-        }
+        rustix::fs::fdatasync(&self.file).map_err(std::io::Error::from)?;
         Ok(())
     }
 

@@ -17,7 +17,6 @@
 //! ```
 //!
 //! Not here: which segments make up a shard (the manifest), when they are merged, where readers find a run (the engine's table).
-#![allow(dead_code, reason = "the shard is being moved onto segments; nothing calls them yet")]
 
 use std::{io, ops::RangeInclusive};
 
@@ -36,7 +35,6 @@ mod tests;
 mod verify;
 mod writer;
 
-#[allow(unused_imports, reason = "the shard is being moved onto segments")]
 pub(crate) use self::{
     merge::{Change, Changes, Merge, MergeError, Step, changes},
     reader::{Records, Row, Rows, Runs, Segment, records},

@@ -1,48 +1,46 @@
-//! The committer: a shard's own thread, the only one that writes to its database.
+//! The committer: a shard's own thread, the only one that appends to its log.
 //!
-//! - A commit is answered `Ok` after its chunks are behind a barrier, the tip is noted and the view shows it; in that order.
-//! - The first failure is final: every later commit is refused until the store is opened again, because an engine that
-//!   failed once can't be trusted to have written what came before.
-//! - Settling runs in slices after a commit was answered, in proportion to what was committed, and when the shard is idle.
+//! - A commit is answered `Ok` after it is in the log and synced, the tip is noted and the view shows it; in that order.
+//! - A commit that is answered with an error is not in the log, and never will be: what a failed file says about it is void.
+//!   The file is left alone; before the next one is begun, everything committed so far is settled from memory, so that
+//!   nothing depends on the failed one any more. Until that has worked, commits are refused at once.
+//! - When the layer that grows has reached its size, it is closed, a new log file is begun, and the settler gets to work.
+//!   At twice its size, commits wait for the settler.
 //!
-//! Not here: encoding batches (`writer`), proving the log (`recovery`).
+//! Not here: encoding batches (`writer`), proving the log (`journal`), what becomes of a closed layer (`settler`).
 
 use std::{
-    path::PathBuf,
+    io,
     sync::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
-use super::{Shared, recovery, settle::Settler, tip::Tip};
+use super::{Shared, journal::Journal, settler::Waited, tip::Tip};
 use crate::{
-    StoreOptions,
-    commit::{self, CHUNK_BYTES, Commit, CommitId},
-    engine::EngineError,
-    error::{CommitError, ReadError},
-    key::{Key, Table},
+    Durability, StoreOptions,
+    commit::{self, Commit, CommitId},
+    error::CommitError,
+    files::Files,
     op::Op,
 };
-
-/// Bytes settled after a commit, at least; more after larger ones.
-const SETTLE_SLICE_BYTES: usize = 8 * 1024;
-
-/// Bytes settled at a time while the shard is idle.
-const IDLE_SLICE_BYTES: usize = 256 * 1024;
-
-/// How long the shard must be idle before settling goes on by itself.
-const SETTLE_PAUSE: Duration = Duration::from_millis(5);
 
 /// Commits between two looks at the free space.
 const SPACE_EVERY: u64 = 32;
 
-/// Key of the canary in [`Table::Shard`].
-const CANARY: &[u8] = b"canary";
+/// The first pause after the log failed; doubled with each attempt that fails.
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+
+/// The longest pause between two attempts.
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// The file a canary is written to.
+const CANARY: &str = "canary";
 
 /// A new writer's epoch, and where the log ends.
 pub(crate) type Acquired = Result<(u64, CommitId), CommitError>;
@@ -58,7 +56,7 @@ pub(crate) enum Request {
     },
     /// Takes the shard over: answers the new epoch and where the log ends.
     Acquire(Box<dyn FnOnce(Acquired) + Send>),
-    /// A write and a barrier beside the log.
+    /// A write and a sync beside the log.
     Canary(oneshot::Sender<Result<(), CommitError>>),
     /// Stop at once; what is not settled is replayed when the store is opened again.
     Stop,
@@ -66,42 +64,42 @@ pub(crate) enum Request {
     Close(std::sync::mpsc::SyncSender<Result<(), CommitError>>),
 }
 
+/// The file that is appended to, or why there is none.
+#[derive(Debug)]
+pub(crate) enum Log {
+    Open(Journal),
+    Failed {
+        why: CommitError,
+        /// When a new file is tried next.
+        again: Instant,
+        pause: Duration,
+    },
+}
+
 /// The thread's state.
 pub(crate) struct Committer {
     pub(crate) shared: Arc<Shared>,
+    pub(crate) files: Arc<dyn Files>,
     pub(crate) last: CommitId,
-    pub(crate) settler: Settler,
-    pub(crate) tip: Option<Tip>,
-    /// The data folder, to watch the space left; `None`: the engine needs none.
-    pub(crate) folder: Option<PathBuf>,
+    pub(crate) log: Log,
+    pub(crate) tip: Tip,
     pub(crate) options: StoreOptions,
-    /// Why nothing is committed any more.
-    pub(crate) closed: Option<CommitError>,
     pub(crate) until_space_check: u64,
+    pub(crate) closed: bool,
 }
 
 impl Committer {
     /// Runs until it is told to close or nobody can ask any more.
     pub(crate) fn run(mut self, requests: &Receiver<Request>) {
         loop {
-            let request = if self.closed.is_some() {
-                requests.recv().map_err(|_| RecvTimeoutError::Disconnected)
-            } else if !self.settler.is_idle() {
-                requests.recv_timeout(SETTLE_PAUSE)
-            } else if self.shared.view.active_size().0 > 0 {
-                requests.recv_timeout(self.options.settle_idle)
-            } else {
-                requests.recv().map_err(|_| RecvTimeoutError::Disconnected)
-            };
-            match request {
+            match self.next(requests) {
                 Ok(Request::Commit { epoch, expected, ops, body, reply }) => {
-                    let bytes = body.len();
                     let result = self.commit(epoch, expected, ops, body);
                     let committed = result.is_ok();
                     // Nobody waits for it any more: the log has it all the same.
                     let _ = reply.send(result);
                     if committed {
-                        self.settle_some(bytes);
+                        self.close_layer_if_due();
                     }
                 }
                 Ok(Request::Acquire(reply)) => reply(self.acquire()),
@@ -110,11 +108,24 @@ impl Committer {
                 }
                 Ok(Request::Close(reply)) => {
                     let _ = reply.send(self.close());
-                    return;
+                    break;
                 }
-                Err(RecvTimeoutError::Timeout) => self.settle_idle(),
-                Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => self.on_quiet(),
+                Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => break,
             }
+        }
+        self.shared.settling.stop();
+    }
+
+    fn next(&self, requests: &Receiver<Request>) -> Result<Request, RecvTimeoutError> {
+        match &self.log {
+            Log::Failed { again, .. } => {
+                requests.recv_timeout(again.saturating_duration_since(Instant::now()))
+            }
+            Log::Open(_) if self.shared.view.active_size().0 > 0 => {
+                requests.recv_timeout(self.options.settle_idle)
+            }
+            Log::Open(_) => requests.recv().map_err(|_| RecvTimeoutError::Disconnected),
         }
     }
 
@@ -122,7 +133,7 @@ impl Committer {
         let epoch = self.shared.view.counters().epoch.saturating_add(1);
         let mut body = Vec::new();
         Op::Acquire { epoch }.encode(&mut body);
-        let last = self.append(1, body.into())?;
+        let last = self.append(1, &body)?;
         Ok((epoch, last))
     }
 
@@ -140,75 +151,121 @@ impl Committer {
         if expected != self.last {
             return Err(CommitError::Conflict { expected, actual: self.last });
         }
-        self.append(ops, body)
+        self.append(ops, &body)
     }
 
-    fn append(&mut self, ops: u32, body: Bytes) -> Result<CommitId, CommitError> {
-        if let Some(closed) = &self.closed {
-            return Err(closed.clone());
-        }
+    fn append(&mut self, ops: u32, body: &[u8]) -> Result<CommitId, CommitError> {
         if body.len() > crate::op::BATCH_BYTES_MAX {
             return Err(CommitError::Invalid(format!("a commit of {} bytes is too large", body.len())));
         }
-        self.check_space()?;
+        self.make_ready()?;
         let previous = self.last;
-        let (id, bytes) = commit::encode(previous, ops, &body);
-        self.write(id, &bytes).map_err(|error| self.fail(&error))?;
-        if let Some(tip) = &self.tip {
-            tip.write(id).map_err(|error| self.fail(&error.into()))?;
+        let (id, bytes) = commit::encode(previous, ops, body);
+        let bytes = Bytes::from(bytes);
+        // The view keeps slices of what is written, so that nothing is copied twice.
+        let commit = Commit { id, previous: previous.chain, ops, body: bytes.slice(commit::HEADER_BYTES..) };
+        // Whatever could fail without the disk fails before anything is written.
+        let change = self.shared.view.prepare(&commit)?;
+        if let Err(error) = self.write(&bytes) {
+            return Err(self.fail(&error));
+        }
+        if let Err(error) = self.tip.write(id) {
+            // The commit is durable and may stay; what it said is unknown to nobody yet. It is void all the same: a tip that
+            // can't be written proves nothing after a kill.
+            return Err(self.fail(&error));
         }
         self.last = id;
-        let length = body.len();
-        // The view keeps slices of what was written, so that nothing is copied twice.
-        let body = Bytes::from(bytes).slice(commit::HEADER_BYTES..);
-        self.shared
-            .view
-            .apply(&Commit { id, previous: previous.chain, ops, body })
-            .map_err(|error| self.fail_reading(&error))?;
-        self.shared.counts.committed(length);
-        self.on_barrier()?;
+        self.shared.view.show(change);
+        self.shared.counts.committed(body.len());
         Ok(id)
     }
 
-    fn write(&self, id: CommitId, bytes: &[u8]) -> Result<(), EngineError> {
-        let engine = self.shared.view.engine();
-        for (n, chunk) in bytes.chunks(CHUNK_BYTES).enumerate() {
-            let key = Key::commit(id.number, u16::try_from(n).unwrap_or(u16::MAX));
-            engine.insert(Table::Commit, key.as_ref(), chunk)?;
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let Log::Open(journal) = &mut self.log else {
+            return Err(io::Error::other("the log is not open"));
+        };
+        journal.append(bytes)?;
+        if self.options.durability == Durability::Power {
+            self.shared.counts.sync();
+            journal.sync()?;
         }
-        self.barrier()
+        Ok(())
     }
 
-    fn barrier(&self) -> Result<(), EngineError> {
-        self.shared.counts.barrier();
-        self.shared.view.engine().barrier()
+    /// The log failed. What was being written is void.
+    fn fail(&mut self, error: &io::Error) -> CommitError {
+        let why = if error.kind() == io::ErrorKind::StorageFull {
+            CommitError::Full { reason: format!("the log could not be written: {error}") }
+        } else {
+            CommitError::Unavailable { reason: format!("the log could not be written: {error}") }
+        };
+        tracing::error!(shard = %self.shared.id, %error, "the log failed: commits are refused until it works again");
+        self.log = Log::Failed { why: why.clone(), again: Instant::now() + RETRY_FIRST, pause: RETRY_FIRST };
+        why
     }
 
-    fn on_barrier(&mut self) -> Result<(), CommitError> {
-        self.settler.on_barrier(&self.shared.view).map_err(|error| self.fail_reading(&error))
-    }
-
-    fn canary(&mut self) -> Result<(), CommitError> {
-        if let Some(closed) = &self.closed {
-            return Err(closed.clone());
+    /// Refuses what can't be committed now, before anything is written.
+    fn make_ready(&mut self) -> Result<(), CommitError> {
+        if self.closed {
+            return Err(CommitError::Unavailable { reason: "the store is closed".to_owned() });
         }
-        self.until_space_check = 0;
+        if let Log::Failed { why, again, .. } = &self.log {
+            if *again > Instant::now() {
+                return Err(why.clone());
+            }
+            self.begin_again()?;
+        }
         self.check_space()?;
-        let number = self.last.number.to_be_bytes();
-        let written = self.shared.view.engine().insert(Table::Shard, CANARY, &number);
-        written.and_then(|()| self.barrier()).map_err(|error| self.fail(&error))?;
-        self.on_barrier()
+        self.wait_for_room()
     }
 
-    /// Refuses before the engine could run out of space: an engine that did can't go on.
+    /// After a failure: settles everything from memory, then begins a new log file.
+    fn begin_again(&mut self) -> Result<(), CommitError> {
+        let Log::Failed { pause, .. } = &self.log else { return Ok(()) };
+        let pause = (*pause * 2).min(RETRY_MAX);
+        let begun = self.settle_all().and_then(|()| {
+            Journal::begin(self.files.as_ref(), self.shared.id, self.options.durability, self.last).map_err(
+                |error| CommitError::Unavailable {
+                    reason: format!("a new log file can't be begun: {error}"),
+                },
+            )
+        });
+        match begun {
+            Ok(journal) => {
+                tracing::info!(shard = %self.shared.id, "the log works again");
+                self.log = Log::Open(journal);
+                Ok(())
+            }
+            Err(why) => {
+                self.log = Log::Failed { why: why.clone(), again: Instant::now() + pause, pause };
+                Err(why)
+            }
+        }
+    }
+
+    /// Waits until all that is committed is settled.
+    fn settle_all(&self) -> Result<(), CommitError> {
+        for _ in 0..2 {
+            if let Waited::Failing(why) = self.shared.settling.wait() {
+                return Err(why);
+            }
+            if let Some(layer) = self.shared.view.freeze() {
+                self.shared.settling.begin(layer);
+            }
+        }
+        match self.shared.settling.wait() {
+            Waited::Settled => Ok(()),
+            Waited::Failing(why) => Err(why),
+        }
+    }
+
+    /// Refuses while there is hardly any space left: what is committed has to be settled as well.
     fn check_space(&mut self) -> Result<(), CommitError> {
-        let Some(folder) = &self.folder else { return Ok(()) };
         if self.until_space_check > 0 {
             self.until_space_check -= 1;
             return Ok(());
         }
-        let Ok(space) = rustix::fs::statvfs(folder) else { return Ok(()) };
-        let free = space.f_bavail.saturating_mul(space.f_frsize);
+        let Ok(Some(free)) = self.files.free() else { return Ok(()) };
         if free < self.options.reserve_bytes {
             let reserve = self.options.reserve_bytes;
             return Err(CommitError::Full {
@@ -219,70 +276,91 @@ impl Committer {
         Ok(())
     }
 
-    /// After a commit: settle in proportion to it, so that settling keeps up and no commit waits long.
-    fn settle_some(&mut self, committed: usize) {
+    /// With the growing layer at twice its size, waits until the closed one is settled.
+    fn wait_for_room(&mut self) -> Result<(), CommitError> {
         let (commits, bytes) = self.shared.view.active_size();
-        let due = bytes >= self.options.settle_bytes || commits >= self.options.settle_commits;
-        if self.settler.is_idle() && due {
-            self.settler.begin(&self.shared.view);
-        }
-        let behind = bytes >= self.options.settle_bytes.saturating_mul(2)
+        let full = bytes >= self.options.settle_bytes.saturating_mul(2)
             || commits >= self.options.settle_commits.saturating_mul(2);
-        let result = if behind {
-            // The layer that grows is at its bound and the other one is not settled yet: that comes first.
-            self.shared.counts.behind();
-            recovery::settle_all(&self.shared.view, &mut self.settler)
-        } else {
-            let slice = SETTLE_SLICE_BYTES.max(committed.saturating_mul(2));
-            self.settler.step(&self.shared.view, slice).map(|_| ())
-        };
-        if let Err(error) = result {
-            let _ = self.fail_reading(&error);
+        if !full {
+            return Ok(());
+        }
+        self.shared.counts.behind();
+        match self.shared.settling.wait() {
+            Waited::Settled => {
+                self.close_layer_if_due();
+                Ok(())
+            }
+            Waited::Failing(why) => Err(why),
         }
     }
 
-    fn settle_idle(&mut self) {
-        self.settler.begin(&self.shared.view);
-        if let Err(error) = self.settler.step(&self.shared.view, IDLE_SLICE_BYTES) {
-            let _ = self.fail_reading(&error);
-        } else if self.settler.needs_barrier() {
-            match self.barrier() {
-                Ok(()) => {
-                    let _ = self.on_barrier();
+    /// Closes the layer that grows when it is large enough, if the one before is settled.
+    fn close_layer_if_due(&mut self) {
+        let (commits, bytes) = self.shared.view.active_size();
+        if bytes >= self.options.settle_bytes || commits >= self.options.settle_commits {
+            self.close_layer();
+        }
+    }
+
+    fn close_layer(&mut self) {
+        if !self.shared.settling.is_idle() {
+            return;
+        }
+        let Log::Open(journal) = &mut self.log else { return };
+        // The next log file begins where the layer ends, so that this one can go when the layer is settled.
+        let begun = journal.sync().and_then(|()| {
+            Journal::begin(self.files.as_ref(), self.shared.id, self.options.durability, self.last)
+        });
+        self.shared.counts.sync();
+        match begun {
+            Ok(journal) => {
+                self.log = Log::Open(journal);
+                if let Some(layer) = self.shared.view.freeze() {
+                    self.shared.settling.begin(layer);
                 }
-                Err(error) => {
-                    let _ = self.fail(&error);
-                }
+            }
+            Err(error) => {
+                self.fail(&error);
             }
         }
     }
 
-    fn close(&mut self) -> Result<(), CommitError> {
-        if let Some(closed) = &self.closed {
-            return Err(closed.clone());
+    fn on_quiet(&mut self) {
+        match &self.log {
+            Log::Failed { .. } => {
+                // It says so itself.
+                let _ = self.begin_again();
+            }
+            Log::Open(_) => self.close_layer(),
         }
-        recovery::settle_all(&self.shared.view, &mut self.settler)
-            .map_err(|error| self.fail_reading(&error))?;
-        self.barrier().map_err(|error| self.fail(&error))?;
-        self.closed = Some(CommitError::Unavailable { reason: "the store is closed".to_owned() });
-        Ok(())
     }
 
-    fn fail(&mut self, error: &EngineError) -> CommitError {
-        let closed = match error {
-            EngineError::Full => CommitError::Full { reason: error.to_string() },
-            EngineError::Failed(reason) => CommitError::Unavailable { reason: reason.clone() },
+    fn canary(&mut self) -> Result<(), CommitError> {
+        self.until_space_check = 0;
+        self.make_ready()?;
+        let write = || {
+            let mut file = self.files.create(CANARY)?;
+            file.append(&self.last.number.to_be_bytes())?;
+            file.sync()
         };
-        self.shut(closed)
+        self.shared.counts.sync();
+        write().map_err(|error| {
+            let reason = format!("a file beside the log could not be written: {error}");
+            if error.kind() == io::ErrorKind::StorageFull {
+                CommitError::Full { reason }
+            } else {
+                CommitError::Unavailable { reason }
+            }
+        })
     }
 
-    fn fail_reading(&mut self, error: &ReadError) -> CommitError {
-        self.shut(CommitError::Unavailable { reason: error.to_string() })
-    }
-
-    fn shut(&mut self, closed: CommitError) -> CommitError {
-        tracing::error!(shard = %self.shared.id, error = %closed, "the shard takes no more commits");
-        self.closed = Some(closed.clone());
-        closed
+    fn close(&mut self) -> Result<(), CommitError> {
+        if self.closed {
+            return Err(CommitError::Unavailable { reason: "the store is closed".to_owned() });
+        }
+        self.closed = true;
+        let _ = self.shared.settling.wait();
+        self.close_layer();
+        self.settle_all()
     }
 }

@@ -1,42 +1,63 @@
-//! One shard: its view, its committer, and what both share.
+//! One shard: opening it, its threads, and what they share with readers.
+//!
+//! - `committer` appends to the log (`journal`) and shows commits in the `view`, whose newest layers are an `overlay`.
+//! - `settler` turns closed layers into segments, which the `manifest` names, and keeps the engine an `index` of them.
 //!
 //! Not here: the public handles (`reader`, `writer`, `store`).
 
-pub(crate) mod block;
+mod boot;
 pub(crate) mod committer;
+pub(crate) mod index;
+pub(crate) mod journal;
+pub(crate) mod manifest;
 pub(crate) mod overlay;
-pub(crate) mod recovery;
-pub(crate) mod settle;
+pub(crate) mod segments;
+pub(crate) mod settler;
 pub(crate) mod tip;
 pub(crate) mod view;
 
 use std::{
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{SyncSender, sync_channel},
     },
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use fulmar_protocol::id::ShardId;
 
 use self::{
-    committer::{Committer, Request},
+    committer::{Committer, Log, Request},
+    index::IndexError,
+    journal::Journal,
+    segments::Segments,
+    settler::{EngineOpener, Settler, Settling},
     tip::Tip,
     view::View,
 };
-use crate::{StoreOptions, commit::CommitId, engine::Engine, error::OpenError, format::Folder};
+use crate::{
+    StoreOptions,
+    error::{CommitError, OpenError},
+    files::Files,
+    format::Folder,
+};
 
 /// Requests that may wait for a committer: one commit of its writer, and a few canaries.
 const REQUESTS_MAX: usize = 16;
 
-/// What readers, writer and committer of a shard share.
+/// Time between two lines of progress while a shard is opened.
+const PROGRESS_EVERY: Duration = Duration::from_secs(2);
+
+/// What readers, writer and the threads of a shard share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) id: ShardId,
     pub(crate) view: View,
+    pub(crate) settling: Settling,
     pub(crate) counts: Counts,
+    pub(crate) files: Arc<dyn Files>,
     /// The last local number handed out.
     pub(crate) users: AtomicU64,
     pub(crate) conversations: AtomicU64,
@@ -49,8 +70,12 @@ pub(crate) struct Shared {
 pub(crate) struct Counts {
     commits: AtomicU64,
     bytes: AtomicU64,
-    barriers: AtomicU64,
+    syncs: AtomicU64,
     behind: AtomicU64,
+    background_syncs: AtomicU64,
+    segments: AtomicU64,
+    segment_bytes: AtomicU64,
+    merges: AtomicU64,
 }
 
 impl Counts {
@@ -59,8 +84,8 @@ impl Counts {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    fn barrier(&self) {
-        self.barriers.fetch_add(1, Ordering::Relaxed);
+    fn sync(&self) {
+        self.syncs.fetch_add(1, Ordering::Relaxed);
     }
 
     fn behind(&self) {
@@ -69,117 +94,201 @@ impl Counts {
 }
 
 /// Figures of one shard since it was opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ShardStats {
     /// Commits.
     pub commits: u64,
     /// Bytes of their operations.
     pub commit_bytes: u64,
-    /// Barriers waited for (each is an `fdatasync` at [`crate::Durability::Power`]).
+    /// Times the committing thread waited for the disk (`fdatasync`); about one per commit at [`crate::Durability::Power`].
     pub barriers: u64,
-    /// Times a commit was followed by settling everything because settling had fallen behind.
+    /// Times the settling thread waited for the disk; nobody's acknowledgement waits for those.
+    pub background_syncs: u64,
+    /// Times commits waited because settling had fallen behind.
     pub settle_behind: u64,
     /// Commits that are not settled yet.
     pub overlay_commits: u64,
     /// Bytes of memory they take, about.
     pub overlay_bytes: u64,
-    /// Bytes of the database on disk.
+    /// Segments the settled log consists of.
+    pub segments: u64,
+    /// Bytes of the segments.
+    pub segment_bytes: u64,
+    /// Merges of segments that were finished.
+    pub merges: u64,
+    /// Bytes of the log files: what is not settled yet, and what was settled just now.
+    pub log_bytes: u64,
+    /// Bytes of the engine's files.
+    pub index_bytes: u64,
+    /// Bytes on disk: log, segments and index.
     pub disk_bytes: u64,
     /// Commits replayed when the shard was opened.
     pub replayed: u64,
+    /// Why nothing can be committed or settled right now, if so.
+    pub failing: Option<String>,
 }
 
-/// A shard with its thread.
+impl Shared {
+    /// Why nothing can be committed or settled right now, if so.
+    fn failing(&self) -> Option<CommitError> {
+        self.settling.failing()
+    }
+}
+
+/// A shard with its threads.
 #[derive(Debug)]
 pub(crate) struct Shard {
     pub(crate) shared: Arc<Shared>,
     pub(crate) requests: SyncSender<Request>,
     pub(crate) taken: AtomicBool,
     pub(crate) replayed: u64,
-    thread: Mutex<Option<JoinHandle<()>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Shard {
-    /// Proves and replays the log, then starts the committer.
+    /// Opens what is settled, proves and replays the log, then starts the threads.
     pub(crate) fn open(
         id: ShardId,
-        engine: Arc<dyn Engine>,
-        tip: Option<(Tip, CommitId)>,
+        files: Arc<dyn Files>,
+        opener: EngineOpener,
         folder: Option<Arc<Folder>>,
         options: &StoreOptions,
         shards: u16,
     ) -> Result<Self, OpenError> {
-        let path = folder.as_ref().map(|folder| folder.path.clone());
+        let began = Instant::now();
         let cache_bytes = options.cache_bytes / u64::from(shards.max(1));
-        let view = View::new(id, engine, cache_bytes);
-        let (tip, acknowledged) = match tip {
-            Some((tip, acknowledged)) => (Some(tip), acknowledged),
-            None => (None, CommitId::ZERO),
+        let in_log = |doing: &str, error: &dyn std::fmt::Display| OpenError::Log {
+            shard: id,
+            reason: format!("{doing}: {error}"),
         };
-        let recovered = recovery::recover(id, &view, acknowledged, options.settle_bytes)?;
-        let counters = view.counters();
+        let segments = Arc::new(Segments::default());
+        let manifest = Settler::open_files(files.as_ref(), id, &segments)?;
+        let engine =
+            Settler::open_engine(&opener, id, &segments, &manifest).map_err(|error| match error {
+                IndexError::Engine(error) => OpenError::Engine { shard: id, reason: error.to_string() },
+                IndexError::Segment { .. } | IndexError::Missing(_) => {
+                    OpenError::Settled { shard: id, what: error.to_string() }
+                }
+            })?;
+        let (tip, acknowledged) =
+            Tip::open(files.as_ref()).map_err(|error| in_log("the tip file can't be opened", &error))?;
+        let view = View::new(id, engine, segments, cache_bytes);
+        view.start_from(manifest.settled, manifest.counters);
+        let settled = manifest.settled;
         let shared = Arc::new(Shared {
             id,
             view,
+            settling: Settling::default(),
             counts: Counts::default(),
-            users: AtomicU64::new(counters.users),
-            conversations: AtomicU64::new(counters.conversations),
-            _folder: folder.clone(),
+            files: Arc::clone(&files),
+            users: AtomicU64::new(0),
+            conversations: AtomicU64::new(0),
+            _folder: folder,
         });
+        let mut settler = Settler::new(Arc::clone(&shared), Arc::clone(&files), opener, manifest, options);
+
+        let mut replayed = 0u64;
+        let mut told = Instant::now();
+        let proven = journal::Reader::new(files.as_ref(), id, acknowledged).read(settled, |commit| {
+            shared.view.apply(&commit).map_err(|error| OpenError::Damaged {
+                shard: id,
+                commit: commit.id.number,
+                what: error.to_string(),
+            })?;
+            replayed += 1;
+            if shared.view.active_size().1 >= options.settle_bytes {
+                // Replay needs no more memory than running does.
+                settler.settle_here().map_err(|error| in_log("settling failed", &error))?;
+            }
+            if told.elapsed() >= PROGRESS_EVERY {
+                told = Instant::now();
+                let commit = commit.id.number;
+                tracing::info!(shard = %id, commit, acknowledged = acknowledged.number, "replaying the log");
+            }
+            Ok(())
+        })?;
+        let last = proven.last;
+        let log = Journal::begin(files.as_ref(), id, options.durability, last)
+            .map_err(|error| in_log("a log file can't be begun", &error))?;
+        settler.remove_leftovers().map_err(|error| in_log("leftovers can't be removed", &error))?;
+        if replayed > 0 {
+            tracing::info!(
+                shard = %id, replayed, last = last.number, bytes = proven.bytes, took = ?began.elapsed(),
+                "replayed the log"
+            );
+        }
+        let counters = shared.view.counters();
+        shared.users.store(counters.users, Ordering::Relaxed);
+        shared.conversations.store(counters.conversations, Ordering::Relaxed);
+
         let committer = Committer {
             shared: Arc::clone(&shared),
-            last: recovered.last,
-            settler: recovered.settler,
+            files,
+            last,
+            log: Log::Open(log),
             tip,
-            folder: path.clone(),
             options: options.clone(),
-            closed: None,
             until_space_check: 0,
+            closed: false,
         };
         let (requests, receiver) = sync_channel(REQUESTS_MAX);
-        let thread = std::thread::Builder::new()
-            .name(format!("store-{id}"))
-            .spawn(move || committer.run(&receiver))
-            .map_err(|source| OpenError::Io {
-                doing: "can't start the thread of a shard in",
-                path: path.unwrap_or_default(),
-                source,
+        let shard =
+            Self { shared, requests, taken: AtomicBool::new(false), replayed, threads: Mutex::default() };
+        shard.start("settle", move || settler.run())?;
+        shard.start("store", move || committer.run(&receiver))?;
+        Ok(shard)
+    }
+
+    fn start(&self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), OpenError> {
+        let id = self.shared.id;
+        let thread =
+            std::thread::Builder::new().name(format!("{name}-{id}")).spawn(run).map_err(|error| {
+                OpenError::Log { shard: id, reason: format!("a thread can't be started: {error}") }
             })?;
-        Ok(Self {
-            shared,
-            requests,
-            taken: AtomicBool::new(false),
-            replayed: recovered.replayed,
-            thread: Mutex::new(Some(thread)),
-        })
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        Ok(())
     }
 
     pub(crate) fn stats(&self) -> ShardStats {
         let counts = &self.shared.counts;
         let (overlay_commits, overlay_bytes) = self.shared.view.overlay_size();
+        let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        let log_bytes = journal::list(self.shared.files.as_ref())
+            .map_or(0, |logs| logs.iter().map(|(_, bytes)| bytes).sum());
+        let index_bytes = self.shared.view.engine().size();
+        let segment_bytes = get(&counts.segment_bytes);
         ShardStats {
-            commits: counts.commits.load(Ordering::Relaxed),
-            commit_bytes: counts.bytes.load(Ordering::Relaxed),
-            barriers: counts.barriers.load(Ordering::Relaxed),
-            settle_behind: counts.behind.load(Ordering::Relaxed),
+            commits: get(&counts.commits),
+            commit_bytes: get(&counts.bytes),
+            barriers: get(&counts.syncs),
+            background_syncs: get(&counts.background_syncs),
+            settle_behind: get(&counts.behind),
             overlay_commits,
             overlay_bytes: overlay_bytes as u64,
-            disk_bytes: self.shared.view.engine().size(),
+            segments: get(&counts.segments),
+            segment_bytes,
+            merges: get(&counts.merges),
+            log_bytes,
+            index_bytes,
+            disk_bytes: log_bytes + segment_bytes + index_bytes,
             replayed: self.replayed,
+            failing: self.shared.failing().map(|error| error.to_string()),
         }
     }
 
-    /// Waits for the committer to be gone, after it was told to close.
+    /// Waits for the threads to be gone, after the committer was told to close.
     pub(crate) fn join(&self) {
-        let thread = self.thread.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        if let Some(thread) = thread
-            && thread.join().is_err()
-        {
-            tracing::error!(shard = %self.shared.id, "the shard's thread had panicked");
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        // The committer first: it tells the settler to end.
+        for thread in threads.into_iter().rev() {
+            if thread.join().is_err() {
+                tracing::error!(shard = %self.shared.id, "a thread of the shard had panicked");
+                self.shared.settling.stop();
+            }
         }
     }
 
-    /// Stops the committer without settling, and waits for it.
+    /// Stops the threads without settling, and waits for them.
     fn stop(&self) {
         // A thread that is gone needs no telling.
         let _ = self.requests.send(Request::Stop);

@@ -7,12 +7,16 @@
 //!
 //! Not here: what is done about a difference (`recovery`).
 
-use std::{fs::File, io, os::unix::fs::FileExt, path::Path};
+use std::io;
 
 use crate::{
     codec::{Cursor, Malformed},
     commit::{ChainHash, CommitId},
+    files::{Files, Slots},
 };
+
+/// Its name in the shard's folder.
+pub(crate) const NAME: &str = "tip";
 
 const MAGIC: [u8; 4] = *b"FLMT";
 /// Magic, number, chain hash, checksum.
@@ -23,13 +27,13 @@ const SLOT_EVERY: u64 = 512;
 /// The tip file of a shard.
 #[derive(Debug)]
 pub(crate) struct Tip {
-    file: File,
+    file: Box<dyn Slots>,
 }
 
 impl Tip {
     /// Opens or creates the file, and reads what it says: [`CommitId::ZERO`] if nothing.
-    pub(crate) fn open(path: &Path) -> io::Result<(Self, CommitId)> {
-        let file = File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+    pub(crate) fn open(files: &dyn Files) -> io::Result<(Self, CommitId)> {
+        let file = files.open_slots(NAME)?;
         let mut newest = CommitId::ZERO;
         for slot in 0..2 {
             let mut bytes = [0; SLOT_BYTES];
@@ -43,7 +47,7 @@ impl Tip {
                 Ok(_) => {}
                 Err(_) if bytes == [0; SLOT_BYTES] => {}
                 Err(what) => {
-                    tracing::warn!(file = %path.display(), slot, %what, "one slot of the tip file is unreadable")
+                    tracing::warn!(slot, %what, "one slot of the tip file is unreadable")
                 }
             }
         }
@@ -84,20 +88,20 @@ fn decode(bytes: &[u8]) -> Result<CommitId, Malformed> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::memory::MemoryFiles;
 
     #[test]
     fn the_newest_readable_slot_counts() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("tip");
+        let files = MemoryFiles::default();
         let id = |number| CommitId { number, chain: ChainHash([9; 16]) };
-        let (tip, found) = Tip::open(&path).unwrap();
+        let (tip, found) = Tip::open(&files).unwrap();
         assert_eq!(found, CommitId::ZERO);
         for number in 1..=4 {
             tip.write(id(number)).unwrap();
         }
-        assert_eq!(Tip::open(&path).unwrap().1, id(4));
+        assert_eq!(Tip::open(&files).unwrap().1, id(4));
         tip.file.write_all_at(b"x", 0).unwrap();
-        assert_eq!(Tip::open(&path).unwrap().1, id(3), "the other slot, when one is damaged");
+        assert_eq!(Tip::open(&files).unwrap().1, id(3), "the other slot, when one is damaged");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! A shard's present state: the tables, and over them what is committed but not yet settled.
+//! A shard's present state: the index and the segments, and over them what is committed but not yet settled.
 //!
 //! - Only the committer changes it, one commit at a time ([`View::apply`]); anybody reads.
 //! - A read finds a row in the newest layer that has it. Layers are dropped only when the tables have their rows, so a
@@ -22,8 +22,8 @@ use fulmar_protocol::{
 use moka::sync::Cache;
 
 use super::{
-    block,
     overlay::{Counters, Overlay, Pending, Touched, full_key},
+    segments::{Placed, RunError, Segments},
 };
 use crate::{
     codec::Malformed,
@@ -34,6 +34,7 @@ use crate::{
     op::Op,
     record::Record,
     row::{Head, LaneState, Number, Row},
+    segment::{self, SegmentError},
 };
 
 /// Records a warm tail keeps.
@@ -45,8 +46,11 @@ pub(crate) const TAIL_BYTES: usize = 32 * 1024;
 /// Bytes a cached head costs, about.
 const HEAD_BYTES: u64 = 256;
 
-/// Rows read from the engine at a time.
+/// Rows of the `run` table read at a time.
 const SCAN_ROWS: usize = 8;
+
+/// How often a read looks up again where its runs lie, while segments are being merged under it.
+const LOOKS_MAX: usize = 16;
 
 /// How much a read may return. At least one record is returned if there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +86,8 @@ struct Tail {
 /// See the module.
 pub(crate) struct View {
     shard: ShardId,
-    engine: Arc<dyn Engine>,
+    engine: RwLock<Arc<dyn Engine>>,
+    segments: Arc<Segments>,
     layers: RwLock<Layers>,
     heads: Cache<ConversationId, Arc<Mutex<Head>>>,
     tails: Cache<ConversationId, Arc<Mutex<Tail>>>,
@@ -102,20 +107,36 @@ enum NoHead {
 }
 
 impl View {
-    pub(crate) fn new(shard: ShardId, engine: Arc<dyn Engine>, cache_bytes: u64) -> Self {
+    pub(crate) fn new(
+        shard: ShardId,
+        engine: Arc<dyn Engine>,
+        segments: Arc<Segments>,
+        cache_bytes: u64,
+    ) -> Self {
         let tails = (cache_bytes / TAIL_BYTES as u64).max(1);
         let heads = (cache_bytes / 4 / HEAD_BYTES).max(1);
         Self {
             shard,
-            engine,
+            engine: RwLock::new(engine),
+            segments,
             layers: RwLock::default(),
             heads: Cache::builder().max_capacity(heads).build(),
             tails: Cache::builder().max_capacity(tails).build(),
         }
     }
 
-    pub(crate) fn engine(&self) -> &Arc<dyn Engine> {
-        &self.engine
+    /// The index as it is now; another one takes its place when it fails.
+    pub(crate) fn engine(&self) -> Arc<dyn Engine> {
+        Arc::clone(&self.engine.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Puts another engine in the place of the one before, which holds the same rows or none.
+    pub(crate) fn set_engine(&self, engine: Arc<dyn Engine>) {
+        *self.engine.write().unwrap_or_else(PoisonError::into_inner) = engine;
+    }
+
+    pub(crate) fn segments(&self) -> &Arc<Segments> {
+        &self.segments
     }
 
     fn layers(&self) -> RwLockReadGuard<'_, Layers> {
@@ -144,7 +165,7 @@ impl View {
 
     /// One row as the tables have it.
     pub(crate) fn stored_row<R: Row>(&self, table: Table, key: &[u8]) -> Result<Option<R>, ReadError> {
-        match self.engine.get(table, key).map_err(|error| self.failed(error))? {
+        match self.engine().get(table, key).map_err(|error| self.failed(error))? {
             None => Ok(None),
             Some(value) => self.decode_row(self.open_row(table, key, &value)?.as_ref()).map(Some),
         }
@@ -178,7 +199,7 @@ impl View {
             let want = limit - found.len();
             let dropped = self.layers().dropped;
             let stored = self
-                .engine
+                .engine()
                 .scan(table, &from, end.as_deref(), Direction::Ascending, want)
                 .map_err(|error| self.failed(error))?;
             // Beyond the last stored row of a full page there may be more stored rows: the page ends there.
@@ -440,7 +461,7 @@ impl View {
         }
     }
 
-    /// `from..=to` out of the layers and, below them, the blocks.
+    /// `from..=to` out of the layers and, below them, the segments.
     fn read_range(
         &self,
         conversation: ConversationId,
@@ -468,7 +489,7 @@ impl View {
         let mut next = from;
         let below = layered.first().map_or(to, |first| first.seq.prev());
         if from <= below {
-            next = self.read_blocks(conversation, from, below, page)?;
+            next = self.read_runs(conversation, from, below, page)?;
             if page.full {
                 return Ok(());
             }
@@ -496,8 +517,8 @@ impl View {
         Ok(())
     }
 
-    /// Reads blocks into `page`; returns the seq after the last record that was read.
-    fn read_blocks(
+    /// Reads runs into `page`; returns the seq after the last record that was read.
+    fn read_runs(
         &self,
         conversation: ConversationId,
         from: Seq,
@@ -505,86 +526,112 @@ impl View {
         page: &mut Page,
     ) -> Result<Seq, ReadError> {
         let mut next = from;
-        let mut cursor = match self.last_block_key(conversation, from)? {
-            Some(key) => Key::block(conversation, self.id_at(&key, 1)?, 0).into_bytes(),
-            None => Key::block(conversation, from, 0).into_bytes(),
+        for _ in 0..LOOKS_MAX {
+            match self.read_runs_once(conversation, to, &mut next, page) {
+                Ok(Looked::Done) => return Ok(next),
+                // A merge may have moved what comes next behind this look's back: once more, from there.
+                Ok(Looked::Gap) | Err(RunError::Gone) => std::thread::yield_now(),
+                Err(RunError::Failed(error)) => return Err(error),
+            }
+        }
+        Ok(next)
+    }
+
+    /// Looks once through the rows of the runs from `next` on.
+    fn read_runs_once(
+        &self,
+        conversation: ConversationId,
+        to: Seq,
+        next: &mut Seq,
+        page: &mut Page,
+    ) -> Result<Looked, RunError<ReadError>> {
+        let Some(first) = self.run_at(conversation, *next).map_err(RunError::Failed)? else {
+            return Ok(Looked::Gap);
         };
-        let end = Key::block(conversation, to.saturating_add(1), 0);
-        loop {
+        let mut cursor = Key::run(conversation, first).into_bytes();
+        let end = Key::run(conversation, to.saturating_add(1));
+        while *next <= to {
             let rows = self
-                .engine
-                .scan(Table::Block, &cursor, Some(end.as_ref()), Direction::Ascending, SCAN_ROWS)
-                .map_err(|error| self.failed(error))?;
-            let Some((last_key, _)) = rows.last() else { return Ok(next) };
+                .engine()
+                .scan(Table::Run, &cursor, Some(end.as_ref()), Direction::Ascending, SCAN_ROWS)
+                .map_err(|error| RunError::Failed(self.failed(error)))?;
+            let Some((last_key, _)) = rows.last() else { return Ok(Looked::Gap) };
             cursor = next_key(last_key);
-            let mut rows = rows.into_iter();
-            while let Some((key, chunk)) = rows.next() {
-                let first: Seq = self.id_at(&key, 1)?;
-                if key::chunk_of(&key).map_err(|what| self.damaged(Some(conversation), Some(first), what))?
-                    != 0
-                {
-                    return Err(self.damaged(
-                        Some(conversation),
-                        Some(first),
-                        Malformed("block: first chunk"),
-                    ));
+            for (key, value) in rows {
+                let placed = self.placed(conversation, &key, &value).map_err(RunError::Failed)?;
+                if placed.run.last() < *next {
+                    // An earlier run that was merged into the one before reaches no further.
+                    continue;
                 }
-                let header = block::Header::decode(&chunk)
-                    .map_err(|what| self.damaged(Some(conversation), Some(first), what))?;
-                let bytes = if header.chunks() <= 1 {
-                    chunk
-                } else {
-                    let mut whole = Vec::with_capacity(header.bytes());
-                    whole.extend_from_slice(&chunk);
-                    for n in 1..header.chunks() {
-                        let n = u16::try_from(n).unwrap_or(u16::MAX);
-                        let key = Key::block(conversation, first, n);
-                        let chunk = match rows.next() {
-                            Some((found, chunk)) if found == key.as_ref() => chunk,
-                            _ => self
-                                .engine
-                                .get(Table::Block, key.as_ref())
-                                .map_err(|error| self.failed(error))?
-                                .ok_or_else(|| {
-                                    self.damaged(Some(conversation), Some(first), Malformed("block: chunk"))
-                                })?,
-                        };
-                        cursor = cursor.max(next_key(key.as_ref()));
-                        whole.extend_from_slice(&chunk);
-                    }
-                    whole.into()
-                };
-                let records = block::decode(conversation, first, &bytes)
-                    .map_err(|what| self.damaged(Some(conversation), Some(first.max(next)), what))?;
-                for (record, _) in &records {
-                    if record.seq < next {
-                        continue;
-                    }
-                    if record.seq > next || record.seq > to {
-                        return Ok(next);
-                    }
-                    if !page.push(record) {
-                        return Ok(next);
-                    }
-                    next = next.saturating_add(1);
+                if placed.run.first > *next {
+                    return Ok(Looked::Gap);
+                }
+                let from = placed.run.first.max(*next);
+                let more = self.read_run(&placed, to, next, page).map_err(|error| match error {
+                    RunError::Gone => RunError::Gone,
+                    RunError::Failed(error) => RunError::Failed(self.unreadable(&placed, from, &error)),
+                })?;
+                if !more {
+                    return Ok(Looked::Done);
                 }
             }
         }
+        Ok(Looked::Done)
     }
 
-    /// The key of the last chunk of the last block that begins at `seq` or before.
-    pub(crate) fn last_block_key(
+    /// Takes the records `next..=to` of one run. Returns whether to go on with the next run.
+    fn read_run(
+        &self,
+        placed: &Placed,
+        to: Seq,
+        next: &mut Seq,
+        page: &mut Page,
+    ) -> Result<bool, RunError<SegmentError>> {
+        let bytes = self.segments.run(placed)?;
+        for record in segment::records(&placed.run, &bytes, *next) {
+            let (record, _) = record.map_err(|what| RunError::Failed(what.into()))?;
+            if record.seq > to || !page.push(&record) {
+                return Ok(false);
+            }
+            *next = record.seq.saturating_add(1);
+        }
+        Ok(true)
+    }
+
+    /// The first seq of the last run that begins at `seq` or before.
+    pub(crate) fn run_at(&self, conversation: ConversationId, seq: Seq) -> Result<Option<Seq>, ReadError> {
+        let from = Key::run(conversation, Seq::ZERO);
+        let to = Key::run(conversation, seq.saturating_add(1));
+        let rows = self
+            .engine()
+            .scan(Table::Run, from.as_ref(), Some(to.as_ref()), Direction::Descending, 1)
+            .map_err(|error| self.failed(error))?;
+        rows.first().map(|(key, _)| self.id_at(key, 1)).transpose()
+    }
+
+    /// A row of the `run` table, verified.
+    pub(crate) fn placed(
         &self,
         conversation: ConversationId,
-        seq: Seq,
-    ) -> Result<Option<Vec<u8>>, ReadError> {
-        let from = Key::block(conversation, Seq::ZERO, 0);
-        let to = Key::block(conversation, seq.saturating_add(1), 0);
-        let rows = self
-            .engine
-            .scan(Table::Block, from.as_ref(), Some(to.as_ref()), Direction::Descending, 1)
-            .map_err(|error| self.failed(error))?;
-        Ok(rows.into_iter().next().map(|(key, _)| key))
+        key: &[u8],
+        value: &Bytes,
+    ) -> Result<Placed, ReadError> {
+        let first: Seq = self.id_at(key, 1)?;
+        let row = self.open_row(Table::Run, key, value)?;
+        Placed::decode(conversation, first, &row)
+            .map_err(|what| self.damaged(Some(conversation), Some(first), what))
+    }
+
+    fn unreadable(&self, placed: &Placed, from: Seq, error: &SegmentError) -> ReadError {
+        match error {
+            SegmentError::Io(error) => ReadError::Engine { shard: self.shard, reason: error.to_string() },
+            SegmentError::Malformed(_) => ReadError::Damaged {
+                shard: self.shard,
+                conversation: Some(placed.run.conversation),
+                seq: Some(from),
+                what: format!("segment {:016x}: {error}", placed.segment),
+            },
+        }
     }
 
     // ---- change
@@ -592,8 +639,16 @@ impl View {
     /// Applies one commit. Called by one thread only.
     ///
     /// # Errors
-    /// A body that makes no sense, or tables that can't be read. Nothing is applied then.
+    /// As [`Self::prepare`].
     pub(crate) fn apply(&self, commit: &Commit) -> Result<(), ReadError> {
+        self.prepare(commit).map(|change| self.show(change))
+    }
+
+    /// Works out what a commit changes. Called by one thread only.
+    ///
+    /// # Errors
+    /// A body that makes no sense, or an index that can't be read. Nothing has changed then.
+    pub(crate) fn prepare(&self, commit: &Commit) -> Result<Change, ReadError> {
         let mut delta = Delta { view: self, overlay: Overlay::default(), lanes: HashMap::new() };
         delta.overlay.counters = self.counters();
         delta.overlay.last = commit.id;
@@ -611,14 +666,16 @@ impl View {
         if ops != commit.ops {
             return Err(self.damaged(None, None, Malformed("commit operation count")));
         }
-        let heads: Vec<(ConversationId, Head)> = delta
-            .overlay
-            .touched
-            .iter()
-            .map(|(conversation, touched)| (*conversation, touched.head))
-            .collect();
-        let appended: Vec<(ConversationId, Vec<Record>)> = delta
-            .overlay
+        let Delta { overlay, lanes, .. } = delta;
+        Ok(Change { overlay, lanes })
+    }
+
+    /// Shows a change to all readers. Nothing may have been applied since it was prepared.
+    pub(crate) fn show(&self, change: Change) {
+        let Change { overlay, lanes } = change;
+        let heads: Vec<(ConversationId, Head)> =
+            overlay.touched.iter().map(|(conversation, touched)| (*conversation, touched.head)).collect();
+        let appended: Vec<(ConversationId, Vec<Record>)> = overlay
             .touched
             .iter()
             .filter(|(_, touched)| !touched.records.is_empty())
@@ -627,7 +684,6 @@ impl View {
                 (*c, touched.records.iter().skip(newest).map(|pending| own(&pending.record)).collect())
             })
             .collect();
-        let Delta { overlay, lanes, .. } = delta;
         {
             let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
             layers.active.merge(overlay);
@@ -651,7 +707,6 @@ impl View {
                 tail.push(record);
             }
         }
-        Ok(())
     }
 
     /// What recovery found in the tables: where they stand.
@@ -701,6 +756,12 @@ impl View {
     pub(crate) fn failed(&self, error: EngineError) -> ReadError {
         ReadError::Engine { shard: self.shard, reason: error.to_string() }
     }
+}
+
+/// What a commit changes, worked out and not yet shown.
+pub(crate) struct Change {
+    overlay: Overlay,
+    lanes: HashMap<(ConversationId, UserId, DeviceId), LaneNotes>,
 }
 
 /// One commit's changes while they are being worked out, over the view as it was.
@@ -786,12 +847,7 @@ impl Delta<'_> {
                 let (pseq, seq) = ((record.epoch, record.pseq), record.seq);
                 let length = encoded.len();
                 let touched = self.touched(conversation)?;
-                // In a replay the tables may be ahead of the commit, never behind it.
-                let next = match touched.records.back() {
-                    Some(last) => last.record.seq.saturating_add(1) == seq,
-                    None => seq <= touched.head.seq.saturating_add(1) && seq > Seq::ZERO,
-                };
-                if !next {
+                if touched.head.seq.next() != Some(seq) {
                     return Err(view.damaged(
                         Some(conversation),
                         Some(seq),
@@ -873,6 +929,15 @@ impl Delta<'_> {
         }
         Ok(())
     }
+}
+
+/// How one look through the runs ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Looked {
+    /// The page is full, or has everything that was asked for.
+    Done,
+    /// No run has the next record.
+    Gap,
 }
 
 /// A page of records being filled.

@@ -1,0 +1,441 @@
+//! The commit log on disk: files that are only appended to, one `fdatasync` per commit.
+//!
+//! - A file is a header of [`HEADER_BYTES`] and whole commits, one after the other. It is named after the number of its
+//!   first commit. Header and name are durable before the first commit is written.
+//! - A file whose write or sync failed is left as it is. The next one begins with the number that failed: what the earlier
+//!   file says from there on is void.
+//! - Every file that is read is proven: the header, each commit's checksums, number and chain hash.
+//! - Only the very last commit may be unreadable, and only if the tip leaves open that it was never acknowledged. Power
+//!   loss can't do anything else: a commit is written when the one before it is durable.
+//!
+//! Not here: the bytes of a commit (`commit`), when files are begun and removed (`committer`, `settler`).
+
+use std::{io, sync::Arc};
+
+use bytes::Bytes;
+use fulmar_protocol::id::ShardId;
+
+use super::boot::BootId;
+use crate::{
+    Durability,
+    codec::{Cursor, Malformed},
+    commit::{self, ChainHash, Commit, CommitId, Header},
+    error::OpenError,
+    files::{Append, Files, ReadAt},
+};
+
+/// Bytes before the first commit of a file.
+pub(crate) const HEADER_BYTES: usize = 64;
+
+const MAGIC: [u8; 4] = *b"FLMJ";
+const VERSION: u8 = 1;
+const SUFFIX: &str = ".log";
+
+/// Bytes looked through at a time for commits behind an unreadable one.
+const SEARCH_BYTES: usize = 64 * 1024;
+
+/// The name of the file that begins with commit `first`.
+pub(crate) fn name(first: u64) -> String {
+    format!("{first:016x}{SUFFIX}")
+}
+
+/// The first commit of the file called `name`; `None` if it is not a file of the log.
+pub(crate) fn first_of(name: &str) -> Option<u64> {
+    let digits = name.strip_suffix(SUFFIX)?;
+    let first = u64::from_str_radix(digits, 16).ok()?;
+    (self::name(first) == name).then_some(first)
+}
+
+/// The file that commits are appended to.
+#[derive(Debug)]
+pub(crate) struct Journal {
+    file: Box<dyn Append>,
+}
+
+impl Journal {
+    /// Begins the file for the commits after `last`, and makes it durable.
+    pub(crate) fn begin(
+        files: &dyn Files,
+        shard: ShardId,
+        durability: Durability,
+        last: CommitId,
+    ) -> io::Result<Self> {
+        let first = last.number.saturating_add(1);
+        let name = name(first);
+        // One of the same name holds nothing that was acknowledged. It may have failed: it is not written to again.
+        match files.remove(&name) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        let mut file = files.create(&name)?;
+        file.append(
+            &FileHeader { shard, durability, first, previous: last.chain, boot: BootId::now() }.encode(),
+        )?;
+        file.sync()?;
+        files.sync_folder()?;
+        Ok(Self { file })
+    }
+
+    /// Writes a commit's bytes; durable with the next [`Self::sync`].
+    pub(crate) fn append(&mut self, commit: &[u8]) -> io::Result<()> {
+        self.file.append(commit)
+    }
+
+    /// Waits until everything appended survives power loss. Needed before the next file is begun, too: only the last file
+    /// of the log may end in the middle of a commit.
+    pub(crate) fn sync(&mut self) -> io::Result<()> {
+        self.file.sync()
+    }
+}
+
+/// The start of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FileHeader {
+    shard: ShardId,
+    durability: Durability,
+    /// The first commit.
+    first: u64,
+    /// The chain hash before it.
+    previous: ChainHash,
+    /// The running system it was written under.
+    boot: BootId,
+}
+
+impl FileHeader {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(HEADER_BYTES);
+        out.extend_from_slice(&MAGIC);
+        out.push(VERSION);
+        out.push(u8::from(self.durability == Durability::Process));
+        out.extend_from_slice(&self.shard.get().to_be_bytes());
+        out.extend_from_slice(&self.first.to_be_bytes());
+        out.extend_from_slice(&self.previous.0);
+        out.extend_from_slice(&self.boot.0);
+        out.extend_from_slice(&[0; 12]);
+        let crc = crc32c::crc32c(&out);
+        out.extend_from_slice(&crc.to_be_bytes());
+        out
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, Malformed> {
+        let bytes = bytes.get(..HEADER_BYTES).ok_or(Malformed("log file header"))?;
+        let mut at = Cursor::new(bytes);
+        if at.array("log file magic")? != MAGIC {
+            return Err(Malformed("log file magic"));
+        }
+        if at.u8("log file version")? != VERSION {
+            return Err(Malformed("log file version"));
+        }
+        let durability = match at.u8("log file durability")? {
+            0 => Durability::Power,
+            1 => Durability::Process,
+            _ => return Err(Malformed("log file durability")),
+        };
+        let shard = ShardId::new(u16::from_be_bytes(at.array("log file shard")?))
+            .ok_or(Malformed("log file shard"))?;
+        let first = u64::from_be_bytes(at.array("log file first commit")?);
+        let previous = ChainHash(at.array("log file chain hash")?);
+        let boot = BootId(at.array("log file boot")?);
+        let reserved: [u8; 12] = at.array("log file reserved")?;
+        if reserved != [0; 12] {
+            return Err(Malformed("log file reserved"));
+        }
+        let covered = at.at();
+        let crc = u32::from_be_bytes(at.array("log file checksum")?);
+        if crc != crc32c::crc32c(bytes.get(..covered).unwrap_or_default()) {
+            return Err(Malformed("log file checksum"));
+        }
+        Ok(Self { shard, durability, first, previous, boot })
+    }
+}
+
+/// Names of the log's files, in order of their first commits.
+pub(crate) fn list(files: &dyn Files) -> io::Result<Vec<(u64, u64)>> {
+    let mut found: Vec<(u64, u64)> =
+        files.list()?.into_iter().filter_map(|(name, bytes)| Some((first_of(&name)?, bytes))).collect();
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// What the end of the log looks like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The last commit is whole.
+    Whole,
+    /// Bytes after the last commit are not a commit, and were never acknowledged.
+    Torn {
+        /// How many.
+        bytes: u64,
+    },
+}
+
+/// What proving a log ended with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Proven {
+    /// The last commit.
+    pub(crate) last: CommitId,
+    /// Bytes read.
+    pub(crate) bytes: u64,
+}
+
+/// A log being proven and read, from one commit on.
+pub(crate) struct Reader<'a> {
+    files: &'a dyn Files,
+    shard: ShardId,
+    /// The last commit that is known to be acknowledged.
+    tip: CommitId,
+    tolerate_loss: bool,
+}
+
+impl<'a> Reader<'a> {
+    /// `tip`: the last commit known to be acknowledged.
+    pub(crate) fn new(files: &'a dyn Files, shard: ShardId, tip: CommitId) -> Self {
+        Self { files, shard, tip, tolerate_loss: false }
+    }
+
+    /// Hands every commit after `settled` to `each`, in order.
+    ///
+    /// # Errors
+    /// What is not as it was written; and what `each` returns.
+    pub(crate) fn read(
+        &mut self,
+        settled: CommitId,
+        mut each: impl FnMut(Commit) -> Result<(), OpenError>,
+    ) -> Result<Proven, OpenError> {
+        let files = list(self.files).map_err(|error| self.io("can't list", &error))?;
+        let mut proven = Proven { last: settled, bytes: 0 };
+        let mut headers = Vec::with_capacity(files.len());
+        for (place, (first, bytes)) in files.iter().enumerate() {
+            let file = self.files.open(&name(*first)).map_err(|error| self.io("can't open", &error))?;
+            match self.header(file.as_ref(), *bytes, *first) {
+                Ok(header) => headers.push((header, file, *bytes)),
+                // Begun, but not durable: commits are written only when the header is.
+                Err(what)
+                    if place + 1 == files.len()
+                        && *bytes <= HEADER_BYTES as u64
+                        && !self.acknowledged(*first) =>
+                {
+                    tracing::warn!(shard = %self.shard, file = name(*first), %what, "a log file was begun and holds nothing");
+                }
+                Err(what) => {
+                    let what = format!("the header of its file {} is unreadable: {what}", name(*first));
+                    return Err(self.damaged(*first, what));
+                }
+            }
+        }
+        if let Some((header, _, _)) = headers.last() {
+            self.tolerate_loss = header.durability == Durability::Process && header.boot != BootId::now();
+        }
+        // Files whose commits are all settled may be left over.
+        let from = headers
+            .iter()
+            .rposition(|(header, _, _)| header.first <= settled.number.saturating_add(1))
+            .unwrap_or(0);
+        let rest = headers.get(from..).unwrap_or_default();
+        for (place, (header, file, bytes)) in rest.iter().enumerate() {
+            let next = rest.get(place + 1).map(|(header, _, _)| header);
+            let expected = proven.last.number.saturating_add(1);
+            if header.first > expected {
+                let what = format!("the commits from {expected} to {} are missing", header.first - 1);
+                return Err(self.damaged(expected, what));
+            }
+            let end = self.read_file(header, file.as_ref(), *bytes, next, settled, &mut proven, &mut each)?;
+            match (end, next) {
+                (End::Torn { bytes }, None) => {
+                    let last = proven.last.number;
+                    tracing::warn!(
+                        shard = %self.shard, last, bytes,
+                        "dropping the end of the log, which was never acknowledged"
+                    );
+                }
+                (End::Torn { .. }, Some(_)) | (End::Whole, _) => {}
+            }
+        }
+        if self.tolerate_loss {
+            if proven.last.number < self.tip.number {
+                tracing::warn!(
+                    shard = %self.shard, last = proven.last.number, acknowledged = self.tip.number,
+                    "the log lost its newest commits in a power cut: that is what the level `process` may do"
+                );
+            }
+            return Ok(proven);
+        }
+        if proven.last.number < self.tip.number {
+            let what = format!("the log ends here, but commit {} was acknowledged", self.tip.number);
+            return Err(self.damaged(proven.last.number.saturating_add(1), what));
+        }
+        if proven.last.number == self.tip.number && proven.last.chain != self.tip.chain {
+            let what = "it is not the commit that was acknowledged (chain hash)".to_owned();
+            return Err(self.damaged(proven.last.number, what));
+        }
+        Ok(proven)
+    }
+
+    fn header(&self, file: &dyn ReadAt, bytes: u64, first: u64) -> Result<FileHeader, String> {
+        let mut header = [0; HEADER_BYTES];
+        if bytes < HEADER_BYTES as u64 {
+            return Err("it is too short".to_owned());
+        }
+        file.read_exact_at(&mut header, 0).map_err(|error| error.to_string())?;
+        let header = FileHeader::decode(&header).map_err(|what| what.to_string())?;
+        if header.shard != self.shard {
+            return Err(format!("it is of shard {}", header.shard));
+        }
+        if header.first != first {
+            return Err(format!("it says that commit {} is its first", header.first));
+        }
+        Ok(header)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one step of `read`, cut off for its length")]
+    fn read_file(
+        &self,
+        header: &FileHeader,
+        file: &dyn ReadAt,
+        bytes: u64,
+        next: Option<&FileHeader>,
+        settled: CommitId,
+        proven: &mut Proven,
+        each: &mut impl FnMut(Commit) -> Result<(), OpenError>,
+    ) -> Result<End, OpenError> {
+        let mut before = CommitId { number: header.first.saturating_sub(1), chain: header.previous };
+        let mut at = HEADER_BYTES as u64;
+        loop {
+            if before.number == proven.last.number && before.chain != proven.last.chain {
+                let what = "it does not follow the commit before it (chain hash)".to_owned();
+                return Err(self.damaged(before.number.saturating_add(1), what));
+            }
+            if at >= bytes {
+                return Ok(End::Whole);
+            }
+            let number = before.number.saturating_add(1);
+            if next.is_some_and(|next| next.first <= number) {
+                // Void from here on: the next file has these numbers.
+                return Ok(End::Torn { bytes: bytes - at });
+            }
+            let commit = match read_commit(file, at, bytes) {
+                Ok(commit) if commit.id.number != number => {
+                    let what = format!("commit {} lies in its place", commit.id.number);
+                    return Err(self.damaged(number, what));
+                }
+                Ok(commit) if commit.previous != before.chain => {
+                    let what = "it does not follow the commit before it (chain hash)".to_owned();
+                    return Err(self.damaged(number, what));
+                }
+                Ok(commit) => commit,
+                Err(Unreadable::Io(error)) => return Err(self.io("can't read", &error)),
+                Err(Unreadable::Malformed(what)) => {
+                    if next.is_some() || (self.acknowledged(number) && !self.tolerate_loss) {
+                        return Err(self.damaged(number, what.to_string()));
+                    }
+                    if !self.tolerate_loss && self.commit_behind(file, at, bytes, number)? {
+                        let what = format!("{what}, and later commits lie behind it");
+                        return Err(self.damaged(number, what));
+                    }
+                    return Ok(End::Torn { bytes: bytes - at });
+                }
+            };
+            let length = (commit::HEADER_BYTES + commit.body.len()) as u64;
+            at += length;
+            proven.bytes += length;
+            before = commit.id;
+            if number > settled.number {
+                proven.last = commit.id;
+                each(commit)?;
+            }
+        }
+    }
+
+    /// Whether a whole header of a later commit stands somewhere behind `at`.
+    fn commit_behind(&self, file: &dyn ReadAt, at: u64, bytes: u64, number: u64) -> Result<bool, OpenError> {
+        let mut from = at.saturating_add(1);
+        let mut window = vec![0; SEARCH_BYTES + commit::HEADER_BYTES];
+        while from < bytes {
+            let length = usize::try_from(bytes - from).unwrap_or(usize::MAX).min(window.len());
+            let Some(found) = window.get_mut(..length) else { break };
+            file.read_exact_at(found, from).map_err(|error| self.io("can't read", &error))?;
+            let later = found
+                .windows(commit::HEADER_BYTES)
+                .filter(|bytes| bytes.starts_with(&commit::MAGIC))
+                .any(|bytes| Header::decode(bytes).is_ok_and(|header| header.id.number > number));
+            if later {
+                return Ok(true);
+            }
+            from += SEARCH_BYTES as u64;
+        }
+        Ok(false)
+    }
+
+    fn acknowledged(&self, number: u64) -> bool {
+        self.tip.number > 0 && number <= self.tip.number
+    }
+
+    fn damaged(&self, commit: u64, what: String) -> OpenError {
+        OpenError::Damaged { shard: self.shard, commit, what }
+    }
+
+    fn io(&self, doing: &str, error: &io::Error) -> OpenError {
+        OpenError::Log { shard: self.shard, reason: format!("{doing} its files: {error}") }
+    }
+}
+
+enum Unreadable {
+    Io(io::Error),
+    Malformed(Malformed),
+}
+
+fn read_commit(file: &dyn ReadAt, at: u64, bytes: u64) -> Result<Commit, Unreadable> {
+    let short = || Unreadable::Malformed(Malformed("commit: it is cut off"));
+    let left = bytes.saturating_sub(at);
+    if left < commit::HEADER_BYTES as u64 {
+        return Err(short());
+    }
+    let mut start = [0; commit::HEADER_BYTES];
+    file.read_exact_at(&mut start, at).map_err(Unreadable::Io)?;
+    let header = Header::decode(&start).map_err(Unreadable::Malformed)?;
+    let length = commit::HEADER_BYTES + header.body_bytes;
+    if (length as u64) > left {
+        return Err(short());
+    }
+    let mut whole = vec![0; length];
+    file.read_exact_at(&mut whole, at).map_err(Unreadable::Io)?;
+    commit::decode(Bytes::from(whole)).map_err(Unreadable::Malformed)
+}
+
+/// Whole commits from number `from` on, at most `limit`; those that are settled may be gone. For readers beside a log that
+/// is being written: an unreadable end is just the end.
+pub(crate) fn read_some(files: &dyn Files, from: u64, limit: usize) -> io::Result<Vec<Commit>> {
+    let mut commits: Vec<Commit> = Vec::new();
+    let list = list(files)?;
+    for (place, (first, bytes)) in list.iter().enumerate() {
+        let next = list.get(place + 1).map(|(first, _)| *first);
+        if next.is_some_and(|next| next <= from) {
+            continue;
+        }
+        let file: Arc<dyn ReadAt> = match files.open(&name(*first)) {
+            Ok(file) => file,
+            // Settled and removed meanwhile.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        let mut at = HEADER_BYTES as u64;
+        while at < *bytes && commits.len() < limit {
+            let commit = match read_commit(file.as_ref(), at, *bytes) {
+                Ok(commit) => commit,
+                Err(Unreadable::Io(error)) => return Err(error),
+                Err(Unreadable::Malformed(_)) => break,
+            };
+            at += (commit::HEADER_BYTES + commit.body.len()) as u64;
+            let number = commit.id.number;
+            if next.is_some_and(|next| next <= number) {
+                break;
+            }
+            let follows = commits.last().is_none_or(|last| last.id.number.saturating_add(1) == number);
+            if number >= from && follows {
+                commits.push(commit);
+            }
+        }
+    }
+    Ok(commits)
+}

@@ -1,0 +1,719 @@
+//! The settler: a shard's second thread. It turns closed layers of the overlay into segments, keeps the index in line with
+//! them, and merges segments.
+//!
+//! The order in which a layer is settled:
+//! 1. a segment with its records and rows is written and synced, and the folder synced
+//! 2. the manifest that names it takes the place of the one before: from here on the commits are settled
+//! 3. rows and places of runs go into the engine; barrier, mark, barrier
+//! 4. the layer is dropped, and the log files that held only settled commits are removed
+//!
+//! - A crash anywhere leaves a log that is replayed, or a step of the manifest the index lacks and is given at the next start.
+//! - What fails is tried again with growing pauses, from the layer in memory, into a new file: a file that failed is left
+//!   alone. Commits go on meanwhile until the overlay is at its bound, and are then refused.
+//! - An engine that failed is made again from the segments; nothing it wrote is trusted.
+//! - Merging is done in steps between layers, a layer first.
+//!
+//! Not here: when a layer is closed (`committer`), what a segment looks like (`segment`).
+
+use std::{
+    collections::HashMap,
+    io,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use fulmar_protocol::id::{ConversationId, Seq, ShardId};
+
+use super::{
+    Shared,
+    index::{self, Distance, IndexError, Move},
+    journal,
+    manifest::{Entry, Manifest, ManifestError},
+    overlay::{Overlay, full_key},
+};
+use crate::{
+    engine::{Engine, EngineError, closed::Closed},
+    error::{CommitError, OpenError},
+    files::Files,
+    key::{Key, Table},
+    row::Row,
+    segment::{self, Merge, MergeError, Segment, SegmentError, SegmentWriter, Step},
+};
+
+/// Segments of one tier that are merged into one of the next.
+const MERGE_FAN_IN: usize = 8;
+
+/// Bytes merged between two looks for a layer to be settled.
+const MERGE_STEP_BYTES: usize = 1 << 20;
+
+/// Index rows moved between two looks for a layer to be settled.
+const MOVE_STEP_ROWS: usize = 4_096;
+
+/// The first pause after a failure; doubled with each one that follows.
+const RETRY_FIRST: Duration = Duration::from_millis(50);
+
+/// The longest pause between two attempts.
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// Opens the engine of a shard; told to, it throws away what there is and begins with an empty one.
+pub(crate) type EngineOpener = Box<dyn Fn(bool) -> Result<Arc<dyn Engine>, EngineError> + Send + Sync>;
+
+/// What committer and settler tell each other.
+#[derive(Debug, Default)]
+pub(crate) struct Settling {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The closed layer, until it is settled.
+    layer: Option<Arc<Overlay>>,
+    /// Why it could not be settled so far.
+    failing: Option<CommitError>,
+    stop: bool,
+}
+
+/// How waiting for the settler ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Waited {
+    /// No layer is left to be settled.
+    Settled,
+    /// It does not get on.
+    Failing(CommitError),
+}
+
+impl Settling {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hands a closed layer over; the one before is settled.
+    pub(crate) fn begin(&self, layer: Arc<Overlay>) {
+        self.state().layer = Some(layer);
+        self.changed.notify_all();
+    }
+
+    /// Waits until the closed layer is settled, or has failed to be.
+    pub(crate) fn wait(&self) -> Waited {
+        let mut state = self.state();
+        loop {
+            if state.layer.is_none() {
+                return Waited::Settled;
+            }
+            if state.stop {
+                return Waited::Failing(CommitError::Unavailable {
+                    reason: "the store is closed".to_owned(),
+                });
+            }
+            if let Some(error) = &state.failing {
+                return Waited::Failing(error.clone());
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// No layer is being settled.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.state().layer.is_none()
+    }
+
+    /// Why settling does not get on, if so.
+    pub(crate) fn failing(&self) -> Option<CommitError> {
+        self.state().failing.clone()
+    }
+
+    /// Tells the settler to end.
+    pub(crate) fn stop(&self) {
+        self.state().stop = true;
+        self.changed.notify_all();
+    }
+}
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+enum SettleError {
+    #[error("a file of the shard could not be written: {0}")]
+    Io(#[from] io::Error),
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    #[error("a new segment can't be read: {0}")]
+    Segment(#[from] SegmentError),
+    #[error("merging failed: {0}")]
+    Merge(#[from] MergeError),
+}
+
+impl From<EngineError> for SettleError {
+    fn from(error: EngineError) -> Self {
+        Self::Index(error.into())
+    }
+}
+
+impl SettleError {
+    fn refusal(&self) -> CommitError {
+        let full = match self {
+            Self::Io(error) => error.kind() == io::ErrorKind::StorageFull,
+            Self::Index(IndexError::Engine(EngineError::Full)) => true,
+            Self::Index(_) | Self::Segment(_) | Self::Merge(_) => false,
+        };
+        if full {
+            CommitError::Full { reason: self.to_string() }
+        } else {
+            CommitError::Unavailable { reason: self.to_string() }
+        }
+    }
+}
+
+/// Segments on their way to become one.
+enum Merging {
+    /// The new segment is being written.
+    Writing { inputs: Vec<u64>, merge: Box<Merge> },
+    /// It is written and named by the manifest; the index is being moved to it.
+    Moving { id: u64, inputs: Vec<u64>, moving: Move },
+}
+
+impl std::fmt::Debug for Merging {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Writing { inputs, .. } => {
+                f.debug_struct("Writing").field("inputs", inputs).finish_non_exhaustive()
+            }
+            Self::Moving { id, inputs, .. } => {
+                f.debug_struct("Moving").field("id", id).field("inputs", inputs).finish_non_exhaustive()
+            }
+        }
+    }
+}
+
+/// The thread's state; before the thread runs, opening uses it.
+pub(crate) struct Settler {
+    shared: Arc<Shared>,
+    files: Arc<dyn Files>,
+    opener: EngineOpener,
+    manifest: Manifest,
+    settle_bytes: u64,
+    segment_bytes_max: u64,
+    background_bytes_per_second: u64,
+    /// The engine failed and has to be opened again.
+    engine_failed: bool,
+    merging: Option<Merging>,
+    /// Merging waits until then, after a failure.
+    merge_after: Option<Instant>,
+    /// Bytes the index points to, by segment; `None`: to be counted.
+    live: Option<HashMap<u64, u64>>,
+}
+
+impl Settler {
+    /// Reads the manifest and opens the segments it names.
+    pub(crate) fn open_files(
+        files: &dyn Files,
+        shard: ShardId,
+        segments: &super::segments::Segments,
+    ) -> Result<Manifest, OpenError> {
+        let settled = |what: String| OpenError::Settled { shard, what };
+        let io =
+            |error: io::Error| OpenError::Log { shard, reason: format!("its folder can't be read: {error}") };
+        let manifest = Manifest::load(files, shard).map_err(|error| match error {
+            ManifestError::Io(error) => io(error),
+            ManifestError::Malformed(what) => settled(format!("the manifest is damaged: {what}")),
+        })?;
+        for entry in &manifest.segments {
+            let segment = Segment::open(files, shard, entry.id)
+                .map_err(|error| settled(format!("segment {:016x} can't be used: {error}", entry.id)))?;
+            if segment.summary().bytes != entry.bytes || segment.summary().last_commit != entry.last_commit {
+                return Err(settled(format!("segment {:016x} is not the one the manifest means", entry.id)));
+            }
+            segments.add(entry.id, Arc::new(segment));
+        }
+        Ok(manifest)
+    }
+
+    /// Opens the engine and brings it in line with the manifest.
+    pub(crate) fn open_engine(
+        opener: &EngineOpener,
+        shard: ShardId,
+        segments: &super::segments::Segments,
+        manifest: &Manifest,
+    ) -> Result<Arc<dyn Engine>, IndexError> {
+        let as_it_is = || -> Result<Option<Arc<dyn Engine>>, IndexError> {
+            let engine = opener(false)?;
+            match index::distance(engine.as_ref(), manifest)? {
+                Distance::Here => {}
+                Distance::OneStep => index::catch_up(engine.as_ref(), segments, manifest)?,
+                Distance::Far => return Ok(None),
+            }
+            Ok(Some(engine))
+        };
+        match as_it_is() {
+            Ok(Some(engine)) => return Ok(engine),
+            Ok(None) => {
+                tracing::warn!(%shard, "the index does not belong to what is settled: making it again")
+            }
+            // Nothing is gained by a new one where there is no room for it.
+            Err(error @ IndexError::Engine(EngineError::Full)) => return Err(error),
+            Err(IndexError::Engine(error)) => {
+                tracing::warn!(%shard, %error, "the index can't be used: making it again");
+            }
+            Err(error) => return Err(error),
+        }
+        let engine = opener(true)?;
+        index::rebuild(engine.as_ref(), segments, manifest, shard)?;
+        Ok(engine)
+    }
+
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        files: Arc<dyn Files>,
+        opener: EngineOpener,
+        manifest: Manifest,
+        options: &crate::StoreOptions,
+    ) -> Self {
+        let mut settler = Self {
+            shared,
+            files,
+            opener,
+            manifest,
+            settle_bytes: options.settle_bytes as u64,
+            segment_bytes_max: options.segment_bytes_max,
+            background_bytes_per_second: options.background_bytes_per_second,
+            engine_failed: false,
+            merging: None,
+            merge_after: None,
+            live: None,
+        };
+        settler.resume_merging();
+        settler.count();
+        settler
+    }
+
+    /// Removes segments that an interrupted step left, and those a finished one no longer needs. Only when everything else
+    /// was proven: what looks like a leftover may be all there is of a shard that lost its manifest.
+    pub(crate) fn remove_leftovers(&self) -> io::Result<()> {
+        for (name, _) in self.files.list()? {
+            let known = self.manifest.segments.iter().any(|entry| segment::name(entry.id) == name);
+            if name.ends_with(segment::SUFFIX) && !known {
+                tracing::debug!(shard = %self.shared.id, file = name, "removing a segment that is not needed");
+                self.files.remove(&name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Settles the closed layer, if there is one, on the calling thread. For opening, before the thread runs.
+    pub(crate) fn settle_here(&mut self) -> Result<(), CommitError> {
+        let Some(layer) = self.shared.view.freeze() else { return Ok(()) };
+        self.settle(&layer).map_err(|error| error.refusal())?;
+        self.shared.view.drop_frozen();
+        Ok(())
+    }
+
+    /// Runs until it is told to stop.
+    pub(crate) fn run(mut self) {
+        let shared = Arc::clone(&self.shared);
+        let mut pause = RETRY_FIRST;
+        loop {
+            let layer = {
+                let state = shared.settling.state();
+                if state.stop {
+                    return;
+                }
+                state.layer.clone()
+            };
+            if let Some(layer) = layer {
+                match self.settle(&layer) {
+                    Ok(()) => {
+                        pause = RETRY_FIRST;
+                        shared.view.drop_frozen();
+                        let mut state = shared.settling.state();
+                        state.layer = None;
+                        if state.failing.take().is_some() {
+                            tracing::info!(shard = %shared.id, "settling goes on");
+                        }
+                        drop(state);
+                        shared.settling.changed.notify_all();
+                        self.remove_settled_logs();
+                    }
+                    Err(error) => {
+                        tracing::error!(shard = %shared.id, %error, again_in = ?pause, "settling failed");
+                        shared.settling.state().failing = Some(error.refusal());
+                        shared.settling.changed.notify_all();
+                        if self.sleep(pause) {
+                            return;
+                        }
+                        pause = (pause * 2).min(RETRY_MAX);
+                    }
+                }
+                continue;
+            }
+            let began = Instant::now();
+            match self.merge_some() {
+                Ok(0) => {
+                    let state = shared.settling.state();
+                    if state.layer.is_none() && !state.stop {
+                        let wait = self.merge_after.map(|at| at.saturating_duration_since(Instant::now()));
+                        match wait {
+                            Some(wait) => drop(shared.settling.changed.wait_timeout(state, wait)),
+                            None => drop(shared.settling.changed.wait(state)),
+                        }
+                    }
+                }
+                Ok(bytes) => {
+                    let due = Duration::from_secs_f64(
+                        bytes as f64 / self.background_bytes_per_second.max(1) as f64,
+                    );
+                    if self.pause_unless_layer(due.saturating_sub(began.elapsed())) {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    // What is merged stays as it is; nothing is lost by trying later.
+                    tracing::error!(shard = %shared.id, %error, "merging segments failed");
+                    self.merging = None;
+                    self.resume_merging();
+                    self.merge_after = Some(Instant::now() + RETRY_MAX);
+                }
+            }
+        }
+    }
+
+    /// Waits, and returns whether it is time to stop.
+    fn sleep(&self, pause: Duration) -> bool {
+        let until = Instant::now() + pause;
+        let mut state = self.shared.settling.state();
+        while !state.stop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let (next, _) = self
+                .shared
+                .settling
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = next;
+        }
+        true
+    }
+
+    /// Waits unless a layer is to be settled; returns whether it is time to stop.
+    fn pause_unless_layer(&self, pause: Duration) -> bool {
+        let until = Instant::now() + pause;
+        let mut state = self.shared.settling.state();
+        while !state.stop && state.layer.is_none() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let (next, _) = self
+                .shared
+                .settling
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = next;
+        }
+        state.stop
+    }
+
+    /// See the module for the order.
+    fn settle(&mut self, layer: &Overlay) -> Result<(), SettleError> {
+        if self.engine_failed {
+            self.reopen_engine()?;
+        }
+        if self.manifest.settled != layer.last {
+            let id = self.manifest.next_segment;
+            // The number is used up, whatever happens.
+            self.manifest.next_segment = id.saturating_add(1);
+            let summary = self.write_segment(id, layer)?;
+            let segment = Arc::new(Segment::open(self.files.as_ref(), self.shared.id, id)?);
+            let mut next = self.manifest.next();
+            next.settled = layer.last;
+            next.counters = layer.counters;
+            next.segments.push(Entry::new(&summary, next.edition, Vec::new()));
+            self.store(next)?;
+            self.shared.view.segments().add(id, segment);
+            if let Some(live) = &mut self.live {
+                live.insert(id, summary.run_bytes);
+            }
+        }
+        let indexed = self.index_layer(layer);
+        self.engine_failed = indexed.is_err();
+        indexed
+    }
+
+    /// Puts the newest segment, which holds `layer`, into the index.
+    fn index_layer(&mut self, layer: &Overlay) -> Result<(), SettleError> {
+        let engine = self.shared.view.engine();
+        let engine = engine.as_ref();
+        if let Some(entry) = self.manifest.segments.iter().rev().find(|entry| !entry.merged)
+            && entry.last_commit == layer.last.number
+        {
+            let id = entry.id;
+            let segment = self.shared.view.segments().get(id).ok_or(IndexError::Missing(id))?;
+            index::apply(engine, id, &segment)?;
+        }
+        for (conversation, touched) in layer.touched.iter().filter(|(_, touched)| touched.low_moved) {
+            let live = &mut self.live;
+            index::remove_below(engine, *conversation, touched.head.low, |placed| {
+                if let Some(bytes) = live.as_mut().and_then(|live| live.get_mut(&placed.segment)) {
+                    *bytes = bytes.saturating_sub(u64::from(placed.run.bytes));
+                }
+            })?;
+        }
+        index::set_applied(engine, &self.manifest)?;
+        self.count_syncs(2);
+        Ok(())
+    }
+
+    fn write_segment(&mut self, id: u64, layer: &Overlay) -> Result<segment::Summary, SettleError> {
+        let first = self.manifest.settled.number.saturating_add(1);
+        let mut writer = SegmentWriter::create(self.files.as_ref(), self.shared.id, id)?;
+        let written = write_layer(&mut writer, layer).and_then(|()| writer.finish(first..=layer.last.number));
+        match written {
+            Ok(summary) => {
+                self.files.sync_folder()?;
+                self.count_syncs(2);
+                Ok(summary)
+            }
+            Err(error) => {
+                // It may be the room it takes that is missing.
+                let _ = self.files.remove(&segment::name(id));
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Makes a manifest the one that counts.
+    fn store(&mut self, next: Manifest) -> Result<(), SettleError> {
+        next.store(self.files.as_ref(), self.shared.id)?;
+        self.count_syncs(2);
+        self.manifest = next;
+        self.count();
+        Ok(())
+    }
+
+    fn count(&self) {
+        let counts = &self.shared.counts;
+        counts.segments.store(self.manifest.segments.len() as u64, Ordering::Relaxed);
+        let bytes = self.manifest.segments.iter().map(|entry| entry.bytes).sum();
+        counts.segment_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    fn count_syncs(&self, n: u64) {
+        self.shared.counts.background_syncs.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Makes the engine again. Its files are not opened as they are: after a failed sync they may show what is not on disk.
+    fn reopen_engine(&mut self) -> Result<(), SettleError> {
+        let shared = &self.shared;
+        tracing::warn!(shard = %shared.id, "the index failed: making it again");
+        // The old one has to be gone before its folder can go. Readers in between are told that it is away.
+        shared.view.set_engine(Arc::new(Closed));
+        let engine = (self.opener)(true)?;
+        index::rebuild(engine.as_ref(), shared.view.segments(), &self.manifest, shared.id)?;
+        shared.view.set_engine(engine);
+        self.engine_failed = false;
+        Ok(())
+    }
+
+    /// Removes log files that hold nothing but settled commits.
+    fn remove_settled_logs(&self) {
+        let remove = || -> io::Result<()> {
+            let logs = journal::list(self.files.as_ref())?;
+            for (this, next) in logs.iter().zip(logs.iter().skip(1)) {
+                if next.0 <= self.manifest.settled.number.saturating_add(1) {
+                    self.files.remove(&journal::name(this.0))?;
+                }
+            }
+            Ok(())
+        };
+        if let Err(error) = remove() {
+            tracing::warn!(shard = %self.shared.id, %error, "a settled log file could not be removed");
+        }
+    }
+
+    // ---- merging
+
+    /// Goes on with a merge, or begins one. Returns how many bytes were worked through; 0: there is nothing to do.
+    fn merge_some(&mut self) -> Result<usize, SettleError> {
+        if self.merge_after.is_some_and(|at| at > Instant::now()) {
+            return Ok(0);
+        }
+        self.merge_after = None;
+        if self.engine_failed {
+            self.reopen_engine()?;
+        }
+        match self.merging.take() {
+            None => self.begin_merge(),
+            Some(Merging::Writing { inputs, merge }) => self.merge_on(inputs, merge),
+            Some(Merging::Moving { id, inputs, moving }) => self.move_on(id, inputs, moving),
+        }
+    }
+
+    fn begin_merge(&mut self) -> Result<usize, SettleError> {
+        if self.live.is_none() {
+            let engine = self.shared.view.engine();
+            self.live = Some(index::live_bytes(engine.as_ref())?);
+        }
+        let live = self.live.as_ref();
+        let live = |id: u64| live.and_then(|live| live.get(&id)).copied().unwrap_or(0);
+        let Some(range) = choose(&self.manifest.segments, live, self.settle_bytes, self.segment_bytes_max)
+        else {
+            return Ok(0);
+        };
+        let oldest = range.start == 0;
+        let entries = self.manifest.segments.get(range).unwrap_or_default();
+        let inputs: Vec<u64> = entries.iter().map(|entry| entry.id).collect();
+        let mut opened = Vec::with_capacity(inputs.len());
+        for id in &inputs {
+            opened.push(self.shared.view.segments().get(*id).ok_or(IndexError::Missing(*id))?);
+        }
+        let id = self.manifest.next_segment;
+        self.manifest.next_segment = id.saturating_add(1);
+        let out = SegmentWriter::create(self.files.as_ref(), self.shared.id, id)?;
+        let merge = Merge::new(opened, out, self.low(), oldest);
+        self.merging = Some(Merging::Writing { inputs, merge: Box::new(merge) });
+        Ok(1)
+    }
+
+    /// Says up to where a conversation's records are gone.
+    fn low(&self) -> Box<dyn FnMut(ConversationId) -> Seq + Send> {
+        let shared = Arc::clone(&self.shared);
+        Box::new(move |conversation| match shared.view.head(conversation) {
+            Ok(Some(head)) => head.low,
+            // Not known: then nothing is left out.
+            Ok(None) | Err(_) => Seq::ZERO,
+        })
+    }
+
+    fn merge_on(&mut self, inputs: Vec<u64>, mut merge: Box<Merge>) -> Result<usize, SettleError> {
+        let summary = match merge.step(MERGE_STEP_BYTES)? {
+            Step::More => {
+                self.merging = Some(Merging::Writing { inputs, merge });
+                return Ok(MERGE_STEP_BYTES);
+            }
+            Step::Done(summary) => summary,
+        };
+        self.files.sync_folder()?;
+        self.count_syncs(2);
+        let segment = Arc::new(Segment::open(self.files.as_ref(), self.shared.id, summary.id)?);
+        let mut next = self.manifest.next();
+        let after = next.segments.iter().rposition(|entry| inputs.contains(&entry.id));
+        let at = after.map_or(next.segments.len(), |at| at + 1);
+        next.segments.insert(at, Entry::new(&summary, next.edition, inputs));
+        self.store(next)?;
+        self.shared.view.segments().add(summary.id, segment);
+        index::set_applied(self.shared.view.engine().as_ref(), &self.manifest)
+            .inspect_err(|_| self.engine_failed = true)?;
+        self.resume_merging();
+        Ok(MERGE_STEP_BYTES)
+    }
+
+    /// Goes on with moving the index to a merged segment, if the manifest says that it was not finished.
+    fn resume_merging(&mut self) {
+        let Some(entry) = self.manifest.segments.iter().find(|entry| !entry.replaces.is_empty()) else {
+            return;
+        };
+        let segments = self.shared.view.segments();
+        let Some(segment) = segments.get(entry.id) else { return };
+        let from: Vec<_> =
+            entry.replaces.iter().filter_map(|id| segments.get(*id).map(|segment| (*id, segment))).collect();
+        self.merging = Some(Merging::Moving {
+            id: entry.id,
+            inputs: entry.replaces.clone(),
+            moving: Move::new(entry.id, &segment, &from),
+        });
+    }
+
+    fn move_on(&mut self, id: u64, inputs: Vec<u64>, mut moving: Move) -> Result<usize, SettleError> {
+        let engine = self.shared.view.engine();
+        let mut low = self.low();
+        let moved = moving.step(engine.as_ref(), MOVE_STEP_ROWS, &mut low);
+        let done = moved.inspect_err(|error| self.engine_failed = matches!(error, IndexError::Engine(_)))?;
+        if !done {
+            self.merging = Some(Merging::Moving { id, inputs, moving });
+            return Ok(MERGE_STEP_BYTES);
+        }
+        drop(moving);
+        let behind = engine.barrier();
+        behind.inspect_err(|_| self.engine_failed = true)?;
+        let mut next = self.manifest.next();
+        next.segments.retain(|entry| !inputs.contains(&entry.id));
+        if let Some(entry) = next.segments.iter_mut().find(|entry| entry.id == id) {
+            entry.replaces.clear();
+        }
+        self.store(next)?;
+        index::set_applied(engine.as_ref(), &self.manifest).inspect_err(|_| self.engine_failed = true)?;
+        self.count_syncs(3);
+        self.shared.counts.merges.fetch_add(1, Ordering::Relaxed);
+        for input in &inputs {
+            self.shared.view.segments().remove(*input);
+            if let Err(error) = self.files.remove(&segment::name(*input)) {
+                tracing::warn!(shard = %self.shared.id, %error, "a merged segment could not be removed");
+            }
+        }
+        // What retention took meanwhile is counted with the rest.
+        self.live = None;
+        Ok(MERGE_STEP_BYTES)
+    }
+}
+
+/// Which segments are to be merged: those of which more than half is gone, or [`MERGE_FAN_IN`] newest ones of one tier.
+fn choose(
+    segments: &[Entry],
+    live: impl Fn(u64) -> u64,
+    settle_bytes: u64,
+    segment_bytes_max: u64,
+) -> Option<std::ops::Range<usize>> {
+    let gone = segments.iter().position(|entry| {
+        entry.cold.is_none() && entry.run_bytes > 0 && live(entry.id).saturating_mul(2) < entry.run_bytes
+    });
+    if let Some(at) = gone {
+        return Some(at..at + 1);
+    }
+    let mut tier_bytes = settle_bytes.max(1);
+    while tier_bytes.saturating_mul(MERGE_FAN_IN as u64) <= segment_bytes_max {
+        let small = segments.iter().rev().take_while(|entry| entry.bytes <= tier_bytes).count();
+        if small >= MERGE_FAN_IN {
+            return Some(segments.len() - small..segments.len());
+        }
+        tier_bytes = tier_bytes.saturating_mul(MERGE_FAN_IN as u64);
+    }
+    None
+}
+
+/// Everything a layer holds: records by conversation, then rows by table and key.
+fn write_layer(writer: &mut SegmentWriter, layer: &Overlay) -> io::Result<()> {
+    let mut conversations: Vec<_> = layer.touched.iter().collect();
+    conversations.sort_unstable_by_key(|(conversation, _)| **conversation);
+    let mut rows: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+    for (conversation, touched) in conversations {
+        for pending in &touched.records {
+            let record = &pending.record;
+            writer.record(*conversation, record.seq, record.time, &pending.encoded)?;
+        }
+        let key = Key::conversation(*conversation);
+        rows.push((full_key(Table::Head, key.as_ref()), touched.head.to_row()));
+        for ((user, device), lane) in &touched.lanes {
+            let key = Key::lane(*conversation, *user, *device);
+            rows.push((full_key(Table::Lane, key.as_ref()), lane.to_row()));
+        }
+    }
+    rows.sort_unstable();
+    let mut derived = rows.iter().peekable();
+    let mut write = |full: &[u8], row: Option<&[u8]>| match full.split_first() {
+        Some((table, key)) => writer.row(*table, key, row),
+        None => Ok(()),
+    };
+    for (full, row) in &layer.rows {
+        while let Some((before, row)) = derived.next_if(|(derived, _)| derived < full) {
+            write(before, Some(row))?;
+        }
+        write(full, row.as_deref())?;
+    }
+    for (full, row) in derived {
+        write(full, Some(row))?;
+    }
+    Ok(())
+}
