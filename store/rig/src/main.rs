@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use fulmar_store_rig::{
+    kill::{self, Kill},
     power::{self, PowerCut},
     work::{self, Work},
 };
@@ -22,6 +23,8 @@ struct Cli {
 enum Command {
     /// Record a store at work, cut the power at any point, and open what the disk may hold then
     PowerCut(PowerCut),
+    /// Kill a process at work, and while it opens what a kill left, and compare what it leaves with what was acknowledged
+    Kill(Kill),
     /// The work that is recorded or killed (started by the other commands)
     #[command(hide = true)]
     Work(Work),
@@ -32,6 +35,10 @@ fn main() -> ExitCode {
         Command::PowerCut(ask) => {
             silence_panics();
             power::run(&ask).map(Some)
+        }
+        Command::Kill(ask) => {
+            silence_panics();
+            kill::run(&ask).map(Some)
         }
         Command::Work(ask) => work::work(&ask).map(|()| None),
     };
