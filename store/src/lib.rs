@@ -59,8 +59,8 @@ pub use format::FORMAT_VERSION;
 pub use log::{Log, Writer};
 pub use op::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Batch, Op};
 pub use reader::ShardReader;
-pub use retention::RetentionLimits;
 pub use record::{RECORD_HEADER_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind};
+pub use retention::RetentionLimits;
 pub use row::{
     ConversationClass, ConversationMeta, Device, Head, LaneState, Listed, Member, PendingLink, Role, User,
 };
