@@ -375,7 +375,7 @@ impl Rig<'_> {
             )?
         } else {
             let store = check::open(&stay.data(), &options)?;
-            let stands = check::compare(&store, &mut stay.timelines, &bounds)?;
+            let stands = check::Judge::strict().compare(&store, &mut stay.timelines, &bounds)?;
             if chance.percent(30) {
                 store.close()?;
             }

@@ -2,6 +2,7 @@
 //!
 //! - [`power`]: the power goes at any point of a recording; whatever the disk may hold is opened with the real store.
 //! - [`kill`]: a process is killed at work and while it opens, at any time and at named points.
+//! - [`damage`]: files are damaged; every answer is right, or refused with a report.
 //! - What a store must hold is worked out from a [`history`] and compared by [`check`], down to every row.
 //!
 //! The binary `store-rig` is the way in; `cargo xtask power-cut` builds and starts it. `docs/storage.md` says what the rigs
@@ -9,6 +10,7 @@
 
 pub mod chance;
 pub mod check;
+pub mod damage;
 pub mod disk;
 pub mod history;
 pub mod kill;

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use fulmar_store_rig::{
+    damage::{self, Damage, Look},
     kill::{self, Kill},
     power::{self, PowerCut},
     work::{self, Work},
@@ -25,6 +26,11 @@ enum Command {
     PowerCut(PowerCut),
     /// Kill a process at work, and while it opens what a kill left, and compare what it leaves with what was acknowledged
     Kill(Kill),
+    /// Damage one file of a folder, open it, read everything: right, or refused, never wrong
+    Damage(Damage),
+    /// Look at a damaged folder (started by `damage`)
+    #[command(hide = true)]
+    Look(Look),
     /// The work that is recorded or killed (started by the other commands)
     #[command(hide = true)]
     Work(Work),
@@ -40,6 +46,14 @@ fn main() -> ExitCode {
             silence_panics();
             kill::run(&ask).map(Some)
         }
+        Command::Damage(ask) => {
+            silence_panics();
+            damage::run(&ask).map(Some)
+        }
+        Command::Look(ask) => damage::look(&ask).map(|line| {
+            print(&line);
+            None
+        }),
         Command::Work(ask) => work::work(&ask).map(|()| None),
     };
     match result {

@@ -27,6 +27,8 @@ pub enum Engine {
     /// sled
     #[default]
     Sled,
+    /// fjall
+    Fjall,
 }
 
 impl Engine {
@@ -35,6 +37,7 @@ impl Engine {
     pub fn kind(self) -> EngineKind {
         match self {
             Self::Sled => EngineKind::Sled,
+            Self::Fjall => EngineKind::Fjall,
         }
     }
 }
@@ -100,6 +103,7 @@ pub fn options(engine: Engine, durability: Level, history: &History) -> StoreOpt
         settle_bytes: usize::try_from(pick(&[4_000, 20_000, 60_000, 200_000])).unwrap_or(4_000),
         settle_commits: pick(&[4, 15, 50, 8_192]),
         settle_idle: Duration::from_millis(pick(&[3, 30, 1_000])),
+        segment_bytes_max: pick(&[40_000, 200_000, 1 << 30]),
         ..StoreOptions::default()
     }
 }
