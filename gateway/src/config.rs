@@ -57,10 +57,12 @@ section! {
 }
 
 words! {
-    /// What keeps the log.
+    /// What keeps the index of the log. The log itself is the store's own files with any of them.
     Engine {
         /// Sled, one database per shard.
         Sled = "sled",
+        /// Fjall, one database per shard.
+        Fjall = "fjall",
         /// Nothing survives the process: for tests and demonstrations.
         Memory = "memory",
     }
@@ -84,7 +86,8 @@ section! {
         /// Shards of the log, each one writer with its own thread. Fixed when the data folder is made: one that
         /// exists keeps its count.
         shards: u16 = 4, 1..=256;
-        /// What keeps the log: "sled", or "memory" (nothing survives the process).
+        /// What keeps the index of the log: "sled" or "fjall", which the data folder was made with, or "memory" (no
+        /// folder; nothing survives the process).
         engine: Engine = Engine::Sled, OneOf(Engine::WORDS);
         /// When a send is acked: "power" (what is acked survives power loss) or "process" (what is acked survives
         /// kill -9; a power cut may lose the newest).
@@ -768,7 +771,7 @@ mod tests {
             ("[data]\nshards = 99999999999999999999", "/etc/f.toml:2: data.shards: the number is too large"),
             (
                 "[data]\nengine = \"slad\"",
-                "/etc/f.toml:2: data.engine = \"slad\": expected \"sled\" or \"memory\"",
+                "/etc/f.toml:2: data.engine = \"slad\": expected \"sled\", \"fjall\" or \"memory\"",
             ),
             (
                 "[data]\ndurability = \"synced\"",

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::Context as _;
 use fulmar_protocol::id::ShardId;
-use fulmar_store::{ShardReader, ShardWriter, Store, StoreOptions};
+use fulmar_store::{CommitError, OpenError, ShardError, ShardReader, ShardWriter, Store, StoreOptions};
 use futures_util::FutureExt;
 use tokio::{sync::watch, task::JoinSet};
 use tracing::{info, warn};
@@ -254,7 +254,7 @@ type Taken = Vec<(ShardId, ShardWriter, ShardReader)>;
 
 /// Opens the log and takes every shard. Blocks.
 fn open_store(path: &Path, options: &StoreOptions) -> anyhow::Result<(Arc<Store>, Taken)> {
-    let store = Arc::new(Store::open(path, options)?);
+    let store = Arc::new(Store::open(path, options).map_err(|error| cannot_open(&error))?);
     if store.shards() != options.shards {
         let (kept, wanted) = (store.shards(), options.shards);
         warn!(
@@ -263,10 +263,35 @@ fn open_store(path: &Path, options: &StoreOptions) -> anyhow::Result<(Arc<Store>
     }
     let mut taken = Vec::new();
     for id in (0..store.shards()).filter_map(ShardId::new) {
-        let (writer, reader) = store.shard(id)?;
+        let (writer, reader) = store.shard(id).map_err(|error| cannot_take(path, error))?;
         taken.push((id, writer, reader));
     }
     Ok((store, taken))
+}
+
+/// The store's sentence, with the setting it is about.
+fn cannot_open(error: &OpenError) -> anyhow::Error {
+    match error {
+        OpenError::OtherEngine { .. } => anyhow::anyhow!("{error} (data.engine)"),
+        OpenError::Io { doing, path, source } if source.kind() == std::io::ErrorKind::ReadOnlyFilesystem => {
+            anyhow::anyhow!(
+                "{doing} {}: the file system is read-only; choose a data folder elsewhere with --data",
+                path.display()
+            )
+        }
+        error => anyhow::anyhow!("{error}"),
+    }
+}
+
+/// The same for a shard that is open but can't be written.
+fn cannot_take(path: &Path, error: ShardError) -> anyhow::Error {
+    match error {
+        ShardError::Commit(CommitError::Full { reason }) => anyhow::anyhow!(
+            "the disk of {} is full: {reason}; make room, or lower data.reserve_mib",
+            path.display()
+        ),
+        error => anyhow::anyhow!("{error}"),
+    }
 }
 
 fn store_options(config: &Config) -> StoreOptions {
@@ -275,6 +300,7 @@ fn store_options(config: &Config) -> StoreOptions {
         shards: config.data.shards,
         engine: match config.data.engine {
             Engine::Sled => fulmar_store::EngineKind::Sled,
+            Engine::Fjall => fulmar_store::EngineKind::Fjall,
             Engine::Memory => fulmar_store::EngineKind::Memory,
         },
         durability: match config.data.durability {

@@ -36,6 +36,8 @@ struct Gateway {
     address: String,
     http: String,
     fingerprint: String,
+    /// What was logged until it listened.
+    seen: String,
 }
 
 impl Gateway {
@@ -54,8 +56,14 @@ impl Gateway {
         ];
         let mut child = fulmar(&arguments).stderr(Stdio::piped()).spawn().unwrap();
         let stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut gateway =
-            Self { child, stderr, address: String::new(), http: String::new(), fingerprint: String::new() };
+        let mut gateway = Self {
+            child,
+            stderr,
+            address: String::new(),
+            http: String::new(),
+            fingerprint: String::new(),
+            seen: String::new(),
+        };
         let mut seen = String::new();
         while gateway.address.is_empty() {
             let mut line = String::new();
@@ -70,6 +78,7 @@ impl Gateway {
                 gateway.fingerprint = field("fingerprint");
             }
         }
+        gateway.seen = seen;
         gateway
     }
 
@@ -158,6 +167,146 @@ fn a_killed_gateway_starts_again() {
     }
     let (code, log) = Gateway::start(&data).end(Signal::TERM);
     assert_eq!(code, Some(0), "{log}");
+}
+
+/// The one line with which `fulmar serve` refuses a data folder.
+fn refusal(data: &Path, more: &[&str]) -> String {
+    let shown = data.display().to_string();
+    let arguments = [&["serve", "--data", &shown, "--listen", "127.0.0.1:0", "--http", "off"], more].concat();
+    let output = output(&arguments);
+    let error = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(!error.contains("panicked"), "{error}");
+    error.lines().last().unwrap().to_owned()
+}
+
+#[test]
+fn a_folder_that_can_not_be_used_is_refused_in_one_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    assert_eq!(Gateway::start(&data).end(Signal::TERM).0, Some(0));
+    let (store, marker) = (data.join("store"), data.join("store/FORMAT"));
+    let shown = store.display();
+    let good = std::fs::read_to_string(&marker).unwrap();
+    let format = good.lines().find(|line| line.starts_with("format = ")).unwrap();
+    let known = format.trim_start_matches("format = ");
+    let with = |line: &str| {
+        std::fs::write(&marker, good.replace(format, line)).unwrap();
+        refusal(&data, &[])
+    };
+    assert_eq!(
+        with("format = 99"),
+        format!(
+            "fulmar: the data folder {shown} has format 99, this program knows formats up to {known}: use a newer program"
+        )
+    );
+    assert_eq!(
+        with("format = new"),
+        format!(
+            "fulmar: the FORMAT file of {shown} is damaged (format is not a number): restore the folder from a backup"
+        )
+    );
+    std::fs::write(&marker, &good).unwrap();
+    assert_eq!(
+        refusal(&data, &["--set", "data.engine=fjall"]),
+        format!(
+            "fulmar: the data folder {shown} was made with the engine \"sled\", not \"fjall\": set the engine to \"sled\" \
+             (data.engine)"
+        )
+    );
+    let full = refusal(&data, &["--set", "data.reserve_mib=1048576"]);
+    assert!(full.starts_with(&format!("fulmar: the disk of {shown} is full: ")), "{full}");
+    assert!(full.ends_with("; make room, or lower data.reserve_mib"), "{full}");
+    std::fs::remove_file(&marker).unwrap();
+    assert_eq!(
+        refusal(&data, &[]),
+        format!(
+            "fulmar: {shown} is not empty and not a Fulmar data folder (no readable FORMAT file): choose an empty or new \
+             folder"
+        )
+    );
+    std::fs::write(&marker, &good).unwrap();
+    assert_eq!(Gateway::start(&data).end(Signal::TERM).0, Some(0), "nothing of that did harm");
+}
+
+#[test]
+fn a_damaged_log_is_refused_and_says_where() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    // Killed, so that the log is not settled: it has to be proven at the next start.
+    assert_eq!(Gateway::start(&data).end(Signal::KILL).0, None);
+    let shard = data.join("store/shard-000");
+    let logs = std::fs::read_dir(&shard).unwrap().map(|entry| entry.unwrap().path());
+    let logs: Vec<_> =
+        logs.filter(|path| path.extension().is_some_and(|extension| extension == "log")).collect();
+    assert!(!logs.is_empty());
+    for path in &logs {
+        let mut bytes = std::fs::read(path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0x10;
+        std::fs::write(path, bytes).unwrap();
+    }
+    let line = refusal(&data, &[]);
+    assert!(
+        line.starts_with("fulmar: shard 0: ") && line.contains("restore the folder from a backup"),
+        "{line}"
+    );
+}
+
+/// A disk that is mounted read-only, in a mount namespace of the test's own where the system lets it have one.
+#[test]
+fn a_read_only_disk_is_refused_in_one_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    assert_eq!(Gateway::start(&data).end(Signal::TERM).0, Some(0));
+    let shown = data.display().to_string();
+    let script = "mount --bind \"$1\" \"$1\" && mount -o remount,ro,bind \"$1\" || exit 77\n\
+                  exec \"$2\" serve --data \"$1\" --listen 127.0.0.1:0 --http off";
+    let fulmar = env!("CARGO_BIN_EXE_fulmar");
+    let mounted = Command::new("unshare").args(["-Urm", "sh", "-c", script, "sh", &shown, fulmar]).output();
+    match mounted {
+        Ok(output) if output.status.code() == Some(1) && text(&output.stderr).contains("fulmar: ") => {
+            let error = text(&output.stderr);
+            let want = format!(
+                "fulmar: can't lock the data folder with {shown}/LOCK: the file system is read-only; choose a data folder \
+                 elsewhere with --data"
+            );
+            assert_eq!(error.lines().last(), Some(want.as_str()), "{error}");
+        }
+        // No namespaces here. Whoever may write everywhere can't be refused otherwise.
+        _ if rustix::process::geteuid().is_root() => {}
+        _ => {
+            use std::os::unix::fs::PermissionsExt as _;
+            std::fs::set_permissions(data.join("LOCK"), std::fs::Permissions::from_mode(0o400)).unwrap();
+            let line = refusal(&data, &[]);
+            let want = format!("fulmar: can't lock the data folder with {shown}/LOCK: user ");
+            assert!(line.starts_with(&want) && line.ends_with("with --data"), "{line}");
+        }
+    }
+    assert_eq!(Gateway::start(&data).end(Signal::TERM).0, Some(0));
+}
+
+#[test]
+fn less_than_the_default_is_never_silent() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    std::fs::write(data.join("fulmar.toml"), "[data]\ndurability = \"process\"\n").unwrap();
+    let gateway = Gateway::start(&data);
+    let metrics = gateway.get("/metrics");
+    assert!(metrics.contains("\nfulmar_durability{level=\"process\"} 1\n"), "{metrics}");
+    assert!(metrics.contains("\nfulmar_storage_writable{shard=\"0\"} 1\n"), "{metrics}");
+    let health = gateway.get("/healthz");
+    assert!(
+        health.starts_with("HTTP/1.1 200") && health.contains("a power cut may lose the newest"),
+        "{health}"
+    );
+    assert!(
+        gateway.seen.contains("\"level\":\"WARN\"") && gateway.seen.contains("data.durability"),
+        "{}",
+        gateway.seen
+    );
+    assert_eq!(gateway.end(Signal::TERM).0, Some(0));
 }
 
 #[test]
