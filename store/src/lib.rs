@@ -42,6 +42,7 @@ mod files;
 mod format;
 mod key;
 mod log;
+mod maintain;
 mod op;
 mod reader;
 mod record;
@@ -57,6 +58,13 @@ pub use commit::{ChainHash, Commit, CommitId};
 pub use error::{CommitError, OpenError, ReadError};
 pub use format::FORMAT_VERSION;
 pub use log::{Log, Writer};
+pub use maintain::{
+    MaintainError, Progress,
+    backup::{BackupReport, ShardCopied},
+    inspect::{FolderStats, ShardFigures, Tier},
+    salvage::{Lost, SalvageReport, ShardSalvaged},
+    verify::{PROBLEMS_MAX, Problem, Repair, ShardVerified, VerifyReport},
+};
 pub use op::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Batch, Op};
 pub use reader::ShardReader;
 pub use record::{RECORD_HEADER_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind};
