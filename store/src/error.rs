@@ -31,6 +31,17 @@ pub enum OpenError {
         /// The newest format this program knows.
         known: u64,
     },
+    /// An older Fulmar wrote it, and it can't be brought to the present format.
+    #[error(
+        "the data folder {} has format {found}, which this program can't upgrade: use one that knows format {found}",
+        path.display()
+    )]
+    Older {
+        /// The data folder.
+        path: PathBuf,
+        /// The folder's format.
+        found: u64,
+    },
     /// The folder has things in it, but no format marker.
     #[error(
         "{} is not empty and not a Fulmar data folder (no readable FORMAT file): choose an empty or new folder",

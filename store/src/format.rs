@@ -30,6 +30,8 @@ const MARKER_BYTES_MAX: u64 = 4096;
 /// What the marker says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Marker {
+    /// The format of everything in the folder.
+    pub(crate) format: u64,
     pub(crate) shards: u16,
     pub(crate) engine: String,
     /// Milliseconds since 1970; for people.
@@ -64,7 +66,12 @@ impl Folder {
                     tracing::debug!(entry = %other.display(), "not an empty folder");
                     return Err(OpenError::NotOurs { path: path.to_owned() });
                 }
-                let marker = Marker { shards, engine: engine.name().to_owned(), created: now() };
+                let marker = Marker {
+                    format: FORMAT_VERSION,
+                    shards,
+                    engine: engine.name().to_owned(),
+                    created: now(),
+                };
                 write_marker(path, &marker)?;
                 marker
             }
@@ -160,9 +167,9 @@ fn write_marker(folder: &Path, marker: &Marker) -> Result<(), OpenError> {
 }
 
 fn render(marker: &Marker) -> String {
-    let Marker { shards, engine, created } = marker;
+    let Marker { format, shards, engine, created } = marker;
     format!(
-        "fulmar data folder\nformat = {FORMAT_VERSION}\nshards = {shards}\nengine = {engine}\ncreated = {created}\n"
+        "fulmar data folder\nformat = {format}\nshards = {shards}\nengine = {engine}\ncreated = {created}\n"
     )
 }
 
@@ -197,6 +204,7 @@ fn parse(folder: &Path, text: &str) -> Result<Marker, OpenError> {
         return Err(bad("the shard count is out of range"));
     }
     Ok(Marker {
+        format: found,
         shards: u16::try_from(shards).map_err(|_| bad("the shard count is out of range"))?,
         engine: field("engine")?.to_owned(),
         created: number("created")?,
@@ -214,7 +222,7 @@ mod tests {
 
     #[test]
     fn the_marker_is_pinned_and_comes_back() {
-        let marker = Marker { shards: 4, engine: "sled".to_owned(), created: 1_700_000_000_000 };
+        let marker = Marker { format: 2, shards: 4, engine: "sled".to_owned(), created: 1_700_000_000_000 };
         let text = "fulmar data folder\nformat = 2\nshards = 4\nengine = sled\ncreated = 1700000000000\n";
         assert_eq!(render(&marker), text);
         assert_eq!(parse(Path::new("x"), text).unwrap(), marker);
@@ -224,7 +232,7 @@ mod tests {
     fn what_is_not_ours_is_refused_with_its_reason() {
         let folder = Path::new("x");
         let with = |from: &str, to: &str| {
-            let text = render(&Marker { shards: 4, engine: "sled".to_owned(), created: 1 });
+            let text = render(&Marker { format: 2, shards: 4, engine: "sled".to_owned(), created: 1 });
             parse(folder, &text.replace(from, to)).unwrap_err()
         };
         assert!(matches!(with("format = 2", "format = 3"), OpenError::Newer { found: 3, known: 2, .. }));

@@ -22,7 +22,7 @@ use crate::{
     engine::{Engine, fjall::Fjall, memory::Memory, sled::Sled},
     error::{CommitError, OpenError, ReadError},
     files::{Files, disk::Disk, memory::MemoryFiles},
-    format::Folder,
+    format::{FORMAT_VERSION, Folder},
     key,
     log::Log,
     reader::ShardReader,
@@ -183,6 +183,9 @@ impl Store {
             }
             EngineKind::Sled | EngineKind::Fjall => {
                 let folder = Arc::new(Folder::open(path, options.shards, options.engine)?);
+                if folder.marker.format < FORMAT_VERSION {
+                    return Err(OpenError::Older { path: path.to_owned(), found: folder.marker.format });
+                }
                 let shards = open_shards(&folder, options)?;
                 folder.sync()?;
                 Ok(Self { inner: Arc::new(Inner { shards }) })
