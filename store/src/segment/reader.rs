@@ -142,7 +142,7 @@ fn read_ends(file: &dyn ReadAt, shard: ShardId, id: u64) -> Result<(Footer, u32)
 }
 
 /// What is left of a block's entries.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Body {
     bytes: Bytes,
     at: usize,
@@ -300,8 +300,8 @@ impl Iterator for Runs {
 /// Table number, key, and the row; `None`: it is gone.
 pub(crate) type Row = (u8, Bytes, Option<Bytes>);
 
-/// All rows of a segment, in order. Ends at the first error.
-#[derive(Debug)]
+/// All rows of a segment, in order. Ends at the first error. A clone goes on from where this one is.
+#[derive(Clone, Debug)]
 pub(crate) struct Rows {
     segment: Segment,
     block: Body,

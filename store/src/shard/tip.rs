@@ -12,7 +12,7 @@ use std::io;
 use crate::{
     codec::{Cursor, Malformed},
     commit::{ChainHash, CommitId},
-    files::{Files, Slots},
+    files::{Files, ReadAt, Slots},
 };
 
 /// Its name in the shard's folder.
@@ -34,30 +34,47 @@ impl Tip {
     /// Opens or creates the file, and reads what it says: [`CommitId::ZERO`] if nothing.
     pub(crate) fn open(files: &dyn Files) -> io::Result<(Self, CommitId)> {
         let file = files.open_slots(NAME)?;
-        let mut newest = CommitId::ZERO;
-        for slot in 0..2 {
-            let mut bytes = [0; SLOT_BYTES];
-            match file.read_exact_at(&mut bytes, slot * SLOT_EVERY) {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue,
-                Err(error) => return Err(error),
-            }
-            match decode(&bytes) {
-                Ok(id) if id.number > newest.number => newest = id,
-                Ok(_) => {}
-                Err(_) if bytes == [0; SLOT_BYTES] => {}
-                Err(what) => {
-                    tracing::warn!(slot, %what, "one slot of the tip file is unreadable")
-                }
-            }
+        let (newest, damaged) = read_slots(&*file)?;
+        for what in damaged {
+            tracing::warn!(%what, "one slot of the tip file is unreadable");
         }
         Ok((Self { file }, newest))
+    }
+
+    /// What the file says, and what is wrong with it, without creating it: [`CommitId::ZERO`] if it says nothing.
+    pub(crate) fn read(files: &dyn Files) -> io::Result<(CommitId, Vec<Malformed>)> {
+        match files.open(NAME) {
+            Ok(file) => read_slots(file.as_ref()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok((CommitId::ZERO, Vec::new())),
+            Err(error) => Err(error),
+        }
     }
 
     /// Notes `id` as acknowledged.
     pub(crate) fn write(&self, id: CommitId) -> io::Result<()> {
         self.file.write_all_at(&encode(id), (id.number % 2) * SLOT_EVERY)
     }
+}
+
+/// The newest commit the slots name, and what is wrong with those that are unreadable.
+fn read_slots<F: ReadAt + ?Sized>(file: &F) -> io::Result<(CommitId, Vec<Malformed>)> {
+    let mut newest = CommitId::ZERO;
+    let mut damaged = Vec::new();
+    for slot in 0..2 {
+        let mut bytes = [0; SLOT_BYTES];
+        match file.read_exact_at(&mut bytes, slot * SLOT_EVERY) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue,
+            Err(error) => return Err(error),
+        }
+        match decode(&bytes) {
+            Ok(id) if id.number > newest.number => newest = id,
+            Ok(_) => {}
+            Err(_) if bytes == [0; SLOT_BYTES] => {}
+            Err(what) => damaged.push(what),
+        }
+    }
+    Ok((newest, damaged))
 }
 
 fn encode(id: CommitId) -> Vec<u8> {
