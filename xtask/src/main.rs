@@ -5,6 +5,7 @@
 
 mod fuzz;
 mod layering;
+mod rig;
 mod run;
 mod steps;
 mod tally;
@@ -15,8 +16,10 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 
+use crate::rig::RigArgs;
 use crate::run::Workspace;
 use crate::steps::{Options, StepName};
+use crate::tally::Tally;
 
 /// Development commands of Fulmar.
 ///
@@ -32,6 +35,8 @@ use crate::steps::{Options, StepName};
         cargo xtask test --skip crash,fuzz     everything that ends within minutes\n  \
         cargo xtask fuzz frame_decode --seconds 600\n  \
         cargo xtask crash --rounds 10000\n  \
+        cargo xtask power-cut --images 100000\n  \
+        cargo xtask store-kill --rounds 10000 --open-rounds 3000\n  \
         cargo xtask bench codec"
 )]
 struct Cli {
@@ -63,6 +68,33 @@ enum Command {
         /// How often the gateway is killed
         #[arg(long, value_name = "N", default_value_t = 200)]
         rounds: u32,
+    },
+    /// Cut the power of the store at any point, open what the disk may hold then, and compare everything
+    PowerCut {
+        /// Images for each engine
+        #[arg(long, value_name = "N", default_value_t = 2_000)]
+        images: u64,
+        #[command(flatten)]
+        args: RigArgs,
+    },
+    /// Kill the store at work and while it opens, and compare what it leaves with what was acknowledged
+    StoreKill {
+        /// How often each engine's store is killed at work
+        #[arg(long, value_name = "N", default_value_t = 200)]
+        rounds: u64,
+        /// How often, besides, while it opens
+        #[arg(long, value_name = "N", default_value_t = 100)]
+        open_rounds: u64,
+        #[command(flatten)]
+        args: RigArgs,
+    },
+    /// Damage files of the store: every answer must be right, or refused with a report
+    Damage {
+        /// Damaged folders for each engine
+        #[arg(long, value_name = "N", default_value_t = 1_000)]
+        images: u64,
+        #[command(flatten)]
+        args: RigArgs,
     },
     /// Run the benchmarks, each beside the floor it is measured against
     Bench {
@@ -138,6 +170,11 @@ fn carry_out(command: Command) -> anyhow::Result<bool> {
             print(&total.to_string());
             Ok(total.is_success())
         }
+        Command::PowerCut { images, args } => closed(steps::power_cut(&workspace, images, &args)?),
+        Command::StoreKill { rounds, open_rounds, args } => {
+            closed(steps::store_kill(&workspace, rounds, open_rounds, &args)?)
+        }
+        Command::Damage { images, args } => closed(steps::damage(&workspace, images, &args)?),
         Command::Bench { name, args } => {
             let mut command = workspace.cargo(["bench", "--package", "fulmar-benches"]);
             if let Some(name) = name {
@@ -149,6 +186,12 @@ fn carry_out(command: Command) -> anyhow::Result<bool> {
             Ok(status.success())
         }
     }
+}
+
+/// Ends a command with its count.
+fn closed(total: Tally) -> anyhow::Result<bool> {
+    print(&total.to_string());
+    Ok(total.is_success())
 }
 
 /// Prints what the command was asked for.

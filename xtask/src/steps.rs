@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 
+use crate::rig::RigArgs;
 use crate::run::{Workspace, on_ci, run as run_program};
 use crate::tally::{Tally, of_libtest, of_nextest};
-use crate::{fuzz, layering, tool};
+use crate::{fuzz, layering, rig, tool};
 
 /// Time of a whole run on two cores from an empty target folder; more is said aloud.
 const WHOLE_RUN: Duration = Duration::from_secs(60 * 60);
@@ -50,6 +51,12 @@ pub(crate) enum StepName {
     Test,
     /// Examples in the documentation
     Doctest,
+    /// Power cuts
+    PowerCut,
+    /// Kills of the store
+    StoreKill,
+    /// Damaged disks
+    Damage,
     /// The crash loop
     Crash,
     /// Short fuzzing
@@ -86,6 +93,26 @@ const STEPS: &[Step] = &[
     Step { name: StepName::Test, what: "cargo nextest run on the workspace", run: test },
     Step { name: StepName::Doctest, what: "the examples in the documentation", run: doctest },
     Step {
+        name: StepName::PowerCut,
+        what: "planted faults are found; then 2 000 power cuts of each engine's store, nothing acked may be lost",
+        run: |workspace, _| {
+            let proven = rig::rig(workspace, &["prove".to_owned()], &RigArgs::default())?;
+            let mut total = power_cut(workspace, 2_000, &RigArgs::default())?;
+            total += proven;
+            Ok(total)
+        },
+    },
+    Step {
+        name: StepName::StoreKill,
+        what: "each engine's store killed 200 times at work and 100 times during open",
+        run: |workspace, _| store_kill(workspace, 200, 100, &RigArgs::default()),
+    },
+    Step {
+        name: StepName::Damage,
+        what: "1 000 damaged folders of each engine: every answer is right or refused",
+        run: |workspace, _| damage(workspace, 1_000, &RigArgs::default()),
+    },
+    Step {
         name: StepName::Crash,
         what: "a gateway killed under load 200 times; nothing acked may be lost",
         run: crash,
@@ -97,7 +124,7 @@ const STEPS: &[Step] = &[
 pub(crate) fn list() -> String {
     let mut text = String::new();
     for step in STEPS {
-        let _ = writeln!(text, "{:<10} {}", word(step.name), step.what);
+        let _ = writeln!(text, "{:<11} {}", word(step.name), step.what);
     }
     text
 }
@@ -124,10 +151,10 @@ pub(crate) fn run(workspace: &Workspace, steps: &[Step], options: Options) -> Ta
         let outcome = if tally.is_success() { "ok" } else { "FAILED" };
         let took = minutes(step_start.elapsed());
         eprintln!("=== {name}: {outcome} in {took}");
-        let _ = writeln!(table, "{name:<10} {outcome:<7} {took:>12}   {tally}");
+        let _ = writeln!(table, "{name:<11} {outcome:<7} {took:>12}   {tally}");
         total += tally;
     }
-    eprintln!("\n{table}{:<10} {:<7} {:>12}\n", "total", "", minutes(start.elapsed()));
+    eprintln!("\n{table}{:<11} {:<7} {:>12}\n", "total", "", minutes(start.elapsed()));
     if start.elapsed() > WHOLE_RUN {
         eprintln!("warning: this run took longer than the {} it may take\n", minutes(WHOLE_RUN));
     }
@@ -216,6 +243,36 @@ pub(crate) fn crash(workspace: &Workspace, options: Options) -> anyhow::Result<T
     })
 }
 
+/// Cuts the power `images` times for each engine.
+///
+/// # Errors
+/// When the rig can't be run.
+pub(crate) fn power_cut(workspace: &Workspace, images: u64, args: &RigArgs) -> anyhow::Result<Tally> {
+    rig::rig(workspace, &rig::words("power-cut", &[("--images", images)], workspace), args)
+}
+
+/// Kills the store of each engine `rounds` times at work and `open_rounds` times during open.
+///
+/// # Errors
+/// When the rig can't be run.
+pub(crate) fn store_kill(
+    workspace: &Workspace,
+    rounds: u64,
+    open_rounds: u64,
+    args: &RigArgs,
+) -> anyhow::Result<Tally> {
+    let counts = [("--rounds", rounds), ("--open-rounds", open_rounds)];
+    rig::rig(workspace, &rig::words("kill", &counts, workspace), args)
+}
+
+/// Opens `images` damaged folders of each engine.
+///
+/// # Errors
+/// When the rig can't be run.
+pub(crate) fn damage(workspace: &Workspace, images: u64, args: &RigArgs) -> anyhow::Result<Tally> {
+    rig::rig(workspace, &rig::words("damage", &[("--images", images)], workspace), args)
+}
+
 fn fuzz_shortly(workspace: &Workspace, options: Options) -> anyhow::Result<Tally> {
     let targets = fuzz::targets(workspace)?;
     fuzz::run_all(workspace, &targets, options.fuzz_seconds, fuzz::Progress::Hidden)
@@ -241,8 +298,20 @@ fn one_check(command: &mut Command) -> anyhow::Result<Tally> {
 
 /// A runner that counts: its closing lines are added up by `read`.
 fn counted(command: &mut Command, read: fn(&str) -> Option<Tally>) -> anyhow::Result<Tally> {
+    counted_within(command, STEP_LIMIT, read)
+}
+
+/// As [`counted`], with another limit.
+///
+/// # Errors
+/// When the runner can't be run, or did not count.
+pub(crate) fn counted_within(
+    command: &mut Command,
+    limit: Duration,
+    read: fn(&str) -> Option<Tally>,
+) -> anyhow::Result<Tally> {
     let mut total: Option<Tally> = None;
-    let success = run_program(command, STEP_LIMIT, |line| {
+    let success = run_program(command, limit, |line| {
         if let Some(tally) = read(line) {
             *total.get_or_insert_default() += tally;
         }

@@ -95,6 +95,13 @@ pub(crate) fn of_libtest(line: &str) -> Option<Tally> {
     Some(tally)
 }
 
+/// Reads the closing line of a store rig, `300 passed, 0 failed`; `None` for other lines.
+pub(crate) fn of_rig(line: &str) -> Option<Tally> {
+    let (passed, failed) = line.trim().split_once(" passed, ")?;
+    let failed = failed.strip_suffix(" failed")?;
+    Some(Tally { passed: passed.parse().ok()?, failed: failed.parse().ok()?, skipped: 0 })
+}
+
 fn count_and_outcome(part: &str) -> Option<(u64, &str)> {
     let (count, outcome) = part.trim().split_once(' ')?;
     Some((count.parse().ok()?, outcome.trim()))
@@ -147,6 +154,13 @@ mod tests {
         assert_eq!(of_libtest(line), tally(3, 2, 1));
         assert_eq!(of_libtest("test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured"), tally(0, 0, 0));
         assert_eq!(of_libtest("running 3 tests"), None);
+    }
+
+    #[test]
+    fn reads_what_a_rig_says() {
+        assert_eq!(of_rig("1999 passed, 1 failed"), tally(1999, 1, 0));
+        assert_eq!(of_rig("100 of 2000 images, 0 failed, 1 recordings, 2 s"), None);
+        assert_eq!(of_rig("test result: ok. 3 passed; 0 failed; 1 ignored"), None);
     }
 
     #[test]

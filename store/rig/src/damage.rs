@@ -23,9 +23,9 @@ use crate::{
     chance::Chance,
     check::{self, Bounds, Judge, Wrong},
     disk::{Entry, Image, read_in, write_out},
-    history::{History, Timeline},
+    history::{History, Timeline, shard_id},
     power::Outcome,
-    scratch::{Scratch, finding},
+    scratch::{Scratch, finding, say},
     work::{Engine, Level, Marks, Starter, ValueName as _, Work, options},
 };
 
@@ -68,6 +68,9 @@ pub struct Damage {
     /// The library to preload; if not given, the one beside this program
     #[arg(long, value_name = "FILE")]
     pub preload: Option<PathBuf>,
+    /// Say nothing but the result
+    #[arg(long)]
+    pub quiet: bool,
 }
 
 /// What the process is told that opens a damaged folder.
@@ -121,6 +124,8 @@ impl Kind {
 enum Found {
     AtOpen,
     WhenRead,
+    /// By an opening after further commits.
+    Later,
     Nowhere,
 }
 
@@ -134,8 +139,8 @@ struct Original {
     closed: bool,
 }
 
-/// Damages by kind of file: found at open, found when read, all answers right, wrong.
-type Table = BTreeMap<(String, Kind), [u64; 4]>;
+/// Damages by kind of file: found at open, found when read, found later, all answers right, wrong.
+type Table = BTreeMap<(String, Kind), [u64; 5]>;
 
 /// Runs the rig.
 ///
@@ -151,7 +156,7 @@ pub fn run(ask: &Damage) -> anyhow::Result<Outcome> {
         failed: AtomicU64::new(0),
         table: Mutex::default(),
     };
-    eprintln!("damage: {} folders, engine {}, seed {seed}", ask.images, ask.engine.value_name());
+    say!(ask, "damage: {} folders, engine {}, seed {seed}", ask.images, ask.engine.value_name());
     let began = Instant::now();
     let mut done = 0;
     let mut number = 0;
@@ -161,7 +166,8 @@ pub fn run(ask: &Damage) -> anyhow::Result<Outcome> {
         rig.damage(number, &original, images)?;
         done += images;
         number += 1;
-        eprintln!(
+        say!(
+            ask,
             "{done} of {} folders, {} wrong, {} s",
             ask.images,
             rig.failed.load(Ordering::Relaxed),
@@ -169,24 +175,35 @@ pub fn run(ask: &Damage) -> anyhow::Result<Outcome> {
         );
     }
     let table = rig.table.into_inner().unwrap_or_else(PoisonError::into_inner);
-    eprintln!(
+    say!(
+        ask,
         "    {:<22} {:<26} {:>8} {:>8} {:>8} {:>6}",
-        "file", "damage", "at open", "by read", "unseen", "wrong"
+        "file",
+        "damage",
+        "at open",
+        "by read",
+        "unseen",
+        "wrong"
     );
-    let mut sum = [0u64; 4];
+    let mut sum = [0u64; 5];
     for ((file, kind), counts) in &table {
-        let [open, read, nowhere, wrong] = counts;
-        eprintln!("    {file:<22} {:<26} {open:>8} {read:>8} {nowhere:>8} {wrong:>6}", kind.name());
+        let [open, read, later, nowhere, wrong] = counts;
+        say!(
+            ask,
+            "    {file:<22} {:<26} {open:>8} {read:>8} {later:>8} {nowhere:>8} {wrong:>6}",
+            kind.name()
+        );
         for (all, one) in sum.iter_mut().zip(counts) {
             *all += one;
         }
     }
-    let [open, read, nowhere, wrong] = sum;
-    eprintln!(
-        "damage, seed {seed}: found at open {open}, when read {read}, nowhere (all answers right) {nowhere}, wrong {wrong}; {:.1} s",
+    let [open, read, later, nowhere, wrong] = sum;
+    say!(
+        ask,
+        "damage, seed {seed}: found at open {open}, when read {read}, later {later}, nowhere (all answers right) {nowhere}, wrong {wrong}; {:.1} s",
         began.elapsed().as_secs_f64()
     );
-    Ok(Outcome { passed: open + read + nowhere, failed: wrong })
+    Ok(Outcome { passed: open + read + later + nowhere, failed: wrong })
 }
 
 struct Rig<'a> {
@@ -313,8 +330,9 @@ impl Rig<'_> {
         let column = match &found {
             Ok(Found::AtOpen) => 0,
             Ok(Found::WhenRead) => 1,
-            Ok(Found::Nowhere) => 2,
-            Err(_) => 3,
+            Ok(Found::Later) => 2,
+            Ok(Found::Nowhere) => 3,
+            Err(_) => 4,
         };
         {
             let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
@@ -325,7 +343,8 @@ impl Rig<'_> {
         if let Err(wrong) = found {
             self.failed.fetch_add(1, Ordering::Relaxed);
             let state = if original.closed { "closed" } else { "killed" };
-            eprintln!(
+            say!(
+                self.ask,
                 "FAILED: seed {}, folder {number}, image {image} ({state}): {path}: {what}: {wrong}",
                 self.seed
             );
@@ -345,7 +364,8 @@ impl Rig<'_> {
             });
             if let Some(place) = kept {
                 let list = |all: &[u64]| all.iter().map(u64::to_string).collect::<Vec<_>>().join(",");
-                eprintln!(
+                say!(
+                    self.ask,
                     "    again, with a copy of {}/damaged/data as DIR: store-rig look --folder DIR --history {} --acked {} --sent {} --engine {}",
                     place.display(),
                     look.history,
@@ -389,9 +409,10 @@ impl Rig<'_> {
         if let Some(mut out) = child.stdout.take() {
             out.read_to_string(&mut said)?;
         }
-        Ok(match said.trim().split_once(' ').unwrap_or((said.trim(), "")) {
+        Ok(match said.trim().split_once(' ').unwrap_or_else(|| (said.trim(), "")) {
             ("at-open", _) if status.success() => Ok(Found::AtOpen),
             ("when-read", _) if status.success() => Ok(Found::WhenRead),
+            ("later", _) if status.success() => Ok(Found::Later),
             ("nowhere", _) if status.success() => Ok(Found::Nowhere),
             ("wrong", what) => Err(what.to_owned()),
             _ => Err(format!("the process that looked at it ended with {status}")),
@@ -430,7 +451,18 @@ fn spoil(
     ensure!(!files.is_empty(), "there is no file with {only:?} in its path");
     // Some damages change nothing (a block of zeros that was zero before): then another one is drawn.
     for _ in 0..1_000 {
-        let Some((path, bytes)) = chance.pick(&files).copied() else { break };
+        // Half of the damages fall on any file, half of them on any byte.
+        let picked = if chance.percent(50) {
+            chance.pick(&files)
+        } else {
+            let mut at = chance.below(files.iter().map(|(_, bytes)| bytes.len() as u64).sum());
+            files.iter().find(|(_, bytes)| {
+                let here = at < bytes.len() as u64;
+                at = at.saturating_sub(bytes.len() as u64);
+                here
+            })
+        };
+        let Some((path, bytes)) = picked.copied() else { break };
         let Some(kind) = chance.pick(&Kind::ALL).copied() else { break };
         let earlier = match original.earlier.get(path) {
             Some(Entry::File(earlier)) => Some(earlier.as_slice()),
@@ -512,13 +544,41 @@ pub fn look(look: &Look) -> anyhow::Result<String> {
         Err(refused) => return Ok(format!("at-open {refused}")),
     };
     let mut judge = Judge::lenient();
-    Ok(match judge.compare(&store, &mut timelines, &bounds) {
-        Ok(_) => match judge.refusals().first() {
-            Some(first) => format!("when-read {first}"),
-            None => "nowhere".to_owned(),
-        },
-        Err(Wrong::Different(what) | Wrong::Refused(what) | Wrong::Unreadable(what)) => {
-            format!("wrong {}", what.replace('\n', " "))
+    let stands = match judge.compare(&store, &mut timelines, &bounds) {
+        Ok(stands) => stands,
+        Err(wrong) => return Ok(told_wrong(&wrong)),
+    };
+    if let Some(first) = judge.refusals().first() {
+        return Ok(format!("when-read {first}"));
+    }
+    // Nobody has noticed anything: it is worked on further. That may bring the damage out, but not make it a wrong answer.
+    let next = history.crashed(&stands);
+    let states = match check::commit_more(&store, &next, &mut timelines, &stands) {
+        Ok(states) => states,
+        Err(refused) => return Ok(format!("later {refused:#}")),
+    };
+    let closed = store.close();
+    drop(store);
+    if let Err(refused) = closed {
+        return Ok(format!("later {refused}"));
+    }
+    let store = match check::open(&look.folder, &options) {
+        Ok(store) => store,
+        Err(refused) => return Ok(format!("later {refused}")),
+    };
+    for (shard, state) in (0u16..).zip(&states) {
+        let reader = store.reader(shard_id(shard))?;
+        if let Err(wrong) = judge.compare_shard(&reader, state) {
+            return Ok(told_wrong(&wrong));
         }
+    }
+    Ok(match judge.refusals().first() {
+        Some(first) => format!("later {first}"),
+        None => "nowhere".to_owned(),
     })
+}
+
+fn told_wrong(wrong: &Wrong) -> String {
+    let (Wrong::Different(what) | Wrong::Refused(what) | Wrong::Unreadable(what)) = wrong;
+    format!("wrong {}", what.replace('\n', " "))
 }

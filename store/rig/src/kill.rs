@@ -21,7 +21,7 @@ use crate::{
     disk::{read_in, write_out},
     history::{History, Timeline},
     power::Outcome,
-    scratch::{Scratch, finding},
+    scratch::{Scratch, finding, say},
     work::{Engine, Level, Marks, Starter, ValueName as _, Work, options},
 };
 
@@ -91,6 +91,9 @@ pub struct Kill {
     /// The library to preload; if not given, the one beside this program
     #[arg(long, value_name = "FILE")]
     pub preload: Option<PathBuf>,
+    /// Say nothing but the result
+    #[arg(long)]
+    pub quiet: bool,
 }
 
 /// How many matching calls are let pass before the kill: adapted to how many there are.
@@ -137,7 +140,8 @@ pub fn run(ask: &Kill) -> anyhow::Result<Outcome> {
         turn: 0,
         opens: Reach::new(20),
     };
-    eprintln!(
+    say!(
+        ask,
         "kills: {} at work, {} during open, engine {}, seed {seed}, in {}",
         ask.rounds,
         ask.open_rounds,
@@ -174,7 +178,8 @@ pub fn run(ask: &Kill) -> anyhow::Result<Outcome> {
             }
         }
         if (round + 1) % 50 == 0 || round + 1 == ask.rounds {
-            eprintln!(
+            say!(
+                ask,
                 "{} of {} rounds, {} failed, {} s",
                 round + 1,
                 ask.rounds,
@@ -184,13 +189,17 @@ pub fn run(ask: &Kill) -> anyhow::Result<Outcome> {
         }
     }
     for (name, reach) in &rig.points {
-        eprintln!("    {name:<34} killed {:>5} times, not reached {:>4}", reach.reached, reach.missed);
+        say!(ask, "    {name:<34} killed {:>5} times, not reached {:>4}", reach.reached, reach.missed);
     }
-    eprintln!(
+    say!(
+        ask,
         "    {:<34} killed {:>5} times, not reached {:>4}",
-        "during open", rig.opens.reached, rig.opens.missed
+        "during open",
+        rig.opens.reached,
+        rig.opens.missed
     );
-    eprintln!(
+    say!(
+        ask,
         "kills, seed {seed}: {} at work, {opens} during open, {} lost nothing, {:.1} s",
         ask.rounds,
         outcome.passed,
@@ -404,9 +413,9 @@ impl Rig<'_> {
             fs::write(folder.join("case"), &text)?;
             Ok(())
         });
-        eprintln!("FAILED: seed {}, round {round}: {}: {error:#}", self.seed, how.join("; "));
+        say!(self.ask, "FAILED: seed {}, round {round}: {}: {error:#}", self.seed, how.join("; "));
         if let Some(folder) = kept {
-            eprintln!("    the folder as it was found: {}", folder.display());
+            say!(self.ask, "    the folder as it was found: {}", folder.display());
         }
     }
 }

@@ -7,6 +7,7 @@ use fulmar_store_rig::{
     damage::{self, Damage, Look},
     kill::{self, Kill},
     power::{self, PowerCut},
+    prove::{self, Prove},
     work::{self, Work},
 };
 
@@ -28,6 +29,8 @@ enum Command {
     Kill(Kill),
     /// Damage one file of a folder, open it, read everything: right, or refused, never wrong
     Damage(Damage),
+    /// Plant a fault for each rig, and see that it is found
+    Prove(Prove),
     /// Look at a damaged folder (started by `damage`)
     #[command(hide = true)]
     Look(Look),
@@ -45,6 +48,10 @@ fn main() -> ExitCode {
         Command::Kill(ask) => {
             silence_panics();
             kill::run(&ask).map(Some)
+        }
+        Command::Prove(ask) => {
+            silence_panics();
+            prove::run(&ask).map(Some)
         }
         Command::Damage(ask) => {
             silence_panics();

@@ -27,7 +27,7 @@ use crate::{
     disk::{Disk, Entry, Image, Names, read_in, write_out},
     history::{History, Timeline},
     recording::{self, Event},
-    scratch::{Scratch, finding},
+    scratch::{Scratch, finding, say},
     work::{Engine, Level, Marks, Starter, ValueName as _, Work, options},
 };
 
@@ -87,6 +87,9 @@ pub struct PowerCut {
     /// The library to preload; if not given, the one beside this program
     #[arg(long, value_name = "FILE")]
     pub preload: Option<PathBuf>,
+    /// Say nothing but the result
+    #[arg(long)]
+    pub quiet: bool,
 }
 
 /// How it went.
@@ -140,7 +143,8 @@ pub fn run(ask: &PowerCut) -> anyhow::Result<Outcome> {
         failed: AtomicU64::new(0),
         boundaries: AtomicU64::new(0),
     };
-    eprintln!(
+    say!(
+        ask,
         "power cuts: {} images, engine {}, seed {seed}, in {}",
         ask.images,
         ask.engine.value_name(),
@@ -158,7 +162,8 @@ pub fn run(ask: &PowerCut) -> anyhow::Result<Outcome> {
         chain = rig.cut(&recorded, images)?;
         left -= images;
         number += 1;
-        eprintln!(
+        say!(
+            ask,
             "{} of {} images, {} failed, {number} recordings, {} s",
             ask.images - left,
             ask.images,
@@ -168,7 +173,8 @@ pub fn run(ask: &PowerCut) -> anyhow::Result<Outcome> {
     }
     let outcome =
         Outcome { passed: rig.passed.load(Ordering::Relaxed), failed: rig.failed.load(Ordering::Relaxed) };
-    eprintln!(
+    say!(
+        ask,
         "power cuts, seed {seed}: {} of {} images held; {} recordings, {events} events, {} of their sync boundaries cut, {:.1} s",
         outcome.passed,
         ask.images,
@@ -388,7 +394,8 @@ impl Rig<'_> {
             fs::write(folder.join("case"), &text)?;
             Ok(())
         });
-        eprintln!(
+        say!(
+            self.ask,
             "FAILED: seed {}, recording {}, cut after event {} of {}: {error:#}",
             self.seed,
             recorded.number,
@@ -397,9 +404,15 @@ impl Rig<'_> {
         );
         match kept {
             Some(folder) => {
-                eprintln!("    again: store-rig power-cut --replay {0} --keep {0}/image", folder.display());
+                say!(
+                    self.ask,
+                    "    again: store-rig power-cut --replay {0} --keep {0}/image",
+                    folder.display()
+                );
             }
-            None => eprintln!("    (not kept: there are enough findings in {})", self.ask.findings.display()),
+            None => {
+                say!(self.ask, "    (not kept: there are enough findings in {})", self.ask.findings.display())
+            }
         }
     }
 }
@@ -539,7 +552,7 @@ fn replay(ask: &PowerCut, finding: &Path) -> anyhow::Result<Outcome> {
     if let Some(keep) = &ask.keep {
         fs::create_dir_all(keep)?;
         write_out(&image, keep).context("--keep wants an empty folder")?;
-        eprintln!("the image is in {}", keep.display());
+        say!(ask, "the image is in {}", keep.display());
     }
     for (path, entry) in &image {
         let now = disk.now();
@@ -549,10 +562,10 @@ fn replay(ask: &PowerCut, finding: &Path) -> anyhow::Result<Outcome> {
             (Entry::File(_), None) => "was gone",
             (Entry::Folder, _) => "folder",
         };
-        eprintln!("    {path}: {live}");
+        say!(ask, "    {path}: {live}");
     }
     for path in disk.now().keys().filter(|path| !image.contains_key(*path)) {
-        eprintln!("    {path}: missing");
+        say!(ask, "    {path}: missing");
     }
     let bounds = Bounds { acked: unlist(field("acked")?)?, sent: unlist(field("sent")?)? };
     let case = Case { image, bounds, cut, seed, close };
@@ -560,11 +573,11 @@ fn replay(ask: &PowerCut, finding: &Path) -> anyhow::Result<Outcome> {
     let folder = scratch.path().join("image");
     match open_image(engine, &history, &mut timelines(&history), &case, &folder) {
         Ok(stands) => {
-            eprintln!("held: the shards stand at {}", list(&stands));
+            say!(ask, "held: the shards stand at {}", list(&stands));
             Ok(Outcome { passed: 1, failed: 0 })
         }
         Err(error) => {
-            eprintln!("FAILED: {error:#}");
+            say!(ask, "FAILED: {error:#}");
             let _ = std::io::stderr().flush();
             Ok(Outcome { passed: 0, failed: 1 })
         }

@@ -1,4 +1,4 @@
-//! Where the rigs work, and where they leave what they found.
+//! Where the rigs work, where they leave what they found, and whether they speak of it.
 
 use std::{
     fs,
@@ -68,3 +68,13 @@ pub fn finding(
         }
     }
 }
+
+/// Says something on standard error, unless a rig was told to be quiet.
+macro_rules! say {
+    ($ask:expr, $($text:tt)*) => {
+        if !$ask.quiet {
+            eprintln!($($text)*);
+        }
+    };
+}
+pub(crate) use say;

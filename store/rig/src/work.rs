@@ -8,17 +8,19 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicBool, Ordering},
+    thread::ScopedJoinHandle,
     time::Duration,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use clap::ValueEnum;
-use fulmar_store::{Durability, EngineKind, Store, StoreOptions};
+use fulmar_store::{Durability, EngineKind, Limits, Store, StoreOptions};
 
 use crate::{
     chance::Chance,
     check,
-    history::{History, Timeline, shard_id},
+    history::{CONVERSATIONS, History, Timeline, conversation, shard_id},
 };
 
 /// Engines that keep their data on a disk.
@@ -119,7 +121,14 @@ pub fn work(work: &Work) -> anyhow::Result<()> {
         File::options().append(true).create(true).open(&work.marks).context("can't open the marks")?;
     for run in 0..work.runs {
         let store = check::open(&work.folder, &options)?;
+        let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let readers: Vec<_> = (0u16..store.shards())
+                .map(|shard| {
+                    let (store, done) = (&store, &done);
+                    scope.spawn(move || read_along(store, shard, done))
+                })
+                .collect();
             let threads: Vec<_> = (0u16..store.shards())
                 .map(|shard| {
                     let (store, history) = (&store, &history);
@@ -127,14 +136,46 @@ pub fn work(work: &Work) -> anyhow::Result<()> {
                     scope.spawn(move || work_on(store, shard, history, work.commits, marks?))
                 })
                 .collect();
-            threads.into_iter().try_for_each(|thread| match thread.join() {
+            let joined = |thread: ScopedJoinHandle<'_, anyhow::Result<()>>| match thread.join() {
                 Ok(result) => result,
                 Err(_) => bail!("a thread panicked"),
-            })
+            };
+            let worked: Vec<_> = threads.into_iter().map(joined).collect();
+            done.store(true, Ordering::Relaxed);
+            let read: Vec<_> = readers.into_iter().map(joined).collect();
+            worked.into_iter().chain(read).collect::<anyhow::Result<()>>()
         })?;
         if Chance::of(&[history.seed, u64::from(run), 78]).percent(50) {
             store.close()?;
         }
+    }
+    Ok(())
+}
+
+/// Reads while others commit and the store tidies up: nothing may be refused, missing, or out of order.
+fn read_along(store: &Store, shard: u16, done: &AtomicBool) -> anyhow::Result<()> {
+    let reader = store.reader(shard_id(shard))?;
+    let all = Limits { records: usize::MAX, bytes: usize::MAX };
+    for round in 0u64.. {
+        if done.load(Ordering::Relaxed) {
+            break;
+        }
+        // The work is what is recorded; readers take what is left of the machine.
+        std::thread::park_timeout(Duration::from_micros(300));
+        let id = conversation(shard, 1 + round % CONVERSATIONS);
+        let Some(before) = reader.head(id)? else { continue };
+        let from = before.low.saturating_add(1);
+        let records = reader.records(id, from, before.seq, all)?;
+        let after = reader.head(id)?.context("a head that was there is gone")?;
+        let first = records.first().map_or(before.seq.saturating_add(1), |record| record.seq);
+        let last = records.last().map_or(before.seq, |record| record.seq);
+        ensure!(
+            first <= from.max(after.low.saturating_add(1)) && last == before.seq,
+            "shard {shard}: {id}: records {first} to {last} were read where the head said {before:?}, then {after:?}"
+        );
+        let in_order =
+            records.iter().zip(records.iter().skip(1)).all(|(a, b)| a.seq.saturating_add(1) == b.seq);
+        ensure!(in_order, "shard {shard}: {id}: records that do not follow each other");
     }
     Ok(())
 }
