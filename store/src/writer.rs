@@ -15,6 +15,7 @@ use fulmar_protocol::{
     id::{ConversationId, Seq, ShardId, UserId},
     limit::NAME_BYTES_MAX,
 };
+use rustc_hash::FxHashMap;
 use tokio::sync::oneshot;
 
 use crate::{
@@ -78,8 +79,8 @@ impl ShardWriter {
         }
         let mut check = Check {
             reader: &self.reader,
-            logs: HashMap::new(),
-            members: HashMap::new(),
+            logs: FxHashMap::default(),
+            members: FxHashMap::default(),
             names: HashMap::new(),
         };
         let mut body = Vec::with_capacity(64 * batch.len());
@@ -115,9 +116,9 @@ struct Log {
 /// The rules of the log.
 struct Check<'a> {
     reader: &'a ShardReader,
-    logs: HashMap<ConversationId, Log>,
+    logs: FxHashMap<ConversationId, Log>,
     /// Memberships as the batch left them so far.
-    members: HashMap<(ConversationId, UserId), bool>,
+    members: FxHashMap<(ConversationId, UserId), bool>,
     /// Names the batch gave so far, by their keys.
     names: HashMap<Vec<u8>, u64>,
 }

@@ -5,10 +5,11 @@
 //!
 //! Not here: reading through it (`view`), writing it out (`settle`).
 
-use std::collections::{BTreeMap, HashMap, VecDeque, btree_map::Entry};
+use std::collections::{BTreeMap, VecDeque, btree_map::Entry};
 
 use bytes::Bytes;
 use fulmar_protocol::id::{ConversationId, DeviceId, UserId};
+use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -58,7 +59,7 @@ pub(crate) struct Counters {
 pub(crate) struct Overlay {
     /// Table number and key → row; `None`: the row is gone.
     pub(crate) rows: BTreeMap<Vec<u8>, Option<Bytes>>,
-    pub(crate) touched: HashMap<ConversationId, Touched>,
+    pub(crate) touched: FxHashMap<ConversationId, Touched>,
     pub(crate) counters: Counters,
     /// The last commit in it.
     pub(crate) last: CommitId,

@@ -9,9 +9,13 @@
 //! Not here: writing tables (`settle`), the order of a commit (`committer`).
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     ops::Bound,
-    sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock, RwLockReadGuard,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -20,6 +24,7 @@ use fulmar_protocol::{
     limit::SHARDS_MAX,
 };
 use moka::sync::Cache;
+use rustc_hash::FxHashMap;
 
 use super::{
     overlay::{Counters, Overlay, Pending, Touched, full_key},
@@ -49,8 +54,11 @@ const HEAD_BYTES: u64 = 256;
 /// Rows of the `run` table read at a time.
 const SCAN_ROWS: usize = 8;
 
-/// How often a read looks up again where its runs lie, while segments are being merged under it.
-const LOOKS_MAX: usize = 16;
+/// How long a read that finds a gap waits for the places of runs to stop changing under it.
+const MOVES_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The pause between two looks of such a read.
+const LOOK_AGAIN_AFTER: Duration = Duration::from_micros(200);
 
 /// How much a read may return. At least one record is returned if there is one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +96,8 @@ pub(crate) struct View {
     shard: ShardId,
     engine: RwLock<Arc<dyn Engine>>,
     segments: Arc<Segments>,
+    /// Odd while rows of the index are being changed; see [`View::moving`].
+    moves: AtomicU64,
     layers: RwLock<Layers>,
     heads: Cache<ConversationId, Arc<Mutex<Head>>>,
     tails: Cache<ConversationId, Arc<Mutex<Tail>>>,
@@ -119,6 +129,7 @@ impl View {
             shard,
             engine: RwLock::new(engine),
             segments,
+            moves: AtomicU64::new(0),
             layers: RwLock::default(),
             heads: Cache::builder().max_capacity(heads).build(),
             tails: Cache::builder().max_capacity(tails).build(),
@@ -526,15 +537,34 @@ impl View {
         page: &mut Page,
     ) -> Result<Seq, ReadError> {
         let mut next = from;
-        for _ in 0..LOOKS_MAX {
-            match self.read_runs_once(conversation, to, &mut next, page) {
+        let mut since = None;
+        loop {
+            let before = self.moves.load(Ordering::Acquire);
+            let gone = match self.read_runs_once(conversation, to, &mut next, page) {
                 Ok(Looked::Done) => return Ok(next),
-                // A merge may have moved what comes next behind this look's back: once more, from there.
-                Ok(Looked::Gap) | Err(RunError::Gone) => std::thread::yield_now(),
+                Ok(Looked::Gap) => false,
+                Err(RunError::Gone) => true,
                 Err(RunError::Failed(error)) => return Err(error),
+            };
+            // The places of runs may have changed behind this look's back. If not, the gap is one.
+            let after = self.moves.load(Ordering::Acquire);
+            if before == after && before % 2 == 0 {
+                let what = Malformed("run: its segment is not there");
+                return if gone { Err(self.damaged(Some(conversation), Some(next), what)) } else { Ok(next) };
             }
+            if since.get_or_insert_with(Instant::now).elapsed() > MOVES_PATIENCE {
+                let reason = "the places of its records keep changing; try again".to_owned();
+                return Err(ReadError::Engine { shard: self.shard, reason });
+            }
+            std::thread::sleep(LOOK_AGAIN_AFTER);
         }
-        Ok(next)
+    }
+
+    /// Says, for as long as the guard lives, that rows of the index are being changed: what a read does not find meanwhile
+    /// may be there all the same. One at a time.
+    pub(crate) fn moving(&self) -> Moving<'_> {
+        self.moves.fetch_add(1, Ordering::AcqRel);
+        Moving(&self.moves)
     }
 
     /// Looks once through the rows of the runs from `next` on.
@@ -649,7 +679,7 @@ impl View {
     /// # Errors
     /// A body that makes no sense, or an index that can't be read. Nothing has changed then.
     pub(crate) fn prepare(&self, commit: &Commit) -> Result<Change, ReadError> {
-        let mut delta = Delta { view: self, overlay: Overlay::default(), lanes: HashMap::new() };
+        let mut delta = Delta { view: self, overlay: Overlay::default(), lanes: FxHashMap::default() };
         delta.overlay.counters = self.counters();
         delta.overlay.last = commit.id;
         delta.overlay.commits = 1;
@@ -675,13 +705,15 @@ impl View {
         let Change { overlay, lanes } = change;
         let heads: Vec<(ConversationId, Head)> =
             overlay.touched.iter().map(|(conversation, touched)| (*conversation, touched.head)).collect();
-        let appended: Vec<(ConversationId, Vec<Record>)> = overlay
+        // Tails are made by readers. What nobody reads is in the layer, which is memory as well.
+        let appended: Vec<(Arc<Mutex<Tail>>, Vec<Record>)> = overlay
             .touched
             .iter()
             .filter(|(_, touched)| !touched.records.is_empty())
-            .map(|(c, touched)| {
+            .filter_map(|(conversation, touched)| {
+                let tail = self.tails.get(conversation)?;
                 let newest = touched.records.len().saturating_sub(TAIL_RECORDS);
-                (*c, touched.records.iter().skip(newest).map(|pending| own(&pending.record)).collect())
+                Some((tail, touched.records.iter().skip(newest).map(|pending| own(&pending.record)).collect()))
             })
             .collect();
         {
@@ -700,8 +732,7 @@ impl View {
             let cell = self.heads.get_with(conversation, || Arc::new(Mutex::new(head)));
             *lock(&cell) = head;
         }
-        for (conversation, records) in appended {
-            let cell = self.tails.get_with(conversation, Arc::default);
+        for (cell, records) in appended {
             let mut tail = lock(&cell);
             for record in records {
                 tail.push(record);
@@ -761,14 +792,14 @@ impl View {
 /// What a commit changes, worked out and not yet shown.
 pub(crate) struct Change {
     overlay: Overlay,
-    lanes: HashMap<(ConversationId, UserId, DeviceId), LaneNotes>,
+    lanes: FxHashMap<(ConversationId, UserId, DeviceId), LaneNotes>,
 }
 
 /// One commit's changes while they are being worked out, over the view as it was.
 struct Delta<'a> {
     view: &'a View,
     overlay: Overlay,
-    lanes: HashMap<(ConversationId, UserId, DeviceId), LaneNotes>,
+    lanes: FxHashMap<(ConversationId, UserId, DeviceId), LaneNotes>,
 }
 
 /// What a commit does to a lane.
@@ -928,6 +959,15 @@ impl Delta<'_> {
             }
         }
         Ok(())
+    }
+}
+
+/// See [`View::moving`].
+pub(crate) struct Moving<'a>(&'a AtomicU64);
+
+impl Drop for Moving<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::AcqRel);
     }
 }
 
