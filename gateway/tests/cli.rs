@@ -260,17 +260,21 @@ fn a_read_only_disk_is_refused_in_one_sentence() {
     let data = folder.path().join("data");
     assert_eq!(Gateway::start(&data).end(Signal::TERM).0, Some(0));
     let shown = data.display().to_string();
-    let script = "mount --bind \"$1\" \"$1\" && mount -o remount,ro,bind \"$1\" || exit 77\n\
-                  exec \"$2\" serve --data \"$1\" --listen 127.0.0.1:0 --http off";
-    let fulmar = env!("CARGO_BIN_EXE_fulmar");
-    let mounted = Command::new("unshare").args(["-Urm", "sh", "-c", script, "sh", &shown, fulmar]).output();
-    match mounted {
-        Ok(output) if output.status.code() == Some(1) && text(&output.stderr).contains("fulmar: ") => {
+    let mount = "mount --bind \"$1\" \"$1\" && mount -o remount,ro,bind \"$1\" || exit";
+    let inside = |script: &str| {
+        let fulmar = env!("CARGO_BIN_EXE_fulmar");
+        let script = format!("{mount}\n{script}");
+        Command::new("unshare").args(["-Urm", "sh", "-c", &script, "sh", &shown, fulmar]).output()
+    };
+    match inside("true") {
+        Ok(probe) if probe.status.success() => {
+            let output = inside("exec \"$2\" serve --data \"$1\" --listen 127.0.0.1:0 --http off").unwrap();
             let error = text(&output.stderr);
             let want = format!(
                 "fulmar: can't lock the data folder with {shown}/LOCK: the file system is read-only; choose a data folder \
                  elsewhere with --data"
             );
+            assert_eq!(output.status.code(), Some(1), "{error}");
             assert_eq!(error.lines().last(), Some(want.as_str()), "{error}");
         }
         // No namespaces here. Whoever may write everywhere can't be refused otherwise.

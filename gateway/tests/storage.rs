@@ -12,8 +12,10 @@
 mod support;
 
 use std::{
+    io::{BufRead as _, BufReader, Write as _},
     net::{Ipv4Addr, SocketAddr},
-    path::Path,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -334,4 +336,105 @@ async fn space_that_is_taken_and_given_back() {
     is_whole(&alice, conversation, &sent);
     assert_eq!(gateway.page("/healthz").await, (200, "ok\n".to_owned()));
     gateway.stop().await;
+}
+
+/// The binary on a small disk of its own, in a mount namespace where the system lets it have one.
+struct OnASmallDisk {
+    child: Child,
+    /// The data folder, as it is seen from outside.
+    folder: PathBuf,
+    address: SocketAddr,
+}
+
+impl OnASmallDisk {
+    fn start(mib: u32) -> Option<(Self, tempfile::TempDir)> {
+        let parent = tempfile::tempdir().unwrap();
+        let data = parent.path().join("data");
+        std::fs::create_dir(&data).unwrap();
+        let probe = Command::new("unshare")
+            .args(["-Urm", "sh", "-c", "mount -t tmpfs tmpfs \"$1\"", "sh"])
+            .arg(&data)
+            .output();
+        if !probe.is_ok_and(|probe| probe.status.success()) {
+            return None;
+        }
+        let script = "mount -t tmpfs -o size=\"$3\"m,mode=700 tmpfs \"$1\" || exit\n\
+                      exec \"$2\" serve --data \"$1\" --listen 127.0.0.1:0 --http off --log-format json \
+                      --set data.reserve_mib=0 --set data.shards=1";
+        let mut child = Command::new("unshare")
+            .args(["-Urm", "sh", "-c", script, "sh"])
+            .arg(&data)
+            .arg(env!("CARGO_BIN_EXE_fulmar"))
+            .arg(mib.to_string())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let address = lines.find_map(|line| {
+            let line: serde_json::Value = serde_json::from_str(&line.ok()?).ok()?;
+            (line["message"] == "listening").then(|| line["address"].as_str().unwrap().parse().unwrap())
+        });
+        // Whatever else it says is of no interest, but must not fill the pipe.
+        std::thread::spawn(move || lines.for_each(drop));
+        let address = address.expect("it listens");
+        let folder = Path::new("/proc")
+            .join(child.id().to_string())
+            .join("root")
+            .join(data.strip_prefix("/").unwrap());
+        Some((Self { child, folder, address }, parent))
+    }
+
+    fn fill(&self) -> PathBuf {
+        let path = self.folder.join("taken");
+        let mut file = std::fs::File::create(&path).unwrap();
+        for bytes in [1 << 16, 1 << 9, 1] {
+            while file.write_all(&vec![7; bytes]).is_ok() {}
+        }
+        path
+    }
+}
+
+impl Drop for OnASmallDisk {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_space_left_on_the_device_in_the_middle_of_the_log() {
+    // Where there are no namespaces this can't be had.
+    let Some((gateway, _parent)) = OnASmallDisk::start(64) else { return };
+    let mut alice = Phone::new("alice", &gateway.folder, gateway.address);
+    let mut bob = Phone::new("bob", &gateway.folder, gateway.address);
+    alice.go_online().await;
+    bob.go_online().await;
+    let conversation = alice.direct("bob").await;
+    let mut sent = Vec::new();
+    for round in 0..3 {
+        for n in 0..20 {
+            sent.push(format!("round {round} message {n}"));
+            alice.send(conversation, sent.last().unwrap().clone());
+        }
+        alice.until(|alice| alice.unacked() == 0).await;
+        let taken = gateway.fill();
+        // More than what is left of the page the log ends in.
+        for n in 0..40 {
+            sent.push(format!("round {round} large {n:04000}"));
+            alice.send(conversation, sent.last().unwrap().clone());
+        }
+        alice.work(Duration::from_millis(700)).await;
+        assert!(alice.unacked() > 0 && alice.refused.is_empty(), "{}", alice.describe());
+        // Reads go on.
+        bob.disconnect();
+        bob.go_online().await;
+        bob.open(OpenTarget::Number(conversation)).await;
+        std::fs::remove_file(taken).unwrap();
+        alice.until(|alice| alice.unacked() == 0).await;
+    }
+    alice.until(|alice| alice.messages(conversation).len() == sent.len()).await;
+    bob.until(|bob| bob.messages(conversation).len() == sent.len()).await;
+    is_whole(&alice, conversation, &sent);
+    is_whole(&bob, conversation, &sent);
 }

@@ -8,11 +8,13 @@
 use fulmar_protocol::id::{ConversationId, Seq, UnixMillis};
 
 use crate::{
+    engine::Direction,
     error::ReadError,
     key::{Key, Table},
     reader::ShardReader,
+    record::{RECORD_HEADER_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX},
     row::ConversationMeta,
-    shard::view::Limits,
+    shard::view::{Limits, next_key},
 };
 
 /// What is beyond what is to be kept. `None` in both: nothing.
@@ -26,6 +28,16 @@ pub struct RetentionLimits {
 
 /// Records looked at in one answer, so that no answer takes long: what is left is found by asking again.
 const LOOKED_AT_MAX: usize = 16_384;
+
+/// Rows of the index looked at in one answer: pages, and rows of a page.
+const INDEX_PAGES_MAX: usize = 64;
+const INDEX_ROWS: usize = 256;
+
+/// Bytes of a record besides its payload, about.
+const RECORD_BYTES: u64 = 32;
+
+/// Bytes a record has at most.
+const RECORD_BYTES_MAX: u64 = (RECORD_PAYLOAD_BYTES_MAX + RECORD_HEADER_BYTES_MAX) as u64;
 
 const PAGE: Limits = Limits { records: 512, bytes: 1 << 20 };
 
@@ -72,18 +84,49 @@ impl ShardReader {
         time: UnixMillis,
     ) -> Result<Option<(Seq, u64)>, ReadError> {
         let Some(head) = self.head(conversation)? else { return Ok(None) };
-        let (mut from, mut looked, mut mark) = (head.low.saturating_add(1), 0, None);
-        while looked < LOOKED_AT_MAX && from <= head.seq {
-            let page = self.records(conversation, from, head.seq, PAGE)?;
+        if head.low >= head.seq {
+            return Ok(None);
+        }
+        // By the index first, which knows of each run how old its newest record is.
+        let view = &self.shared.view;
+        let mut old = head.low;
+        if let Some(first) = view.run_at(conversation, head.low.saturating_add(1))? {
+            let mut cursor = Key::run(conversation, first).into_bytes();
+            let end = Key::run(conversation, head.seq.saturating_add(1));
+            'runs: for _ in 0..INDEX_PAGES_MAX {
+                let rows = view
+                    .engine()
+                    .scan(Table::Run, &cursor, Some(end.as_ref()), Direction::Ascending, INDEX_ROWS)
+                    .map_err(|error| view.failed(error))?;
+                let Some((last_key, _)) = rows.last() else { break };
+                cursor = next_key(last_key);
+                for (key, value) in rows {
+                    let run = view.placed(conversation, &key, &value)?.run;
+                    if run.newest >= time {
+                        break 'runs;
+                    }
+                    old = old.max(run.last().min(head.seq));
+                }
+            }
+        }
+        // The rest record by record: a part of one run, and what is not settled yet.
+        let (mut from, mut looked, mut mark) = (old.saturating_add(1), 0, None);
+        let mut limits = Limits { records: 1, bytes: usize::MAX };
+        'records: while looked < LOOKED_AT_MAX && from <= head.seq {
+            let page = self.records(conversation, from, head.seq, limits)?;
+            limits = PAGE;
             let Some(last) = page.last() else { break };
             from = last.seq.saturating_add(1);
             looked += page.len();
             for record in &page {
                 if record.time >= time {
-                    return Ok(mark);
+                    break 'records;
                 }
                 mark = Some((record.seq, record.count));
             }
+        }
+        if mark.is_none() && old > head.low {
+            mark = self.record(conversation, old)?.map(|record| (old, record.count));
         }
         Ok(mark)
     }
@@ -94,16 +137,78 @@ impl ShardReader {
         keep_bytes: u64,
     ) -> Result<Option<(Seq, u64)>, ReadError> {
         let Some(head) = self.head(conversation)? else { return Ok(None) };
+        let records = head.seq.since(head.low);
+        if records.saturating_mul(RECORD_BYTES_MAX) <= keep_bytes {
+            return Ok(None);
+        }
         let (mut before, mut kept) = (head.seq.saturating_add(1), 0u64);
-        while before > head.low.saturating_add(1) {
-            let page = self.records_before(conversation, before, PAGE)?;
-            let Some(first) = page.first() else { break };
-            before = first.seq;
+        // What is not settled yet, record by record; then the index, which knows how long each run is, as far as whole
+        // runs are kept; then the run in which the limit lies, record by record again.
+        let view = &self.shared.view;
+        let settled = match view.run_at(conversation, head.seq)? {
+            Some(first) => self.settled_up_to(conversation, first)?,
+            None => Seq::ZERO,
+        };
+        if let Some(mark) = self.walk_back(conversation, &mut before, settled, &mut kept, keep_bytes)? {
+            return Ok(Some(mark));
+        }
+        let from = Key::run(conversation, Seq::ZERO);
+        let mut end = Key::run(conversation, before).into_bytes();
+        'runs: for _ in 0..INDEX_PAGES_MAX {
+            let rows = view
+                .engine()
+                .scan(Table::Run, from.as_ref(), Some(&end), Direction::Descending, INDEX_ROWS)
+                .map_err(|error| view.failed(error))?;
+            let Some((first_key, _)) = rows.last() else { break };
+            end.clone_from(first_key);
+            for (key, value) in rows {
+                let run = view.placed(conversation, &key, &value)?.run;
+                let follows = run.last().saturating_add(1) == before;
+                if !follows || run.first <= head.low || kept + u64::from(run.bytes) > keep_bytes {
+                    break 'runs;
+                }
+                kept += u64::from(run.bytes);
+                before = run.first;
+            }
+        }
+        self.walk_back(conversation, &mut before, head.low, &mut kept, keep_bytes)
+    }
+
+    /// The last record of the run that begins at `first`.
+    fn settled_up_to(&self, conversation: ConversationId, first: Seq) -> Result<Seq, ReadError> {
+        let view = &self.shared.view;
+        let (from, to) = (Key::run(conversation, first), Key::run(conversation, first.saturating_add(1)));
+        let rows = view
+            .engine()
+            .scan(Table::Run, from.as_ref(), Some(to.as_ref()), Direction::Ascending, 1)
+            .map_err(|error| view.failed(error))?;
+        let Some((key, value)) = rows.first() else { return Ok(Seq::ZERO) };
+        Ok(view.placed(conversation, key, value)?.run.last())
+    }
+
+    /// Adds up the records after `down_to` and before `before`, newest first; the one that is beyond `keep_bytes`.
+    fn walk_back(
+        &self,
+        conversation: ConversationId,
+        before: &mut Seq,
+        down_to: Seq,
+        kept: &mut u64,
+        keep_bytes: u64,
+    ) -> Result<Option<(Seq, u64)>, ReadError> {
+        while *before > down_to.saturating_add(1) {
+            let page = self.records_before(conversation, *before, PAGE)?;
+            if page.is_empty() {
+                break;
+            }
             for record in page.iter().rev() {
-                kept = kept.saturating_add(record.weight() as u64);
-                if kept > keep_bytes {
+                if record.seq <= down_to {
+                    return Ok(None);
+                }
+                *kept = kept.saturating_add(record.payload.len() as u64 + RECORD_BYTES);
+                if *kept > keep_bytes {
                     return Ok(Some((record.seq, record.count)));
                 }
+                *before = record.seq;
             }
         }
         Ok(None)
@@ -147,26 +252,29 @@ mod tests {
             ttl: None,
             more: false,
             silent: false,
-            payload: Bytes::from(vec![7; 936]),
+            payload: Bytes::from(vec![7; 968]),
         };
         Op::Append { conversation: conversation(1), record }
     }
 
-    #[tokio::test]
-    async fn the_mark_is_what_is_too_old_or_too_much_and_moves_with_low() {
-        let options = StoreOptions { shards: 1, engine: EngineKind::Memory, ..StoreOptions::default() };
+    /// Settled as often as `settle_commits` says; a commit is ten records.
+    async fn mark_follows(settle_commits: u64) {
+        let options =
+            StoreOptions { shards: 1, engine: EngineKind::Memory, settle_commits, ..StoreOptions::default() };
         let store = Store::open("unused", &options).unwrap();
         let (mut writer, reader) = store.shard(ShardId::new(0).unwrap()).unwrap();
         let names: Vec<Op> = (1..=5).map(named).collect();
         writer.commit(&names).await.unwrap();
-        writer.commit(&(1..=100).map(record).collect::<Vec<_>>()).await.unwrap();
-        let mut listed = Vec::new();
-        while let Some((last, _)) = {
+        for n in 0..40 {
+            writer.commit(&(10 * n + 1..=10 * n + 10).map(record).collect::<Vec<_>>()).await.unwrap();
+        }
+        let mut listed: Vec<ConversationId> = Vec::new();
+        loop {
             let page = reader.conversations(listed.last().copied(), 2).unwrap();
+            if page.is_empty() {
+                break;
+            }
             listed.extend(page.iter().map(|(conversation, _)| *conversation));
-            page.into_iter().last()
-        } {
-            assert!(listed.len() <= 5, "{last} again");
         }
         assert_eq!(listed, (1..=5).map(conversation).collect::<Vec<_>>());
 
@@ -177,16 +285,35 @@ mod tests {
         };
         assert_eq!(mark(None, None), None);
         assert_eq!(mark(Some(1_000), None), None, "the first is just young enough");
-        assert_eq!(mark(Some(40_500), None), Some((40, 20)));
-        assert_eq!(mark(Some(1 << 40), None), Some((100, 50)));
-        assert_eq!(mark(None, Some(10_000)), Some((90, 45)), "ten records of 1 000 bytes stay");
-        assert_eq!(mark(None, Some(100_000)), None);
-        assert_eq!(mark(Some(40_500), Some(50_000)), Some((50, 25)), "whichever takes more");
-        let low = Op::Low { conversation: conversation(1), low: Seq::new(60).unwrap(), count: 30 };
+        for last in [1, 2, 9, 10, 11, 40, 99, 250, 399] {
+            assert_eq!(mark(Some(last * 1_000 + 500), None), Some((last, last / 2)));
+        }
+        assert_eq!(mark(Some(1 << 40), None), Some((400, 200)));
+        assert_eq!(mark(None, Some(10_000_000)), None);
+        for keep in [2_000, 10_000, 75_000, 200_000] {
+            let (last, count) = mark(None, Some(keep)).unwrap();
+            let kept = (400 - last) * 1_000;
+            assert!(kept.abs_diff(keep) <= 1_000 + keep / 50, "{kept} of {keep} bytes are kept");
+            assert_eq!(count, last / 2);
+        }
+        let both = mark(Some(40_500), Some(200_000));
+        assert_eq!(both, mark(None, Some(200_000)), "whichever takes more");
+        let low = Op::Low { conversation: conversation(1), low: Seq::new(305).unwrap(), count: 152 };
         writer.commit(&[low]).await.unwrap();
-        assert_eq!(mark(Some(40_500), Some(50_000)), None, "that is gone already");
-        assert_eq!(mark(Some(70_500), None), Some((70, 35)));
+        assert_eq!(mark(Some(300_500), None), None, "that is gone already");
+        assert_eq!(mark(None, Some(100_000)), None);
+        assert_eq!(mark(Some(310_500), None), Some((310, 155)));
+        assert_eq!(mark(Some(306_500), None), Some((306, 153)));
+        let (last, _) = mark(None, Some(20_000)).unwrap();
+        assert!((378..=382).contains(&last), "{last}");
         assert_eq!(reader.retention_mark(conversation(2), RetentionLimits::default()), Ok(None));
         store.close().unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_mark_is_what_is_too_old_or_too_much_settled_or_not() {
+        for settle_commits in [1, 3, 12, 1_000] {
+            mark_follows(settle_commits).await;
+        }
     }
 }

@@ -10,6 +10,13 @@
 //!
 //! Not here: what is decided (`state`, `directory`), how it is stored (`fulmar_store`).
 
+mod cursors;
+mod fate;
+mod links;
+mod people;
+
+pub use self::links::{carry_link, repair_links};
+
 use std::{
     collections::{HashMap, HashSet},
     pin::Pin,
@@ -19,23 +26,19 @@ use std::{
 
 use fulmar_protocol::{
     close::{CloseCode, RefusalCode},
-    frame::{self, Receipt, WireTime},
-    id::{AppId, ConversationId, DeviceId, Epoch, Producer, Pseq, Seq, ShardId, UnixMillis, UserId},
+    frame::{self, WireTime},
+    id::{AppId, ConversationId, DeviceId, Producer, Pseq, Seq, ShardId, UnixMillis, UserId},
 };
-use fulmar_store::{
-    CommitError, ConversationClass, Device, Op, PendingLink, ReadError, ShardReader, ShardWriter, User,
-};
+use fulmar_store::{CommitError, ConversationClass, Op, ReadError, ShardReader, ShardWriter};
 use tokio::sync::{mpsc, oneshot, watch};
-use tracing::{debug, debug_span, error, info, warn};
+use tracing::{debug, debug_span, error};
 
 use super::{
-    command::{
-        Answer, Command, DirectRequest, Found, GroupRequest, LoggedIn, LoginRequest, MembersRequest, Refusal,
-    },
-    commit::{Batch, Effect, conversation_of, send_refused},
+    command::{Answer, Command, Refusal},
+    commit::{Batch, Effect},
     directory::Directory,
-    state::{self, MembersChange, Progress, State, Verdict},
-    storage::{Failure, Storage},
+    state::{Progress, State, Verdict},
+    storage::Storage,
 };
 use crate::{
     fanout::{
@@ -70,9 +73,6 @@ pub struct ShardLimits {
 
 /// Receive cursors that may wait to be written; beyond it they are written at once.
 const CURSORS_WAITING_MAX: usize = 16_384;
-
-/// Links the repair asks for at a time.
-const LINKS_PAGE: usize = 256;
 
 /// Conversations that are remembered as reported damaged, so that each is logged once.
 const DAMAGED_TOLD_MAX: usize = 1_024;
@@ -282,166 +282,6 @@ impl Shard {
         debug!(shard = %self.id, "shard ended");
     }
 
-    fn commit<W: CommitLog>(&mut self, mut writer: W, batch: Batch) -> InFlight<W> {
-        if !batch.ops.is_empty() {
-            self.storage.began();
-        }
-        let started = Instant::now();
-        let records = batch.ops.iter().filter(|op| matches!(op, Op::Append { .. })).count();
-        let metrics = self.metrics.clone();
-        Box::pin(async move {
-            if batch.ops.is_empty() {
-                return Done { writer, batch, result: Ok(()) };
-            }
-            let result = writer.commit(&batch.ops).await;
-            if result.is_ok() {
-                metrics.commits.inc();
-                metrics.commit_records.observe(records as f64);
-                metrics.commit_duration.observe(started.elapsed().as_secs_f64());
-            } else {
-                metrics.commits_failed.inc();
-            }
-            Done { writer, batch, result }
-        })
-    }
-
-    /// Carries out what follows from a batch's fate; returns what is to be committed in its place, if anything is.
-    fn committed(&mut self, batch: Batch, result: Result<(), CommitError>) -> Option<Batch> {
-        match result {
-            Ok(()) => {
-                if !batch.ops.is_empty()
-                    && let Some(after) = self.storage.committed(Instant::now())
-                {
-                    info!(shard = %self.id, ?after, "the log can be written again");
-                    self.metrics.storage_writable(self.id, true);
-                    self.fault.send_replace(None);
-                }
-                self.directory.batch_committed();
-                for effect in batch.effects {
-                    self.carry_out(effect);
-                }
-                None
-            }
-            Err(CommitError::Read(ReadError::Damaged { conversation: Some(conversation), .. }))
-                if batch.ops.iter().any(|op| conversation_of(op) == Some(conversation)) =>
-            {
-                self.without(conversation, batch)
-            }
-            Err(error) => {
-                self.failed(batch, &error);
-                None
-            }
-        }
-    }
-
-    /// A batch could not be committed because a conversation is damaged: refuses everything about that one, and returns
-    /// the rest.
-    fn without(&mut self, conversation: ConversationId, mut batch: Batch) -> Option<Batch> {
-        self.tell_damaged(conversation, "writing to it");
-        let out = batch.take_out(conversation);
-        let since = self.batch.take_out(conversation);
-        self.directory.forget(conversation);
-        self.unload(conversation);
-        let refusal = Refusal { code: RefusalCode::StorageUnavailable, retry_after_ms: DAMAGED_WAIT_MS };
-        let questions: Vec<Command> =
-            out.into_iter().chain(since).filter_map(|effect| self.refuse(effect, refusal)).collect();
-        for question in questions {
-            self.handle(question);
-        }
-        if batch.is_empty() {
-            self.directory.batch_committed();
-            return None;
-        }
-        Some(batch)
-    }
-
-    /// A batch is void, and with it everything decided since.
-    fn failed(&mut self, batch: Batch, error: &CommitError) {
-        let failure = Failure::of(error);
-        if self.storage.failed(failure, Instant::now()) {
-            match failure {
-                Failure::Storage(_) => {
-                    error!(shard = %self.id, %error, "the log can't be written: writes are refused until it can, reads go on");
-                    self.metrics.storage_writable(self.id, false);
-                    self.fault.send_replace(Some(error.to_string()));
-                }
-                Failure::Batch => {
-                    error!(shard = %self.id, %error, "a batch was refused by the log, and so are its askers")
-                }
-            }
-        }
-        self.directory.batch_failed();
-        let since = std::mem::take(&mut self.batch);
-        for op in batch.ops.into_iter().chain(since.ops) {
-            match op {
-                // Cursors only move forward: they wait for another commit.
-                Op::Recv { user, device, conversation, seq } => {
-                    self.wait_received(user, device, conversation, seq);
-                }
-                Op::Read { conversation, user, seq } => self.wait_read(conversation, user, seq),
-                // The row stays, and is repaired when the log can be written again.
-                Op::LinkDone { .. } => {}
-                op => {
-                    if let Some(conversation) = conversation_of(&op) {
-                        self.unload(conversation);
-                    }
-                }
-            }
-        }
-        let refusal = Refusal::new(failure.code());
-        let questions: Vec<Command> = batch
-            .effects
-            .into_iter()
-            .chain(since.effects)
-            .filter_map(|effect| self.refuse(effect, refusal))
-            .collect();
-        for question in questions {
-            self.handle(question);
-        }
-    }
-
-    /// Refuses what was to follow a commit; a question comes back, to be asked again.
-    fn refuse(&self, effect: Effect, refusal: Refusal) -> Option<Command> {
-        match effect {
-            Effect::Settle(session, settled) => {
-                // What was to be refused for good is refused for now: that its number is used up is not on disk.
-                let (conversation, pseq) = match settled {
-                    Settled::Acked { conversation, pseq, .. }
-                    | Settled::Before { conversation, up_to: pseq, .. }
-                    | Settled::Refused(frame::SendRefused { conversation, pseq, .. }) => (conversation, pseq),
-                };
-                self.metrics.storage_refused(refusal.code.name());
-                session.settle(Settled::Refused(send_refused(conversation, pseq, refusal, pseq)));
-                None
-            }
-            Effect::Answer { give, .. } => {
-                let question = give(Err(refusal));
-                if question.is_none() {
-                    self.metrics.storage_refused(refusal.code.name());
-                }
-                question
-            }
-            Effect::Publish { .. } | Effect::Trimmed { .. } => None,
-        }
-    }
-
-    /// Whether something may be decided that has to be written.
-    fn writable(&self) -> Result<(), Refusal> {
-        let admitted = self.storage.admits(self.batch.ops.is_empty(), Instant::now());
-        admitted.inspect_err(|refusal| self.metrics.storage_refused(refusal.code.name()))
-    }
-
-    /// Finds out whether the log can be written again when nobody asks for it.
-    fn probe(&mut self) {
-        if !self.storage.wants_probe(Instant::now()) || !self.batch.ops.is_empty() {
-            return;
-        }
-        if let Some(conversation) = self.id.number(0).and_then(ConversationId::new) {
-            // Nothing is owed to the user without a number by the conversation without one: a commit that changes nothing.
-            self.batch.push(Op::LinkDone { conversation, user: UserId::default() });
-        }
-    }
-
     fn unload(&mut self, conversation: ConversationId) {
         if let Some(loaded) = self.loaded.remove(&conversation) {
             self.roster.unload(conversation, loaded.state.members());
@@ -489,27 +329,6 @@ impl Shard {
         }
     }
 
-    /// Puts cursors that wait into the batch: all of them when they are due, else only if there is room to spare.
-    fn add_cursors(&mut self, due: bool) {
-        let enough = self.cursors.len() + self.reads.len() >= CURSORS_WAITING_MAX;
-        if !(due || enough) || self.storage.admits(self.batch.ops.is_empty(), Instant::now()).is_err() {
-            return;
-        }
-        for ((conversation, user), seq) in std::mem::take(&mut self.reads) {
-            self.batch.push(Op::Read { conversation, user, seq });
-        }
-        let mut rest = HashMap::new();
-        for ((user, device, conversation), seq) in std::mem::take(&mut self.cursors) {
-            if self.batch.has_room() {
-                self.batch.push(Op::Recv { user, device, conversation, seq });
-            } else {
-                rest.insert((user, device, conversation), seq);
-            }
-        }
-        self.cursors_since = if rest.is_empty() { None } else { Some(Instant::now()) };
-        self.cursors = rest;
-    }
-
     /// Puts conversations away that were not used for longest, when there are too many. Only between commits: a state
     /// ahead of the disk can't be loaded again.
     fn put_away(&mut self, idle: bool) {
@@ -526,29 +345,6 @@ impl Shard {
         for conversation in old {
             self.unload(conversation);
         }
-    }
-
-    /// A received-cursor waits for a commit. While the log can't be written only so many do: the device's own is the
-    /// truth.
-    fn wait_received(&mut self, user: UserId, device: DeviceId, conversation: ConversationId, seq: Seq) {
-        let key = (user, device, conversation);
-        if self.cursors.len() >= CURSORS_WAITING_MAX && !self.cursors.contains_key(&key) {
-            return;
-        }
-        let known = self.cursors.entry(key).or_default();
-        *known = (*known).max(seq);
-        self.cursors_since.get_or_insert_with(Instant::now);
-    }
-
-    /// A read-cursor waits for a commit, within the same bound.
-    fn wait_read(&mut self, conversation: ConversationId, user: UserId, seq: Seq) {
-        let key = (conversation, user);
-        if self.reads.len() >= CURSORS_WAITING_MAX && !self.reads.contains_key(&key) {
-            return;
-        }
-        let known = self.reads.entry(key).or_default();
-        *known = (*known).max(seq);
-        self.cursors_since.get_or_insert_with(Instant::now);
     }
 
     fn handle(&mut self, command: Command) {
@@ -865,179 +661,6 @@ impl Shard {
         Ok(loaded.state.send(producer, send, referred, closed, unix_now()))
     }
 
-    fn login(&mut self, request: &LoginRequest) -> Result<LoggedIn, Refusal> {
-        let now = unix_now();
-        let user = self.user(request.app, &request.name, true)?;
-        let known = self.directory.device(user, request.uid);
-        let known = self.read(known)?;
-        let class_epoch = self.reader.class_epoch(user, request.class);
-        let class_epoch = self.read(class_epoch)?;
-        let (device, mut row, fresh) = match known {
-            Some((device, row)) => (device, row, row.epoch != request.epoch),
-            None => {
-                self.writable()?;
-                let next = self.directory.next_device(user);
-                let device = self.read(next)?.ok_or(RefusalCode::StorageFull)?;
-                let row = Device {
-                    uid: request.uid,
-                    class: request.class,
-                    epoch: Epoch::ZERO,
-                    class_epoch,
-                    seen: now,
-                };
-                (device, row, true)
-            }
-        };
-        if fresh {
-            self.writable()?;
-            row.epoch = row.epoch.saturating_add(1);
-        }
-        // A device that comes back writes nothing, but for an hourly note of when it was seen, which can wait.
-        let note = row.class != request.class || now.get().saturating_sub(row.seen.get()) > 3_600_000;
-        if fresh || (note && !self.storage.is_failing()) {
-            row.seen = now;
-            row.class = request.class;
-            self.directory.put_device(user, device, row);
-            self.batch.push(Op::Device { user, device, row });
-        }
-        let mut cursors = HashMap::new();
-        if !fresh {
-            let mut after = None;
-            loop {
-                let page = self.reader.recv_cursors(user, device, after, 4_096);
-                let page = self.read(page)?;
-                let Some((last, _)) = page.last() else { break };
-                after = Some(*last);
-                cursors.extend(page);
-            }
-            for ((_, _, conversation), seq) in
-                self.cursors.iter().filter(|((of, on, _), _)| *of == user && *on == device)
-            {
-                let known: &mut Seq = cursors.entry(*conversation).or_default();
-                *known = (*known).max(*seq);
-            }
-        }
-        let cursors = cursors.into_iter().collect();
-        Ok(LoggedIn { user, device, epoch: row.epoch, class_epoch, fresh, cursors })
-    }
-
-    fn user(&mut self, app: AppId, name: &str, create: bool) -> Result<UserId, Refusal> {
-        let found = self.directory.user(app, name);
-        if let Some(user) = self.read(found)? {
-            return Ok(user);
-        }
-        if !create {
-            return Err(RefusalCode::UnknownUser.into());
-        }
-        self.writable()?;
-        let row = User { app, name: name.to_owned(), created: unix_now() };
-        let user = self.directory.name_user(&row).ok_or(RefusalCode::StorageFull)?;
-        self.batch.push(Op::NameUser { user, row });
-        Ok(user)
-    }
-
-    fn direct(&mut self, request: &DirectRequest) -> Result<(ConversationId, Vec<PendingLink>), Refusal> {
-        let name = state::direct_name(request.user.0, request.peer.0);
-        let found = self.directory.conversation(request.app, ConversationClass::Direct, &name);
-        if let Some(found) = self.read(found)? {
-            return Ok((found, Vec::new()));
-        }
-        let owner = request.user.0;
-        let mut members = vec![request.user.clone()];
-        if request.peer.0 != owner {
-            members.push(request.peer.clone());
-        }
-        self.create(request.app, ConversationClass::Direct, name, owner, &members)
-    }
-
-    fn group(&mut self, request: &GroupRequest) -> Result<(ConversationId, Vec<PendingLink>), Refusal> {
-        let found = self.directory.conversation(request.app, ConversationClass::Group, &request.name);
-        let owner = request.owner.0;
-        if let Some(found) = self.read(found)? {
-            let loaded = self.load(request.app, found)?;
-            let mine = loaded.state.meta().creator == owner;
-            return if mine { Ok((found, Vec::new())) } else { Err(RefusalCode::NameTaken.into()) };
-        }
-        let mut members = vec![request.owner.clone()];
-        for member in &request.members {
-            if !members.iter().any(|(user, _)| *user == member.0) {
-                members.push(member.clone());
-            }
-        }
-        self.create(request.app, ConversationClass::Group, request.name.clone(), owner, &members)
-    }
-
-    fn create(
-        &mut self,
-        app: AppId,
-        class: ConversationClass,
-        name: String,
-        owner: UserId,
-        members: &[(UserId, String)],
-    ) -> Result<(ConversationId, Vec<PendingLink>), Refusal> {
-        self.writable()?;
-        let now = unix_now();
-        let meta = state::meta(app, class, name, owner, now);
-        let id = self.directory.name_conversation(&meta).ok_or(RefusalCode::StorageFull)?;
-        let creation = State::create(id, meta, owner, members, now);
-        self.tick += 1;
-        let ring = Arc::new(Ring::new(self.limits.ring));
-        self.roster.load(id, []);
-        self.loaded.insert(id, Loaded { state: creation.state, ring, used: self.tick });
-        Ok((id, self.put_change(id, creation.change)))
-    }
-
-    fn put_change(&mut self, conversation: ConversationId, change: MembersChange) -> Vec<PendingLink> {
-        let MembersChange { record, ops, links, joined, left } = change;
-        self.batch.extend(ops);
-        self.batch.effects.push(Effect::Publish { conversation, record, joined, left });
-        links
-    }
-
-    fn members(&mut self, request: &MembersRequest) -> Result<(u32, Seq, Vec<PendingLink>), Refusal> {
-        let members_max = self.limits.members_max;
-        self.writable()?;
-        let loaded = self.load(request.app, request.conversation)?;
-        let change =
-            loaded.state.change(request.by, &request.add, &request.remove, members_max, unix_now())?;
-        let Some(change) = change else { return Ok((0, Seq::ZERO, Vec::new())) };
-        let changed = u32::try_from(change.joined.len() + change.left.len()).unwrap_or(u32::MAX);
-        let seq = change.record.seq;
-        Ok((changed, seq, self.put_change(request.conversation, change)))
-    }
-
-    fn find(
-        &mut self,
-        app: AppId,
-        conversation: ConversationId,
-        producer: Producer,
-    ) -> Result<Found, Refusal> {
-        let member = self.load(app, conversation)?.state.member(producer.user).copied();
-        let member = member.ok_or(RefusalCode::UnknownConversation)?;
-        let on_disk = self.reader.read_cursor(conversation, producer.user);
-        let on_disk = self.read(on_disk)?;
-        let waiting = self.reads.get(&(conversation, producer.user)).copied().unwrap_or_default();
-        let lane = self.reader.lane(conversation, producer.user, producer.device);
-        let lane = self.read(lane)?;
-        let receipts_members_max = self.limits.receipts_members_max;
-        let loaded = self.load(app, conversation)?;
-        loaded.state.restore_lane(producer.user, producer.device, lane);
-        Ok(Found {
-            conversation,
-            meta: loaded.state.meta().clone(),
-            // The answer leaves after the commit this state rests on.
-            head: *loaded.state.head(),
-            progress: if loaded.state.member_count() <= receipts_members_max {
-                loaded.state.members().filter_map(|user| Some((user, loaded.state.progress(user)?))).collect()
-            } else {
-                Vec::new()
-            },
-            member,
-            read: on_disk.max(waiting),
-            last_pseq: loaded.state.last_pseq(producer),
-        })
-    }
-
     fn trim(&mut self, conversation: ConversationId, low: Seq, count: u64) -> Result<u64, Refusal> {
         let head = self.reader.head(conversation);
         let head = self.read(head)?.ok_or(RefusalCode::UnknownConversation)?;
@@ -1079,37 +702,6 @@ impl Shard {
         self.roster.arrive(session);
     }
 
-    /// Whether a device's cursor is worth keeping: for the conversations of its user, and those it once was in. What
-    /// is not kept is asked for at the next resume, and a client that makes conversations up fills no disk.
-    fn keeps_cursor(&self, user: UserId, device: DeviceId, conversation: ConversationId) -> bool {
-        self.cursors.contains_key(&(user, device, conversation))
-            || self.reader.user_conversation(user, conversation).is_ok_and(|listed| listed.is_some())
-            || self.reader.recv_cursor(user, device, conversation).is_ok_and(|seq| seq != Seq::ZERO)
-    }
-
-    fn mark(&mut self, app: AppId, user: UserId, conversation: ConversationId, read: Seq) {
-        let Ok(loaded) = self.load(app, conversation) else { return };
-        if loaded.state.member(user).is_none() {
-            return;
-        }
-        let read = read.min(loaded.state.head().seq);
-        self.wait_read(conversation, user, read);
-        self.progressed(conversation, user, Seq::ZERO, read);
-    }
-
-    /// Tells the others of a small conversation how far a member has come, if that is news.
-    fn progressed(&mut self, conversation: ConversationId, user: UserId, recv: Seq, read: Seq) {
-        let Some(loaded) = self.loaded.get_mut(&conversation) else { return };
-        if loaded.state.member_count() > self.limits.receipts_members_max {
-            return;
-        }
-        let Some(Progress { recv, read }) = loaded.state.progressed(user, recv, read) else { return };
-        let receipt = Receipt { conversation, user, recv, read };
-        for session in self.roster.present(conversation) {
-            session.receipt(receipt);
-        }
-    }
-
     fn event(&mut self, app: AppId, event: frame::Event) {
         let conversation = event.conversation;
         let Ok(loaded) = self.load(app, conversation) else { return };
@@ -1126,50 +718,6 @@ impl Shard {
 
 /// Asks again what was asked in a batch that failed.
 type Again<T> = Box<dyn FnOnce(Answer<T>) -> Command + Send>;
-
-/// Repairs what a crash or a failing log left half done: users' lists that don't follow their conversations yet. Looks
-/// at everything that is owed once.
-pub async fn repair_links(shards: &[ShardHandle], route: super::route::Route) {
-    for shard in shards {
-        let mut after = None;
-        loop {
-            let reader = shard.reader.clone();
-            let pending = tokio::task::spawn_blocking(move || reader.pending_links(after, LINKS_PAGE)).await;
-            let pending = match pending {
-                Ok(Ok(pending)) => pending,
-                Ok(Err(error)) => {
-                    warn!(%error, "links that wait can't be read");
-                    break;
-                }
-                Err(_) => break,
-            };
-            let Some(last) = pending.last() else { break };
-            after = Some((last.conversation, last.user));
-            for link in pending {
-                if let Err(refusal) = carry_link(shards, route, link).await {
-                    warn!(conversation = %link.conversation, user = %link.user, code = %refusal.code, "a link waits");
-                }
-            }
-        }
-    }
-}
-
-/// One link: the user's list follows, then the conversation's shard is told that it did.
-///
-/// # Errors
-/// The user's shard can't do it at the moment; the link stays pending.
-pub async fn carry_link(
-    shards: &[ShardHandle],
-    route: super::route::Route,
-    link: PendingLink,
-) -> Result<(), Refusal> {
-    let unknown = Refusal::new(RefusalCode::UnknownUser);
-    let user = route.user(link.user).and_then(|shard| shards.get(shard)).ok_or(unknown)?;
-    user.ask(|answer| Command::Link(link, answer)).await?;
-    let conversation =
-        route.conversation(link.conversation).and_then(|shard| shards.get(shard)).ok_or(unknown)?;
-    conversation.send(Command::LinkDone { conversation: link.conversation, user: link.user }).await
-}
 
 /// The gateway's clock.
 #[must_use]
