@@ -6,7 +6,7 @@
 //!
 //! Not here: which lines there are of a folder (`export`), what becomes of them (`import`).
 
-use base64::{Engine as _, engine::general_purpose::STANDARD};
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use fulmar_protocol::{
     id::{
@@ -231,7 +231,9 @@ words! {
 }
 
 mod hex_uid {
-    use super::{Deserialize, DeviceUid, Error, Serializer};
+    use serde::de::Error as _;
+
+    use super::{Deserialize, DeviceUid, Serializer};
 
     pub(super) fn serialize<S: Serializer>(uid: &DeviceUid, to: S) -> Result<S::Ok, S::Error> {
         to.collect_str(&format_args!("{:032x}", u128::from_be_bytes(uid.0)))
@@ -242,11 +244,13 @@ mod hex_uid {
         let number = u128::from_str_radix(&text, 16).ok().filter(|_| text.len() == 32);
         number.map(|n| DeviceUid(n.to_be_bytes())).ok_or_else(|| D::Error::custom("not a device's uid"))
     }
-    use super::Error as _;
 }
 
 mod base64_bytes {
-    use super::{Bytes, Deserialize, Engine as _, Error as _, STANDARD, Serializer};
+    use base64::Engine as _;
+    use serde::de::Error as _;
+
+    use super::{Bytes, Deserialize, STANDARD, Serializer};
 
     pub(super) fn serialize<S: Serializer>(bytes: &Bytes, to: S) -> Result<S::Ok, S::Error> {
         to.serialize_str(&STANDARD.encode(bytes))
