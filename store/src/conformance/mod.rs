@@ -3,6 +3,8 @@
 //! The same suite runs over sled and memory; `crash` cuts the power at random writes; `faults` fails single calls and
 //! damages single rows.
 
+mod crash;
+mod model;
 mod suite;
 
 use std::sync::Arc;

@@ -11,6 +11,9 @@
 use std::{fmt::Debug, io, sync::Arc};
 
 pub(crate) mod disk;
+#[cfg(test)]
+#[expect(clippy::cast_possible_truncation, reason = "small numbers of a generator")]
+pub(crate) mod faulty;
 pub(crate) mod memory;
 
 /// One folder of files.

@@ -106,9 +106,18 @@ pub(crate) fn distance(engine: &dyn Engine, manifest: &Manifest) -> Result<Dista
             Distance::OneStep
         }
         // Nothing was ever settled, and nothing ever applied.
-        None if manifest.edition == 0 => Distance::Here,
+        None if manifest.edition == 0 && is_empty(engine)? => Distance::Here,
         None | Some(_) => Distance::Far,
     })
+}
+
+fn is_empty(engine: &dyn Engine) -> Result<bool, EngineError> {
+    for table in Table::ALL {
+        if !engine.scan(table, &[], None, Direction::Ascending, 1)?.is_empty() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Applies the last step of the manifest to an engine that is [`Distance::OneStep`] away.
@@ -118,7 +127,18 @@ pub(crate) fn catch_up(
     manifest: &Manifest,
 ) -> Result<(), IndexError> {
     for entry in manifest.segments.iter().filter(|entry| entry.edition == manifest.edition && !entry.merged) {
-        apply(engine, entry.id, &*open(segments, entry)?)?;
+        let segment = open(segments, entry)?;
+        apply(engine, entry.id, &segment)?;
+        for row in segment.rows() {
+            let (table, key, row) = row.map_err(|error| IndexError::Segment { id: entry.id, error })?;
+            if table == Table::Head as u8
+                && let (Some(row), Ok(conversation)) = (row, id_at(&key, 0))
+                && let Ok(head) = Head::from_row(&row)
+                && head.low > Seq::ZERO
+            {
+                remove_below(engine, conversation, head.low, |_| {})?;
+            }
+        }
     }
     Ok(set_applied(engine, manifest)?)
 }
@@ -262,6 +282,8 @@ pub(crate) struct Move {
     /// Runs of the old segments that are to be looked at, by segment.
     old: Vec<(u64, Runs)>,
     old_ids: HashSet<u64>,
+    /// The new places are behind a barrier, and the old ones may go.
+    placed: bool,
 }
 
 impl Move {
@@ -271,6 +293,7 @@ impl Move {
             new: segment.runs(),
             old: from.iter().map(|(id, segment)| (*id, segment.runs())).collect(),
             old_ids: from.iter().map(|(id, _)| *id).collect(),
+            placed: false,
         }
     }
 
@@ -288,6 +311,10 @@ impl Move {
                 if run.last() > low(run.conversation) {
                     place(engine, self.id, run)?;
                 }
+            } else if !self.placed {
+                // Of what no barrier covers, the removals may survive alone.
+                engine.barrier()?;
+                self.placed = true;
             } else if let Some((id, runs)) = self.old.last_mut() {
                 let Some(run) = runs.next() else {
                     self.old.pop();
