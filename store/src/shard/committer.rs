@@ -194,11 +194,7 @@ impl Committer {
 
     /// The log failed. What was being written is void.
     fn fail(&mut self, error: &io::Error) -> CommitError {
-        let why = if error.kind() == io::ErrorKind::StorageFull {
-            CommitError::Full { reason: format!("the log could not be written: {error}") }
-        } else {
-            CommitError::Unavailable { reason: format!("the log could not be written: {error}") }
-        };
+        let why = refusal("the log could not be written", error);
         tracing::error!(shard = %self.shared.id, %error, "the log failed: commits are refused until it works again");
         self.log = Log::Failed { why: why.clone(), again: Instant::now() + RETRY_FIRST, pause: RETRY_FIRST };
         why
@@ -224,11 +220,8 @@ impl Committer {
         let Log::Failed { pause, .. } = &self.log else { return Ok(()) };
         let pause = (*pause * 2).min(RETRY_MAX);
         let begun = self.settle_all().and_then(|()| {
-            Journal::begin(self.files.as_ref(), self.shared.id, self.options.durability, self.last).map_err(
-                |error| CommitError::Unavailable {
-                    reason: format!("a new log file can't be begun: {error}"),
-                },
-            )
+            Journal::begin(self.files.as_ref(), self.shared.id, self.options.durability, self.last)
+                .map_err(|error| refusal("a new log file can't be begun", &error))
         });
         match begun {
             Ok(journal) => {
@@ -288,7 +281,10 @@ impl Committer {
         match self.shared.settling.wait() {
             Waited::Settled => {
                 self.close_layer_if_due();
-                Ok(())
+                match &self.log {
+                    Log::Open(_) => Ok(()),
+                    Log::Failed { why, .. } => Err(why.clone()),
+                }
             }
             Waited::Failing(why) => Err(why),
         }
@@ -344,14 +340,7 @@ impl Committer {
             file.sync()
         };
         self.shared.counts.sync();
-        write().map_err(|error| {
-            let reason = format!("a file beside the log could not be written: {error}");
-            if error.kind() == io::ErrorKind::StorageFull {
-                CommitError::Full { reason }
-            } else {
-                CommitError::Unavailable { reason }
-            }
-        })
+        write().map_err(|error| refusal("a file beside the log could not be written", &error))
     }
 
     fn close(&mut self) -> Result<(), CommitError> {
@@ -362,5 +351,14 @@ impl Committer {
         let _ = self.shared.settling.wait();
         self.close_layer();
         self.settle_all()
+    }
+}
+
+fn refusal(what: &str, error: &io::Error) -> CommitError {
+    let reason = format!("{what}: {error}");
+    if error.kind() == io::ErrorKind::StorageFull {
+        CommitError::Full { reason }
+    } else {
+        CommitError::Unavailable { reason }
     }
 }

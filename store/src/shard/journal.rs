@@ -31,6 +31,9 @@ const MAGIC: [u8; 4] = *b"FLMJ";
 const VERSION: u8 = 1;
 const SUFFIX: &str = ".log";
 
+/// A file of the log before it has its name.
+const NAME_NEW: &str = "new.log";
+
 /// Bytes looked through at a time for commits behind an unreadable one.
 const SEARCH_BYTES: usize = 64 * 1024;
 
@@ -61,18 +64,14 @@ impl Journal {
         last: CommitId,
     ) -> io::Result<Self> {
         let first = last.number.saturating_add(1);
-        let name = name(first);
-        // One of the same name holds nothing that was acknowledged. It may have failed: it is not written to again.
-        match files.remove(&name) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-        let mut file = files.create(&name)?;
+        let mut file = files.create(NAME_NEW)?;
         file.append(
             &FileHeader { shard, durability, first, previous: last.chain, boot: BootId::now() }.encode(),
         )?;
         file.sync()?;
+        // One of the same name holds nothing that was acknowledged, but its name makes what an earlier file says void: it is
+        // replaced, so that there is no moment without either.
+        files.rename(NAME_NEW, &name(first))?;
         files.sync_folder()?;
         Ok(Self { file })
     }
@@ -212,9 +211,8 @@ impl<'a> Reader<'a> {
                 Ok(header) => headers.push((header, file, *bytes)),
                 // Begun, but not durable: commits are written only when the header is.
                 Err(what)
-                    if place + 1 == files.len()
-                        && *bytes <= HEADER_BYTES as u64
-                        && !self.acknowledged(*first) =>
+                    if *bytes <= HEADER_BYTES as u64
+                        && (place + 1 < files.len() || !self.acknowledged(*first)) =>
                 {
                     tracing::warn!(shard = %self.shard, file = name(*first), %what, "a log file was begun and holds nothing");
                 }
@@ -326,6 +324,13 @@ impl<'a> Reader<'a> {
                 Ok(commit) => commit,
                 Err(Unreadable::Io(error)) => return Err(self.io("can't read", &error)),
                 Err(Unreadable::Malformed(what)) => {
+                    if number <= settled.number {
+                        // Needed no more, and neither is what lies behind it, unless that is.
+                        if self.commit_behind(file, at, bytes, settled.number)? && !self.tolerate_loss {
+                            return Err(self.damaged(number, what.to_string()));
+                        }
+                        return Ok(End::Torn { bytes: bytes - at });
+                    }
                     if next.is_some() || (self.acknowledged(number) && !self.tolerate_loss) {
                         return Err(self.damaged(number, what.to_string()));
                     }

@@ -170,7 +170,7 @@ impl Shard {
                     OpenError::Settled { shard: id, what: error.to_string() }
                 }
             })?;
-        let (tip, acknowledged) =
+        let (mut tip, acknowledged) =
             Tip::open(files.as_ref()).map_err(|error| in_log("the tip file can't be opened", &error))?;
         let view = View::new(id, engine, segments, cache_bytes);
         view.start_from(manifest.settled, manifest.counters);
@@ -208,6 +208,12 @@ impl Shard {
             Ok(())
         })?;
         let last = proven.last;
+        if acknowledged.number > last.number || (acknowledged.number == last.number && acknowledged != last) {
+            // Before the next log file is begun, after which nothing may be lost any more.
+            tip = tip
+                .begin_again(files.as_ref())
+                .map_err(|error| in_log("the tip file can't be made again", &error))?;
+        }
         let log = Journal::begin(files.as_ref(), id, options.durability, last)
             .map_err(|error| in_log("a log file can't be begun", &error))?;
         settler.remove_leftovers().map_err(|error| in_log("leftovers can't be removed", &error))?;
@@ -235,7 +241,11 @@ impl Shard {
         let shard =
             Self { shared, requests, taken: AtomicBool::new(false), replayed, threads: Mutex::default() };
         shard.start("settle", move || settler.run())?;
-        shard.start("store", move || committer.run(&receiver))?;
+        if let Err(error) = shard.start("store", move || committer.run(&receiver)) {
+            // Nobody else tells the settler.
+            shard.shared.settling.stop();
+            return Err(error);
+        }
         Ok(shard)
     }
 

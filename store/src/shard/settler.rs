@@ -32,12 +32,13 @@ use super::{
     overlay::{Overlay, full_key},
 };
 use crate::{
+    commit::CommitId,
     engine::{Engine, EngineError, closed::Closed},
     error::{CommitError, OpenError},
     files::Files,
     key::{Key, Table},
     row::Row,
-    segment::{self, Merge, MergeError, Segment, SegmentError, SegmentWriter, Step},
+    segment::{self, Merge, MergeError, Segment, SegmentError, SegmentWriter, Step, Summary},
 };
 
 /// Segments of one tier that are merged into one of the next.
@@ -101,13 +102,13 @@ impl Settling {
             if state.layer.is_none() {
                 return Waited::Settled;
             }
+            if let Some(error) = &state.failing {
+                return Waited::Failing(error.clone());
+            }
             if state.stop {
                 return Waited::Failing(CommitError::Unavailable {
                     reason: "the store is closed".to_owned(),
                 });
-            }
-            if let Some(error) = &state.failing {
-                return Waited::Failing(error.clone());
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -121,6 +122,18 @@ impl Settling {
     /// Why settling does not get on, if so.
     pub(crate) fn failing(&self) -> Option<CommitError> {
         self.state().failing.clone()
+    }
+
+    /// Nothing is settled any more.
+    fn gone(&self, panicked: bool) {
+        let mut state = self.state();
+        state.stop = true;
+        if panicked {
+            let reason = "the thread that settles is gone: start again".to_owned();
+            state.failing = Some(CommitError::Unavailable { reason });
+        }
+        drop(state);
+        self.changed.notify_all();
     }
 
     /// Tells the settler to end.
@@ -167,7 +180,9 @@ impl SettleError {
 /// Segments on their way to become one.
 enum Merging {
     /// The new segment is being written.
-    Writing { inputs: Vec<u64>, merge: Box<Merge> },
+    Writing { id: u64, inputs: Vec<u64>, merge: Box<Merge> },
+    /// It is written, and the manifest is to name it.
+    Written { inputs: Vec<u64>, summary: Summary },
     /// It is written and named by the manifest; the index is being moved to it.
     Moving { id: u64, inputs: Vec<u64>, moving: Move },
 }
@@ -178,10 +193,22 @@ impl std::fmt::Debug for Merging {
             Self::Writing { inputs, .. } => {
                 f.debug_struct("Writing").field("inputs", inputs).finish_non_exhaustive()
             }
+            Self::Written { inputs, .. } => {
+                f.debug_struct("Written").field("inputs", inputs).finish_non_exhaustive()
+            }
             Self::Moving { id, inputs, .. } => {
                 f.debug_struct("Moving").field("id", id).field("inputs", inputs).finish_non_exhaustive()
             }
         }
+    }
+}
+
+/// Says that the thread is gone, if only because an engine panicked: whoever waits for it is answered.
+struct Gone(Arc<Shared>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        self.0.settling.gone(std::thread::panicking());
     }
 }
 
@@ -197,8 +224,12 @@ pub(crate) struct Settler {
     /// The engine failed and has to be opened again.
     engine_failed: bool,
     merging: Option<Merging>,
+    /// The segment of a layer that no manifest names yet, and the layer's last commit.
+    written: Option<(CommitId, Summary, Arc<Segment>)>,
     /// Merging waits until then, after a failure.
     merge_after: Option<Instant>,
+    /// How long it waits after the next failure.
+    merge_pause: Duration,
     /// Bytes the index points to, by segment; `None`: to be counted.
     live: Option<HashMap<u64, u64>>,
 }
@@ -278,7 +309,9 @@ impl Settler {
             background_bytes_per_second: options.background_bytes_per_second,
             engine_failed: false,
             merging: None,
+            written: None,
             merge_after: None,
+            merge_pause: RETRY_FIRST,
             live: None,
         };
         settler.resume_merging();
@@ -310,6 +343,7 @@ impl Settler {
     /// Runs until it is told to stop.
     pub(crate) fn run(mut self) {
         let shared = Arc::clone(&self.shared);
+        let _gone = Gone(Arc::clone(&shared));
         let mut pause = RETRY_FIRST;
         loop {
             let layer = {
@@ -358,6 +392,7 @@ impl Settler {
                     }
                 }
                 Ok(bytes) => {
+                    self.merge_pause = RETRY_FIRST;
                     let due = Duration::from_secs_f64(
                         bytes as f64 / self.background_bytes_per_second.max(1) as f64,
                     );
@@ -367,10 +402,14 @@ impl Settler {
                 }
                 Err(error) => {
                     // What is merged stays as it is; nothing is lost by trying later.
-                    tracing::error!(shard = %shared.id, %error, "merging segments failed");
-                    self.merging = None;
-                    self.resume_merging();
-                    self.merge_after = Some(Instant::now() + RETRY_MAX);
+                    let pause = self.merge_pause;
+                    tracing::error!(shard = %shared.id, %error, again_in = ?pause, "merging segments failed");
+                    if !matches!(self.merging, Some(Merging::Written { .. })) {
+                        self.merging = None;
+                        self.resume_merging();
+                    }
+                    self.merge_after = Some(Instant::now() + pause);
+                    self.merge_pause = (pause * 2).min(RETRY_MAX);
                 }
             }
         }
@@ -422,23 +461,28 @@ impl Settler {
             self.reopen_engine()?;
         }
         if self.manifest.settled != layer.last {
-            let id = self.manifest.next_segment;
-            // The number is used up, whatever happens.
-            self.manifest.next_segment = id.saturating_add(1);
-            let summary = self.write_segment(id, layer)?;
-            let segment = Arc::new(Segment::open(self.files.as_ref(), self.shared.id, id)?);
+            let (summary, segment) = match self.written.take() {
+                Some((last, summary, segment)) if last == layer.last => (summary, segment),
+                _ => self.write_segment(layer)?,
+            };
+            let id = summary.id;
+            // Kept for the next attempt: a manifest that failed may be the one that is found, so the file can't be removed, and
+            // must not be joined by one more with every attempt.
+            self.written = Some((layer.last, summary, Arc::clone(&segment)));
             let mut next = self.manifest.next();
             next.settled = layer.last;
             next.counters = layer.counters;
             next.segments.push(Entry::new(&summary, next.edition, Vec::new()));
             self.store(next)?;
+            self.written = None;
             self.shared.view.segments().add(id, segment);
             if let Some(live) = &mut self.live {
                 live.insert(id, summary.run_bytes);
             }
         }
         let indexed = self.index_layer(layer);
-        self.engine_failed = indexed.is_err();
+        // A segment that can't be read is no reason to throw the index away.
+        self.engine_failed |= matches!(indexed, Err(SettleError::Index(IndexError::Engine(_))));
         indexed
     }
 
@@ -466,22 +510,27 @@ impl Settler {
         Ok(())
     }
 
-    fn write_segment(&mut self, id: u64, layer: &Overlay) -> Result<segment::Summary, SettleError> {
+    /// Writes what a layer holds into a new segment, and reads back its ends.
+    fn write_segment(&mut self, layer: &Overlay) -> Result<(Summary, Arc<Segment>), SettleError> {
+        let id = self.manifest.next_segment;
+        // The number is used up, whatever happens.
+        self.manifest.next_segment = id.saturating_add(1);
         let first = self.manifest.settled.number.saturating_add(1);
-        let mut writer = SegmentWriter::create(self.files.as_ref(), self.shared.id, id)?;
-        let written = write_layer(&mut writer, layer).and_then(|()| writer.finish(first..=layer.last.number));
+        let files = self.files.as_ref();
+        let write = || -> Result<_, SettleError> {
+            let mut writer = SegmentWriter::create(files, self.shared.id, id)?;
+            write_layer(&mut writer, layer)?;
+            let summary = writer.finish(first..=layer.last.number)?;
+            files.sync_folder()?;
+            Ok((summary, Arc::new(Segment::open(files, self.shared.id, id)?)))
+        };
+        let written = write();
         match written {
-            Ok(summary) => {
-                self.files.sync_folder()?;
-                self.count_syncs(2);
-                Ok(summary)
-            }
-            Err(error) => {
-                // It may be the room it takes that is missing.
-                let _ = self.files.remove(&segment::name(id));
-                Err(error.into())
-            }
+            Ok(_) => self.count_syncs(2),
+            // It may be the room it takes that is missing.
+            Err(_) => drop(self.files.remove(&segment::name(id))),
         }
+        written
     }
 
     /// Makes a manifest the one that counts.
@@ -514,6 +563,11 @@ impl Settler {
         index::rebuild(engine.as_ref(), shared.view.segments(), &self.manifest, shared.id)?;
         shared.view.set_engine(engine);
         self.engine_failed = false;
+        // The new index points to the segments of an unfinished merge again, all of them.
+        if matches!(self.merging, Some(Merging::Moving { .. })) {
+            self.resume_merging();
+        }
+        self.live = None;
         Ok(())
     }
 
@@ -546,7 +600,8 @@ impl Settler {
         }
         match self.merging.take() {
             None => self.begin_merge(),
-            Some(Merging::Writing { inputs, merge }) => self.merge_on(inputs, merge),
+            Some(Merging::Writing { id, inputs, merge }) => self.merge_on(id, inputs, merge),
+            Some(Merging::Written { inputs, summary }) => self.name_merged(inputs, summary),
             Some(Merging::Moving { id, inputs, moving }) => self.move_on(id, inputs, moving),
         }
     }
@@ -573,40 +628,61 @@ impl Settler {
         self.manifest.next_segment = id.saturating_add(1);
         let out = SegmentWriter::create(self.files.as_ref(), self.shared.id, id)?;
         let merge = Merge::new(opened, out, self.low(), oldest);
-        self.merging = Some(Merging::Writing { inputs, merge: Box::new(merge) });
+        self.merging = Some(Merging::Writing { id, inputs, merge: Box::new(merge) });
         Ok(1)
     }
 
-    /// Says up to where a conversation's records are gone.
+    /// Says up to where a conversation's records are gone, as it is settled: a mark that is in the log only may not survive
+    /// power loss, and the records have to be there then.
     fn low(&self) -> Box<dyn FnMut(ConversationId) -> Seq + Send> {
         let shared = Arc::clone(&self.shared);
-        Box::new(move |conversation| match shared.view.head(conversation) {
+        Box::new(move |conversation| match shared.view.settled_head(conversation) {
             Ok(Some(head)) => head.low,
             // Not known: then nothing is left out.
             Ok(None) | Err(_) => Seq::ZERO,
         })
     }
 
-    fn merge_on(&mut self, inputs: Vec<u64>, mut merge: Box<Merge>) -> Result<usize, SettleError> {
-        let summary = match merge.step(MERGE_STEP_BYTES)? {
-            Step::More => {
-                self.merging = Some(Merging::Writing { inputs, merge });
-                return Ok(MERGE_STEP_BYTES);
+    fn merge_on(&mut self, id: u64, inputs: Vec<u64>, mut merge: Box<Merge>) -> Result<usize, SettleError> {
+        let stepped = merge.step(MERGE_STEP_BYTES).map_err(SettleError::from).and_then(|step| {
+            if matches!(step, Step::Done(_)) {
+                self.files.sync_folder()?;
             }
-            Step::Done(summary) => summary,
-        };
-        self.files.sync_folder()?;
-        self.count_syncs(2);
+            Ok(step)
+        });
+        match stepped {
+            Ok(Step::More) => {
+                self.merging = Some(Merging::Writing { id, inputs, merge });
+                Ok(MERGE_STEP_BYTES)
+            }
+            Ok(Step::Done(summary)) => {
+                self.count_syncs(2);
+                self.name_merged(inputs, summary)
+            }
+            Err(error) => {
+                drop(merge);
+                // Nothing names it. It may be the room it takes that is missing.
+                let _ = self.files.remove(&segment::name(id));
+                Err(error)
+            }
+        }
+    }
+
+    /// Lets the manifest name a merged segment.
+    fn name_merged(&mut self, inputs: Vec<u64>, summary: Summary) -> Result<usize, SettleError> {
         let segment = Arc::new(Segment::open(self.files.as_ref(), self.shared.id, summary.id)?);
+        // A manifest that failed may be the one that is found: the next attempt is made with the same segment.
+        self.merging = Some(Merging::Written { inputs: inputs.clone(), summary });
         let mut next = self.manifest.next();
         let after = next.segments.iter().rposition(|entry| inputs.contains(&entry.id));
         let at = after.map_or(next.segments.len(), |at| at + 1);
         next.segments.insert(at, Entry::new(&summary, next.edition, inputs));
         self.store(next)?;
         self.shared.view.segments().add(summary.id, segment);
+        self.merging = None;
+        self.resume_merging();
         index::set_applied(self.shared.view.engine().as_ref(), &self.manifest)
             .inspect_err(|_| self.engine_failed = true)?;
-        self.resume_merging();
         Ok(MERGE_STEP_BYTES)
     }
 

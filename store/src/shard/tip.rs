@@ -50,6 +50,15 @@ impl Tip {
         }
     }
 
+    /// Begins an empty file in the place of one that names commits which are lost, and were allowed to be: it would contradict
+    /// the log for as long as it lies there. The old one is gone for good when this returns.
+    pub(crate) fn begin_again(self, files: &dyn Files) -> io::Result<Self> {
+        drop(self);
+        files.remove(NAME)?;
+        files.sync_folder()?;
+        Ok(Self { file: files.open_slots(NAME)? })
+    }
+
     /// Notes `id` as acknowledged.
     pub(crate) fn write(&self, id: CommitId) -> io::Result<()> {
         self.file.write_all_at(&encode(id), (id.number % 2) * SLOT_EVERY)

@@ -280,6 +280,11 @@ impl View {
         self.stored_row(Table::Head, Key::conversation(conversation).as_ref())
     }
 
+    /// The head of a conversation as it is settled.
+    pub(crate) fn settled_head(&self, conversation: ConversationId) -> Result<Option<Head>, ReadError> {
+        self.stored_row(Table::Head, Key::conversation(conversation).as_ref())
+    }
+
     pub(crate) fn lane(
         &self,
         conversation: ConversationId,
