@@ -100,6 +100,23 @@ impl Folder {
     }
 }
 
+/// The format of the folder at `path`, and what else its marker says; `None` if there is no marker. Locks nothing.
+pub(crate) fn read_marker(path: &Path) -> Result<Option<(u64, Marker)>, OpenError> {
+    let at = path.join(MARKER);
+    let file = match File::open(&at) {
+        Ok(file) => file,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(io_error("can't read", &at)(error)),
+    };
+    let mut text = String::new();
+    file.take(MARKER_BYTES_MAX).read_to_string(&mut text).map_err(io_error("can't read", &at))?;
+    let marker = parse(path, &text)?;
+    let format = text.lines().find_map(|line| line.strip_prefix("format = ")?.trim().parse().ok());
+    Ok(Some((format.unwrap_or_default(), marker)))
+}
+
 fn sync_folder(path: &Path) -> Result<(), OpenError> {
     File::open(path).and_then(|folder| folder.sync_all()).map_err(io_error("can't sync the folder", path))
 }

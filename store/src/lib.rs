@@ -61,6 +61,8 @@ pub use log::{Log, Writer};
 pub use maintain::{
     MaintainError, Progress,
     backup::{BackupReport, ShardCopied},
+    export::{ExportOptions, ExportReport, ExportTo, Numbers, export},
+    import::{ImportOptions, ImportReport, import},
     inspect::{FolderStats, ShardFigures, Tier},
     salvage::{Lost, SalvageReport, ShardSalvaged},
     verify::{PROBLEMS_MAX, Problem, Repair, ShardVerified, VerifyReport},

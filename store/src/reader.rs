@@ -372,7 +372,7 @@ impl ShardReader {
         number.map(|number| self.as_id(number)).transpose()
     }
 
-    fn as_id<T: TryFrom<u64>>(&self, number: Number) -> Result<T, ReadError> {
+    pub(crate) fn as_id<T: TryFrom<u64>>(&self, number: Number) -> Result<T, ReadError> {
         T::try_from(number.0)
             .map_err(|_| self.shared.view.damaged(None, None, crate::codec::Malformed("number row")))
     }

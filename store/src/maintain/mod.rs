@@ -10,12 +10,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use fulmar_protocol::id::ShardId;
+use fulmar_protocol::id::{ConversationId, ShardId};
 
-use crate::error::OpenError;
+use crate::error::{OpenError, ReadError};
 
 pub(crate) mod backup;
+pub(crate) mod export;
+pub(crate) mod import;
 pub(crate) mod inspect;
+mod line;
 pub(crate) mod salvage;
 pub(crate) mod verify;
 
@@ -90,6 +93,48 @@ pub enum MaintainError {
         /// How often reading it was begun.
         attempts: u32,
     },
+    /// Something in the folder could not be read.
+    #[error("{0}; see `fulmar store verify` for all of it")]
+    Read(#[from] ReadError),
+    /// What the log holds could not be settled.
+    #[error("{} can't be settled: {reason}", path.display())]
+    Settle {
+        /// The data folder.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// A file that was to be written is there already.
+    #[error("{} exists: name another file", path.display())]
+    Exists {
+        /// The file.
+        path: PathBuf,
+    },
+    /// There is no such conversation.
+    #[error("there is no conversation {conversation} in the data folder")]
+    NoConversation {
+        /// Its number.
+        conversation: ConversationId,
+    },
+    /// A file to be imported is not an export, is damaged, or can't be imported like this.
+    #[error("{}, line {line}: {what}", path.display())]
+    Line {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: u64,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// What was written does not read back as it was written.
+    #[error("what was imported does not read back as it was written ({what}); nothing was kept")]
+    Differs {
+        /// What is different.
+        what: String,
+    },
+    /// It was told to stop.
+    #[error("stopped; nothing was kept of what was begun")]
+    Stopped,
     /// The engine of a shard failed.
     #[error("shard {shard}: the index failed: {reason}")]
     Engine {
