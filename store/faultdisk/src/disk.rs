@@ -303,7 +303,7 @@ impl Disk {
 
     /// Syncs what `descriptor` has open.
     pub(crate) fn sync(&self, descriptor: c_int, kind: SyncKind, make: impl FnOnce() -> c_long) -> c_long {
-        let (sync, after) = {
+        let (sync, number, after) = {
             let mut state = self.state();
             let handle = state.handles.get(&descriptor).cloned();
             let (number, path) = handle.map_or((0, Vec::new()), |handle| (handle.number, handle.path));
@@ -311,19 +311,21 @@ impl Disk {
                 Verdict::Go | Verdict::Short(_) => After::Nothing,
                 Verdict::GoAndDie => After::Die,
                 Verdict::Die => system::die(),
-                Verdict::Fail(number) => return system::failed(number),
+                Verdict::Fail(error) => {
+                    state.record(&Event::SyncFail { handle: number });
+                    return system::failed(error);
+                }
                 Verdict::Skip => return 0,
             };
             state.syncs += 1;
             let sync = state.syncs;
             state.record(&Event::SyncBegin { handle: number, sync, kind });
-            (sync, after)
+            (sync, number, after)
         };
         let result = make();
         system::sleep(self.delay);
-        if result == 0 {
-            self.state().record(&Event::SyncEnd { sync });
-        }
+        let event = if result == 0 { Event::SyncEnd { sync } } else { Event::SyncFail { handle: number } };
+        self.state().record(&event);
         after.carry_out();
         result
     }

@@ -99,6 +99,12 @@ pub enum Event {
         /// Which.
         sync: u64,
     },
+    /// A sync failed. What was written before it may have reached the disk or not, and no later sync makes up for it: the
+    /// system takes those pages for written.
+    SyncFail {
+        /// The opening.
+        handle: u32,
+    },
     /// The recorded program had something to say.
     Mark {
         /// Its words.
@@ -174,6 +180,10 @@ impl Event {
             Self::Mark { bytes: words } => {
                 out.push(11);
                 bytes(out, words);
+            }
+            Self::SyncFail { handle } => {
+                out.push(13);
+                out.extend_from_slice(&handle.to_le_bytes());
             }
             Self::Unsupported { what } => {
                 out.push(12);

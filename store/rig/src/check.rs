@@ -16,7 +16,8 @@ use fulmar_protocol::id::{DeviceClass, DeviceId, Seq};
 use fulmar_store::{Limits, ReadError, ShardReader, Store, StoreOptions};
 
 use crate::history::{
-    CONVERSATIONS, Conversation, History, Person, State, Timeline, app, conversation, counter, shard_id, user,
+    CONVERSATIONS, Conversation, History, Person, State, Timeline, Turns, app, conversation, counter,
+    shard_id, user,
 };
 
 const ALL: Limits = Limits { records: usize::MAX, bytes: usize::MAX };
@@ -36,6 +37,30 @@ pub struct Bounds {
     pub acked: Vec<u64>,
     /// At most so many: no more were ever sent.
     pub sent: Vec<u64>,
+    /// What was refused after the last acknowledged one: it may be there all the same, alone and last.
+    pub void: Vec<Vec<Turns>>,
+}
+
+/// Where a shard stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// What it holds.
+    pub state: State,
+    /// The turns that led there.
+    pub turns: Turns,
+}
+
+/// The history that led to where the shards stand, after a crash.
+#[must_use]
+pub fn crashed(seed: u64, stands: &[Standing]) -> History {
+    let shards = stands.iter().map(|standing| standing.turns.clone()).collect();
+    History { seed, shards }.crashed(&commits_of(stands))
+}
+
+/// After how many commits the shards stand.
+#[must_use]
+pub fn commits_of(stands: &[Standing]) -> Vec<u64> {
+    stands.iter().map(|standing| standing.state.commits).collect()
 }
 
 /// Why a store is not as it must be.
@@ -144,7 +169,7 @@ impl Judge {
         }
     }
 
-    /// Compares every shard with its history, and gives after how many commits each stands.
+    /// Compares every shard with its history, and gives where each stands.
     ///
     /// # Errors
     /// The first difference.
@@ -153,7 +178,7 @@ impl Judge {
         store: &Store,
         timelines: &mut [Timeline],
         bounds: &Bounds,
-    ) -> Result<Vec<u64>, Wrong> {
+    ) -> Result<Vec<Standing>, Wrong> {
         let mut stands = Vec::new();
         if usize::from(store.shards()) != timelines.len() {
             return different(format!("it has {} shards instead of {}", store.shards(), timelines.len()));
@@ -163,29 +188,46 @@ impl Judge {
                 store.reader(shard_id(shard)).map_err(|error| Wrong::Unreadable(error.to_string()))?;
             let limit = |all: &[u64]| all.get(usize::from(shard)).copied().unwrap_or(0);
             let (acked, sent) = (limit(&bounds.acked), limit(&bounds.sent));
-            let Some(at) = self.answer(commits(&reader, shard))? else {
-                // It does not tell where it stands: the rest must fit one of the states it may be in.
-                let mut result = Ok(());
-                for at in acked..=sent {
-                    result = self.compare_shard(&reader, &timeline.at(at));
-                    if result.is_ok() {
-                        stands.push(at);
+            let turns = timeline.turns().cloned().unwrap_or_else(|| Turns { begun: 0, list: Vec::new() });
+            let at = self.answer(commits(&reader, shard))?;
+            if let Some(at) = at {
+                if at < acked {
+                    return different(format!(
+                        "shard {shard} stands at commit {at}, but {acked} was acknowledged"
+                    ));
+                }
+                if at > sent {
+                    return different(format!(
+                        "shard {shard} stands at commit {at}, but only {sent} were sent"
+                    ));
+                }
+            }
+            // One that does not tell where it stands must fit one of the states it may be in.
+            let range = at.map_or(acked..=sent, |at| at..=at);
+            let usual = range.map(|at| (at, turns.clone()));
+            let void = bounds.void.get(usize::from(shard)).into_iter().flatten();
+            let void =
+                void.filter(|_| at.is_none_or(|at| at == acked + 1)).map(|turns| (acked + 1, turns.clone()));
+            let mut first_difference = Ok(());
+            let mut standing = None;
+            for (at, turns) in usual.chain(void) {
+                let state = timeline.at_in(at, &turns);
+                match self.compare_shard(&reader, &state) {
+                    Ok(()) => {
+                        standing = Some(Standing { state, turns });
                         break;
                     }
+                    Err(error) => first_difference = first_difference.and(Err(error)),
                 }
-                result?;
-                continue;
-            };
-            if at < acked {
-                return different(format!(
-                    "shard {shard} stands at commit {at}, but {acked} was acknowledged"
-                ));
             }
-            if at > sent {
-                return different(format!("shard {shard} stands at commit {at}, but only {sent} were sent"));
+            match standing {
+                Some(standing) => stands.push(standing),
+                None => {
+                    return Err(first_difference
+                        .err()
+                        .unwrap_or_else(|| Wrong::Different("nothing fits".to_owned())));
+                }
             }
-            self.compare_shard(&reader, &timeline.at(at))?;
-            stands.push(at);
         }
         Ok(stands)
     }
@@ -304,17 +346,12 @@ impl Judge {
 ///
 /// # Errors
 /// A commit that failed.
-pub fn commit_more(
-    store: &Store,
-    next: &History,
-    timelines: &mut [Timeline],
-    stands: &[u64],
-) -> anyhow::Result<Vec<State>> {
+pub fn commit_more(store: &Store, next: &History, stands: &[Standing]) -> anyhow::Result<Vec<State>> {
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let mut states = Vec::new();
-    for ((shard, at), timeline) in (0u16..).zip(stands).zip(timelines) {
+    for (shard, standing) in (0u16..).zip(stands) {
         let (mut writer, _) = store.shard(shard_id(shard)).context("taking a writer")?;
-        let mut state = timeline.at(*at);
+        let mut state = standing.state.clone();
         let batch = next.advance(&mut state);
         runtime.block_on(writer.commit(&batch)).context("committing")?;
         states.push(state);
@@ -323,22 +360,21 @@ pub fn commit_more(
 }
 
 /// Opens the folder, compares everything, commits one batch more on every shard, and looks at it again through a second
-/// opening. Gives after how many commits each shard stood at first.
+/// opening. Gives where each shard stood at first.
 ///
 /// # Errors
 /// What is wrong.
 pub fn whole(
     folder: &Path,
     options: &StoreOptions,
-    history: &History,
+    seed: u64,
     timelines: &mut [Timeline],
     bounds: &Bounds,
     close: bool,
-) -> anyhow::Result<Vec<u64>> {
+) -> anyhow::Result<Vec<Standing>> {
     let store = open(folder, options)?;
     let stands = Judge::strict().compare(&store, timelines, bounds)?;
-    let next = history.crashed(&stands);
-    let states = commit_more(&store, &next, timelines, &stands)?;
+    let states = commit_more(&store, &crashed(seed, &stands), &stands)?;
     if close {
         store.close().context("closing")?;
     }

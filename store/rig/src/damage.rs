@@ -59,7 +59,7 @@ pub struct Damage {
     /// Folders opened at the same time
     #[arg(long, value_name = "N", default_value_t = 2)]
     pub jobs: usize,
-    /// Expect one record to be another one than was written; the run must fail
+    /// Expect commits that were never made; the run must fail
     #[arg(long)]
     pub plant: bool,
     /// Where findings are left
@@ -235,6 +235,7 @@ impl Rig<'_> {
             durability: Level::Power,
             commits: 10 + chance.below(40),
             runs: 1,
+            faults: false,
         };
         let run = |work: &Work, rules: Option<String>| -> anyhow::Result<()> {
             let mut command = self.starter.command(work, &root);
@@ -264,19 +265,12 @@ impl Rig<'_> {
             let store = check::open(&work.folder, &options)?;
             store.close()?;
         }
-        let none = vec![0; usize::from(shards)];
-        let mut marks = Marks { acked: none.clone(), sent: none };
+        let mut marks = Marks::new(&history, &vec![0; usize::from(shards)]);
         for line in fs::read_to_string(&work.marks)?.lines() {
             marks.note(line)?;
         }
         let image = read_in(&root)?;
-        Ok(Original {
-            image,
-            earlier,
-            history,
-            bounds: Bounds { acked: marks.acked, sent: marks.sent },
-            closed,
-        })
+        Ok(Original { image, earlier, history, bounds: marks.bounds(), closed })
     }
 
     fn damage(&self, number: u64, original: &Original, images: u64) -> anyhow::Result<()> {
@@ -316,8 +310,9 @@ impl Rig<'_> {
         if self.ask.plant
             && let (Some(acked), Some(sent)) = (bounds.acked.first_mut(), bounds.sent.first_mut())
         {
-            *acked += 1;
-            *sent += 1;
+            // Two: the one after the last acknowledged may well be there.
+            *acked += 2;
+            *sent += 2;
         }
         let look = Look {
             folder: folder.join("data"),
@@ -538,7 +533,7 @@ pub fn look(look: &Look) -> anyhow::Result<String> {
     let options = options(look.engine, Level::Power, &history);
     let mut timelines: Vec<Timeline> =
         (0u16..).zip(&history.shards).map(|(shard, _)| Timeline::new(history.clone(), shard)).collect();
-    let bounds = Bounds { acked: look.acked.clone(), sent: look.sent.clone() };
+    let bounds = Bounds { acked: look.acked.clone(), sent: look.sent.clone(), void: Vec::new() };
     let store = match check::open(&look.folder, &options) {
         Ok(store) => store,
         Err(refused) => return Ok(format!("at-open {refused}")),
@@ -552,8 +547,8 @@ pub fn look(look: &Look) -> anyhow::Result<String> {
         return Ok(format!("when-read {first}"));
     }
     // Nobody has noticed anything: it is worked on further. That may bring the damage out, but not make it a wrong answer.
-    let next = history.crashed(&stands);
-    let states = match check::commit_more(&store, &next, &mut timelines, &stands) {
+    let next = check::crashed(history.seed, &stands);
+    let states = match check::commit_more(&store, &next, &stands) {
         Ok(states) => states,
         Err(refused) => return Ok(format!("later {refused:#}")),
     };

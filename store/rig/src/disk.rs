@@ -10,6 +10,8 @@
 //!   changes, in their order: those before any one of them. ([`Names::AnyOrder`]: any of them, but those of one name in their
 //!   order.) Folders do not wait for each other, and a synced file does not take its name along.
 //! - A rename within a folder happens or does not. Between folders, each folder is on its own.
+//! - A sync that failed has lost what it was for: each page of it may be on the disk or not, and later syncs of the same file do
+//!   not make up for it.
 //! - `sync_file_range` promises nothing.
 //!
 //! ext4 and xfs promise more (one journal for all folders; a synced new file keeps its name; with `data=ordered`, bytes before
@@ -57,6 +59,18 @@ struct Pending<T> {
     /// The event that did it.
     event: usize,
     change: T,
+    fate: Fate,
+}
+
+/// What is known of a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    /// Not synced yet.
+    Open,
+    /// A sync of it failed: nobody will ever know.
+    Doubtful,
+    /// Synced, but over something doubtful, so that it can't be taken into the durable bytes yet.
+    Durable,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -206,6 +220,15 @@ impl Disk {
                     }
                 }
             }
+            Event::SyncFail { handle } => {
+                let of = self.handles.get(handle).map(|(id, _)| *id);
+                // A folder's changes are the journal's: they are synced by the next sync that works.
+                if let Some(Node::File(file)) = of.and_then(|id| self.nodes.get_mut(id)) {
+                    for pending in file.pending.iter_mut().filter(|pending| pending.fate == Fate::Open) {
+                        pending.fate = Fate::Doubtful;
+                    }
+                }
+            }
             Event::Mark { .. } => {}
             Event::Unsupported { what } => bail!("{}", String::from_utf8_lossy(what)),
         }
@@ -216,7 +239,7 @@ impl Disk {
         let (id, write_through) = *self.handles.get(&handle).context("a write to what was never opened")?;
         let event = self.events;
         let Some(Node::File(file)) = self.nodes.get_mut(id) else { bail!("a write to a folder") };
-        file.pending.push(Pending { event, change });
+        file.pending.push(Pending { event, change, fate: Fate::Open });
         if write_through {
             self.make_durable(id, event);
         }
@@ -227,7 +250,7 @@ impl Disk {
         let event = self.events;
         let folder = self.folder_mut(folder)?;
         follow(&mut folder.now, &changes);
-        folder.pending.push(Pending { event, change: changes });
+        folder.pending.push(Pending { event, change: changes, fate: Fate::Open });
         Ok(())
     }
 
@@ -235,7 +258,14 @@ impl Disk {
         match self.nodes.get_mut(id) {
             Some(Node::File(file)) => {
                 let split = file.pending.partition_point(|pending| pending.event <= upto);
-                if split > 0 {
+                let in_doubt = file.pending.iter().take(split).any(|pending| pending.fate == Fate::Doubtful);
+                if in_doubt {
+                    for pending in
+                        file.pending.iter_mut().take(split).filter(|pending| pending.fate == Fate::Open)
+                    {
+                        pending.fate = Fate::Durable;
+                    }
+                } else if split > 0 {
                     let bytes = Arc::make_mut(&mut file.durable);
                     for pending in file.pending.drain(..split) {
                         carry_out(bytes, &pending.change);
@@ -412,7 +442,12 @@ fn torn(file: &File, greed: u64, chance: &mut Chance) -> Arc<Vec<u8>> {
         Change::Write { offset, bytes } => length.max(offset + bytes.len()),
     };
     let changes = || file.pending.iter().map(|pending| &pending.change);
-    let length = changes().take(reached).fold(file.durable.len(), grown);
+    let got_there =
+        |at: usize| at < reached || file.pending.get(at).is_some_and(|pending| pending.fate == Fate::Durable);
+    let length = changes()
+        .enumerate()
+        .filter(|(at, _)| got_there(*at))
+        .fold(file.durable.len(), |length, (_, change)| grown(length, change));
     // Where the file was cut off: what had been there is gone, if the shorter length got there; if it did not, then neither did
     // anything that was written after it.
     let mut base = Arc::clone(&file.durable);
@@ -422,7 +457,7 @@ fn torn(file: &File, greed: u64, chance: &mut Chance) -> Arc<Vec<u8>> {
         if let Change::Length(to) = change
             && *to < live_length
         {
-            if at < reached {
+            if got_there(at) {
                 if *to < base.len() {
                     let bytes = Arc::make_mut(&mut base);
                     bytes.truncate(*to);
@@ -450,17 +485,29 @@ fn torn(file: &File, greed: u64, chance: &mut Chance) -> Arc<Vec<u8>> {
         }
     }
     for (page, writes) in pages {
-        if !chance.percent(greed) {
-            continue;
-        }
         let start = page * PAGE;
         if start >= bytes.len() {
             continue;
         }
-        let older = if chance.percent(70) { writes.len() } else { 1 + chance.index(writes.len()) };
+        let is_durable =
+            |at: &usize| file.pending.get(*at).is_some_and(|pending| pending.fate == Fate::Durable);
+        let older = match (chance.percent(greed), chance.percent(70)) {
+            (false, _) => 0,
+            (true, true) => writes.len(),
+            (true, false) => 1 + chance.index(writes.len()),
+        };
+        if older == 0 && !writes.iter().any(is_durable) {
+            continue;
+        }
+        // What is there at least, and what is there in this case.
+        let mut base_content = page_of(bytes, start);
+        for at in writes.iter().filter(|at| is_durable(at)) {
+            let change = file.pending.get(*at).map(|pending| &pending.change);
+            overwrite(&mut base_content, start, change, file, *at, last);
+        }
         let mut content = page_of(bytes, start);
-        let base_content = content.clone();
-        for at in writes.iter().take(older) {
+        let there = writes.iter().enumerate().filter(|(n, at)| *n < older || is_durable(at));
+        for (_, at) in there {
             overwrite(
                 &mut content,
                 start,
@@ -572,4 +619,199 @@ pub fn read_in(folder: &Path) -> anyhow::Result<Image> {
         }
     }
     Ok(image)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn open(handle: u32, path: &str) -> Event {
+        Event::Open { handle, path: path.as_bytes().to_vec(), truncate: false, write_through: false }
+    }
+
+    fn write(handle: u32, offset: u64, byte: u8, length: usize) -> Event {
+        Event::Write { handle, offset, bytes: vec![byte; length] }
+    }
+
+    fn sync(handle: u32, sync: u64) -> [Event; 2] {
+        [Event::SyncBegin { handle, sync, kind: SyncKind::Data }, Event::SyncEnd { sync }]
+    }
+
+    fn played(events: &[Event]) -> Disk {
+        let mut disk = Disk::new(&Image::new()).unwrap();
+        for event in events {
+            disk.play(event).unwrap();
+        }
+        disk
+    }
+
+    /// Everything seen in many cuts of the same disk.
+    fn cuts(disk: &Disk, names: Names) -> BTreeSet<Vec<(String, Vec<u8>)>> {
+        let images = (0..400).map(|seed| disk.after_power_cut(names, &mut Chance::of(&[seed])));
+        images
+            .map(|image| {
+                let files = image.into_iter().filter_map(|(path, entry)| match entry {
+                    Entry::File(bytes) => Some((path, bytes.to_vec())),
+                    Entry::Folder => None,
+                });
+                files.collect()
+            })
+            .collect()
+    }
+
+    /// The contents that file `a` has in many cuts.
+    fn contents(events: &[Event]) -> BTreeSet<Vec<u8>> {
+        let files = |image: Vec<(String, Vec<u8>)>| image.into_iter().map(|(_, bytes)| bytes);
+        cuts(&played(events), Names::InOrder).into_iter().flat_map(files).collect()
+    }
+
+    /// A folder whose file `a` has a durable name.
+    fn named() -> Vec<Event> {
+        let mut events = vec![open(1, "a"), open(9, "")];
+        events.extend(sync(9, 1));
+        events
+    }
+
+    #[test]
+    fn what_was_synced_is_there_and_the_rest_may_be() {
+        let mut events = named();
+        events.push(write(1, 0, 7, 100));
+        assert!(contents(&events).contains(&vec![]), "nothing of it");
+        assert!(contents(&events).contains(&vec![7; 100]), "all of it");
+        assert!(contents(&events).contains(&vec![0; 100]), "the length, and not the bytes");
+        events.extend(sync(1, 2));
+        assert_eq!(contents(&events), [vec![7; 100]].into());
+        events.push(write(1, 50, 8, 100));
+        let after = contents(&events);
+        assert!(after.iter().all(|bytes| bytes[..50] == [7; 50]), "durable bytes stay");
+        assert!(after.contains(&[vec![7; 50], vec![8; 100]].concat()));
+        assert!(after.contains(&vec![7; 100]));
+    }
+
+    #[test]
+    fn a_sync_covers_what_was_written_before_it_began() {
+        let mut events = named();
+        events.push(write(1, 0, 1, 10));
+        events.push(Event::SyncBegin { handle: 1, sync: 2, kind: SyncKind::Full });
+        events.push(write(1, 10, 2, 10));
+        assert!(contents(&events).contains(&vec![]), "not before it has returned");
+        events.push(Event::SyncEnd { sync: 2 });
+        let after = contents(&events);
+        assert!(after.iter().all(|bytes| bytes[..10] == [1; 10]));
+        assert!(after.contains(&vec![1; 10]));
+    }
+
+    #[test]
+    fn writing_a_range_out_promises_nothing() {
+        let mut events = named();
+        events.push(write(1, 0, 1, 10));
+        events.push(Event::SyncBegin { handle: 1, sync: 2, kind: SyncKind::Range });
+        events.push(Event::SyncEnd { sync: 2 });
+        assert!(contents(&events).contains(&vec![]));
+    }
+
+    #[test]
+    fn pages_are_torn_at_sectors_and_nowhere_else() {
+        let mut events = named();
+        events.push(write(1, 0, 1, 2 * PAGE));
+        events.extend(sync(1, 2));
+        events.push(write(1, 0, 2, 2 * PAGE));
+        let after = contents(&events);
+        let sectors = |bytes: &Vec<u8>| bytes.chunks(SECTOR).map(<[u8]>::to_vec).collect::<Vec<_>>();
+        let whole = [vec![1; SECTOR], vec![2; SECTOR]];
+        assert!(after.iter().all(|bytes| sectors(bytes).iter().all(|sector| whole.contains(sector))));
+        assert!(after.iter().any(|bytes| bytes[..SECTOR] != bytes[SECTOR..2 * SECTOR]), "torn within a page");
+        assert!(
+            after.iter().any(|bytes| bytes[0] == 1 && bytes[PAGE] == 2),
+            "the second page without the first"
+        );
+    }
+
+    #[test]
+    fn an_end_that_was_cut_off_comes_back_or_is_gone() {
+        let mut events = named();
+        events.push(write(1, 0, 1, 100));
+        events.extend(sync(1, 2));
+        events.push(Event::Length { handle: 1, length: 10 });
+        events.push(write(1, 10, 2, 10));
+        let after = contents(&events);
+        assert!(after.contains(&vec![1; 100]), "the shorter length did not get there");
+        assert!(after.contains(&[vec![1; 10], vec![2; 10]].concat()));
+        assert!(
+            after.contains(&[vec![1; 10], vec![0; 10]].concat()),
+            "the old bytes do not come back under it"
+        );
+        assert!(!after.iter().any(|bytes| bytes.len() == 100 && bytes[10] == 2));
+    }
+
+    #[test]
+    fn a_failed_sync_is_not_made_up_for_by_a_later_one() {
+        let mut events = named();
+        events.push(write(1, 0, 1, 10));
+        events.push(Event::SyncFail { handle: 1 });
+        events.push(write(1, 10, 2, 10));
+        events.extend(sync(1, 2));
+        let after = contents(&events);
+        assert!(after.iter().all(|bytes| bytes[10..20] == [2; 10]), "what came after it is durable");
+        let first: BTreeSet<_> = after.iter().map(|bytes| bytes[..10].to_vec()).collect();
+        assert_eq!(first, [vec![0; 10], vec![1; 10]].into(), "what it was for may be missing for good");
+    }
+
+    #[test]
+    fn names_need_the_folders_sync_and_keep_their_order() {
+        let files = |events: &[Event], names| -> BTreeSet<String> {
+            let paths = |image: Vec<(String, Vec<u8>)>| {
+                image.into_iter().map(|(path, _)| path).collect::<Vec<_>>().join("+")
+            };
+            cuts(&played(events), names).into_iter().map(paths).collect()
+        };
+        let set = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<BTreeSet<_>>();
+        let mut events = vec![open(1, "a"), write(1, 0, 1, 10)];
+        events.extend(sync(1, 1));
+        assert_eq!(files(&events, Names::InOrder), set(&["", "a"]), "a synced file may have no name");
+        events.push(open(9, ""));
+        events.extend(sync(9, 2));
+        events.push(open(2, "b"));
+        events.push(Event::Rename { from: b"a".to_vec(), to: b"c".to_vec() });
+        assert_eq!(files(&events, Names::InOrder), set(&["a", "a+b", "b+c"]));
+        assert_eq!(files(&events, Names::AnyOrder), set(&["a", "a+b", "b+c", "c"]));
+        events.push(Event::Unlink { path: b"b".to_vec() });
+        assert!(!files(&events, Names::AnyOrder).contains("a+b+c"), "a rename happens as a whole");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whatever is done: a cut disk has only bytes that were written to that place, and everything is there once
+        /// everything was synced.
+        #[test]
+        fn a_cut_makes_nothing_up(
+            writes in proptest::collection::vec((0u64..20_000, 1u8.., 1usize..9_000, any::<bool>()), 1..12),
+            seed in any::<u64>(),
+        ) {
+            let mut events = named();
+            let mut at: BTreeMap<usize, BTreeSet<u8>> = BTreeMap::new();
+            for (n, (offset, byte, length, synced)) in (2..).zip(&writes) {
+                events.push(write(1, *offset, *byte, *length));
+                for place in 0..*length {
+                    at.entry(usize::try_from(*offset).unwrap() + place).or_default().insert(*byte);
+                }
+                if *synced {
+                    events.extend(sync(1, n));
+                }
+            }
+            let mut disk = played(&events);
+            let image = disk.after_power_cut(Names::InOrder, &mut Chance::of(&[seed]));
+            let Some(Entry::File(bytes)) = image.get("a") else { panic!("the name was durable") };
+            for (place, byte) in bytes.iter().enumerate() {
+                prop_assert!(*byte == 0 || at.get(&place).is_some_and(|bytes| bytes.contains(byte)));
+            }
+            for event in sync(1, 1_000) {
+                disk.play(&event).unwrap();
+            }
+            prop_assert_eq!(disk.after_power_cut(Names::InOrder, &mut Chance::of(&[seed])), disk.now());
+        }
+    }
 }

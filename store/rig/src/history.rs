@@ -413,40 +413,103 @@ pub struct Turn {
     pub turn: u64,
 }
 
+/// The turns of one shard.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Turns {
+    /// Turns that were ever begun: the next one has this number.
+    pub begun: u64,
+    /// Those that count, in order; the first begins at commit 1.
+    pub list: Vec<Turn>,
+}
+
+impl Turns {
+    /// As text without spaces; [`Turns::parse`] reads it.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        let list: Vec<String> = self.list.iter().map(|turn| format!("{}:{}", turn.from, turn.turn)).collect();
+        format!("{}@{}", self.begun, list.join(","))
+    }
+
+    /// Reads what [`Turns::to_text`] wrote.
+    ///
+    /// # Errors
+    /// When it is not that.
+    pub fn parse(text: &str) -> anyhow::Result<Self> {
+        let turn = |text: &str| {
+            let (from, turn) = text.split_once(':').context("a turn is from:turn")?;
+            Ok(Turn { from: from.parse()?, turn: turn.parse()? })
+        };
+        let (begun, list) = text.split_once('@').context("a shard is begun@turns")?;
+        let list = list.split(',').map(turn).collect::<anyhow::Result<_>>()?;
+        Ok(Self { begun: begun.parse()?, list })
+    }
+
+    /// The turn of a commit.
+    fn at(&self, commit: u64) -> u64 {
+        self.list.iter().rfind(|turn| turn.from <= commit).map_or(0, |turn| turn.turn)
+    }
+
+    /// Up to where both are the same.
+    fn common(&self, other: &Self) -> u64 {
+        let differs = |turn: &&Turn| self.at(turn.from) != other.at(turn.from);
+        let first = self.list.iter().chain(&other.list).filter(differs).map(|turn| turn.from).min();
+        first.map_or(u64::MAX, |from| from.saturating_sub(1))
+    }
+}
+
 /// All that was ever sent to a store, as far as it counts: what a crash took and nobody saw is not in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct History {
     /// What everything follows from.
     pub seed: u64,
-    /// For each shard, its turns in order; the first begins at 1.
-    pub shards: Vec<Vec<Turn>>,
+    /// By shard.
+    pub shards: Vec<Turns>,
 }
 
 impl History {
     /// Nothing was sent yet.
     #[must_use]
     pub fn new(seed: u64, shards: u16) -> Self {
-        Self { seed, shards: vec![vec![Turn { from: 1, turn: 0 }]; usize::from(shards)] }
+        let turns = Turns { begun: 1, list: vec![Turn { from: 1, turn: 0 }] };
+        Self { seed, shards: vec![turns; usize::from(shards)] }
     }
 
     /// After a crash: shard `n` stands at `commits[n]`, and what is sent from now on is of a new turn.
     #[must_use]
     pub fn crashed(&self, commits: &[u64]) -> Self {
-        let turn = self.shards.iter().flatten().map(|turn| turn.turn).max().unwrap_or(0) + 1;
         let mut next = self.clone();
-        for (turns, commits) in next.shards.iter_mut().zip(commits) {
-            turns.retain(|turn| turn.from <= *commits);
-            turns.push(Turn { from: commits + 1, turn });
+        for (shard, commits) in (0u16..).zip(commits) {
+            next.turned(shard, *commits);
         }
         next
+    }
+
+    /// From now on, what one shard is sent after `commits` commits is of a new turn.
+    pub fn turned(&mut self, shard: u16, commits: u64) {
+        if let Some(turns) = self.shards.get_mut(usize::from(shard)) {
+            turns.list.retain(|turn| turn.from <= commits);
+            turns.list.push(Turn { from: commits + 1, turn: turns.begun });
+            turns.begun += 1;
+        }
     }
 
     /// The batch that is the next commit of the state's shard; the state is as after it.
     pub fn advance(&self, state: &mut State) -> Vec<Op> {
         let next = state.commits + 1;
-        let turns = self.shards.get(usize::from(state.shard));
-        let turn = turns.into_iter().flatten().rfind(|turn| turn.from <= next).map_or(0, |turn| turn.turn);
+        let turns = self.shards.get(usize::from(state.shard)).map(|turns| turns.list.as_slice());
+        let turn =
+            turns.unwrap_or_default().iter().rfind(|turn| turn.from <= next).map_or(0, |turn| turn.turn);
         state.advance(Chance::of(&[self.seed, u64::from(state.shard), next, turn]))
+    }
+
+    /// The same seed, with other turns of one shard.
+    #[must_use]
+    pub fn with(&self, shard: u16, turns: &Turns) -> Self {
+        let mut other = self.clone();
+        if let Some(mine) = other.shards.get_mut(usize::from(shard)) {
+            mine.clone_from(turns);
+        }
+        other
     }
 
     /// As text, one line; [`History::parse`] reads it.
@@ -455,9 +518,7 @@ impl History {
         let mut text = self.seed.to_string();
         for turns in &self.shards {
             text.push('/');
-            let turns: Vec<String> =
-                turns.iter().map(|turn| format!("{}:{}", turn.from, turn.turn)).collect();
-            text.push_str(&turns.join(","));
+            text.push_str(&turns.to_text());
         }
         text
     }
@@ -469,13 +530,7 @@ impl History {
     pub fn parse(text: &str) -> anyhow::Result<Self> {
         let mut parts = text.trim().split('/');
         let seed = parts.next().unwrap_or_default().parse().context("a history begins with its seed")?;
-        let turn = |text: &str| {
-            let (from, turn) = text.split_once(':').context("a turn is from:turn")?;
-            Ok(Turn { from: from.parse()?, turn: turn.parse()? })
-        };
-        let shards =
-            parts.map(|turns| turns.split(',').map(turn).collect()).collect::<anyhow::Result<_>>()?;
-        Ok(Self { seed, shards })
+        Ok(Self { seed, shards: parts.map(Turns::parse).collect::<anyhow::Result<_>>()? })
     }
 }
 
@@ -494,6 +549,34 @@ impl Timeline {
     #[must_use]
     pub fn new(history: History, shard: u16) -> Self {
         Self { history, kept: vec![State::empty(shard)] }
+    }
+
+    /// Goes along another history from where it differs.
+    pub fn follow(&mut self, history: &History) {
+        let shard = self.kept.first().map_or(0, |state| usize::from(state.shard));
+        let common = match (self.history.shards.get(shard), history.shards.get(shard)) {
+            (Some(mine), Some(other)) if self.history.seed == history.seed => mine.common(other),
+            _ => 0,
+        };
+        self.kept.retain(|state| state.commits <= common);
+        self.history.clone_from(history);
+    }
+
+    /// The turns it goes along.
+    #[must_use]
+    pub fn turns(&self) -> Option<&Turns> {
+        let shard = self.kept.first().map_or(0, |state| usize::from(state.shard));
+        self.history.shards.get(shard)
+    }
+
+    /// The state after `commits` commits, the last of which was of other turns.
+    pub fn at_in(&mut self, commits: u64, turns: &Turns) -> State {
+        if commits == 0 {
+            return self.at(0);
+        }
+        let mut state = self.at(commits - 1);
+        self.history.with(state.shard, turns).advance(&mut state);
+        state
     }
 
     /// The state after `commits` commits.
@@ -535,15 +618,33 @@ mod tests {
     fn after_a_crash_the_same_numbers_hold_other_things() {
         let history = History::new(7, 1);
         let crashed = history.crashed(&[20]);
-        let (mut before, mut after) = (Timeline::new(history, 0), Timeline::new(crashed, 0));
+        let (mut before, mut after) = (Timeline::new(history, 0), Timeline::new(crashed.clone(), 0));
         assert_eq!(before.at(20), after.at(20));
         assert_ne!(before.at(21), after.at(21));
+        // A turn that is gone is never begun again.
+        assert_ne!(crashed.crashed(&[10]).shards, crashed.shards);
+        assert_eq!(crashed.crashed(&[10]).shards[0].list.last(), Some(&Turn { from: 11, turn: 2 }));
+    }
+
+    #[test]
+    fn a_timeline_follows_another_history_from_where_it_differs() {
+        let history = History::new(7, 1);
+        let crashed = history.crashed(&[21]);
+        let mut timeline = Timeline::new(history, 0);
+        timeline.at(50);
+        timeline.follow(&crashed);
+        assert_eq!(timeline.at(45), Timeline::new(crashed.clone(), 0).at(45));
+        let void = crashed.shards[0].clone();
+        let again = crashed.crashed(&[30]);
+        let mut timeline = Timeline::new(again, 0);
+        assert_ne!(timeline.at(31), timeline.at_in(31, &void));
+        assert_eq!(timeline.at_in(31, &void), Timeline::new(crashed, 0).at(31));
     }
 
     #[test]
     fn a_history_comes_back_from_its_text() {
         let history = History::new(7, 2).crashed(&[3, 0]).crashed(&[1, 9]);
         assert_eq!(History::parse(&history.to_text()).unwrap(), history);
-        assert!(History::parse("x/1:2").is_err());
+        assert!(History::parse("7/1:2").is_err());
     }
 }

@@ -17,7 +17,7 @@ use anyhow::{Context as _, bail, ensure};
 
 use crate::{
     chance::Chance,
-    check::{self, Bounds},
+    check,
     disk::{read_in, write_out},
     history::{History, Timeline},
     power::Outcome,
@@ -82,7 +82,7 @@ pub struct Kill {
     /// Kills after which the folder is made new
     #[arg(long, value_name = "N", default_value_t = 12)]
     pub per_folder: u64,
-    /// Expect one commit more than was acknowledged; the run must fail
+    /// Expect more commits than were acknowledged; the run must fail
     #[arg(long)]
     pub plant: bool,
     /// Where findings are left
@@ -247,6 +247,7 @@ impl Stay {
             durability: self.level,
             commits,
             runs,
+            faults: false,
         }
     }
 
@@ -270,13 +271,12 @@ impl Rig<'_> {
         fs::create_dir_all(place.join("root"))?;
         let shards = if chance.percent(40) { 2 } else { 1 };
         let history = History::new(Chance::of(&[self.seed, round]).draw() >> 16, shards);
-        let none = vec![0; usize::from(shards)];
         Ok(Stay {
             place,
             level: if chance.percent(70) { Level::Power } else { Level::Process },
             timelines: timelines(&history),
+            marks: Marks::new(&history, &vec![0; usize::from(shards)]),
             history,
-            marks: Marks { acked: none.clone(), sent: none },
             kills: 0,
         })
     }
@@ -359,11 +359,11 @@ impl Rig<'_> {
 
     /// Opens the folder, or a copy of it, and compares everything.
     fn judge(&self, stay: &mut Stay, chance: &mut Chance) -> anyhow::Result<()> {
-        let mut bounds = Bounds { acked: stay.marks.acked.clone(), sent: stay.marks.sent.clone() };
+        let mut bounds = stay.marks.bounds();
         if self.ask.plant
             && let Some(acked) = bounds.acked.first_mut()
         {
-            *acked += 1;
+            *acked += 2;
         }
         let options = options(self.ask.engine, stay.level, &stay.history);
         let stands = if chance.percent(50) {
@@ -377,7 +377,7 @@ impl Rig<'_> {
             check::whole(
                 &copy.join("data"),
                 &options,
-                &stay.history,
+                stay.history.seed,
                 &mut stay.timelines,
                 &bounds,
                 chance.percent(50),
@@ -391,8 +391,8 @@ impl Rig<'_> {
             stands
         };
         // From here on it stands there for whoever opens it.
-        stay.marks = Marks { acked: stands.clone(), sent: stands.clone() };
-        stay.history = stay.history.crashed(&stands);
+        stay.history = check::crashed(stay.history.seed, &stands);
+        stay.marks = Marks::new(&stay.history, &check::commits_of(&stands));
         stay.timelines = timelines(&stay.history);
         Ok(())
     }

@@ -23,7 +23,7 @@ use clap::ValueEnum;
 
 use crate::{
     chance::Chance,
-    check::{self, Bounds},
+    check::{self, Bounds, Standing},
     disk::{Disk, Entry, Image, Names, read_in, write_out},
     history::{History, Timeline},
     recording::{self, Event},
@@ -41,7 +41,7 @@ pub enum Plant {
     LyingSync,
     /// Files are synced, folders are not
     NoFolderSync,
-    /// One commit more is expected than was acknowledged
+    /// More commits are expected than were acknowledged
     LostCommit,
 }
 
@@ -66,6 +66,9 @@ pub struct PowerCut {
     /// Changes of names reach the disk in any order, not in the order of a journal
     #[arg(long)]
     pub any_order: bool,
+    /// Of a hundred recordings, so many in which writes, syncs and renames fail or the disk is full at times
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    pub faults: u64,
     /// Files that lose nothing: those with one of these in their path (to look for what else is wrong)
     #[arg(long, value_name = "PART")]
     pub spare: Vec<String>,
@@ -117,6 +120,8 @@ struct Recorded {
 #[derive(Debug)]
 struct Case {
     image: Image,
+    /// What was sent until then.
+    history: History,
     bounds: Bounds,
     /// Events that were played.
     cut: usize,
@@ -155,9 +160,11 @@ pub fn run(ask: &PowerCut) -> anyhow::Result<Outcome> {
     let mut chain: Option<Chain> = None;
     let mut number = 0;
     let mut events = 0;
+    let mut refused = 0;
     while left > 0 {
         let recorded = rig.record(number, chain.take())?;
         events += recorded.events.len();
+        refused += recorded.events.iter().filter(|event| is_mark(event, b"refused")).count();
         let images = left.min(ask.per_recording);
         chain = rig.cut(&recorded, images)?;
         left -= images;
@@ -175,7 +182,7 @@ pub fn run(ask: &PowerCut) -> anyhow::Result<Outcome> {
         Outcome { passed: rig.passed.load(Ordering::Relaxed), failed: rig.failed.load(Ordering::Relaxed) };
     say!(
         ask,
-        "power cuts, seed {seed}: {} of {} images held; {} recordings, {events} events, {} of their sync boundaries cut, {:.1} s",
+        "power cuts, seed {seed}: {} of {} images held; {} recordings, {events} events, {refused} commits refused, {} sync boundaries cut, {:.1} s",
         outcome.passed,
         ask.images,
         number,
@@ -213,10 +220,11 @@ impl Rig<'_> {
             None => {
                 let shards = if chance.percent(25) { 2 } else { 1 };
                 let none = vec![0; usize::from(shards)];
+                let void = vec![Vec::new(); usize::from(shards)];
                 (
                     Image::new(),
                     History::new(chance.draw() >> 16, shards),
-                    Bounds { acked: none.clone(), sent: none },
+                    Bounds { acked: none.clone(), sent: none, void },
                 )
             }
         };
@@ -233,16 +241,22 @@ impl Rig<'_> {
             durability: self.ask.durability,
             commits: 10 + chance.below(70),
             runs: 1 + u32::try_from(chance.below(3)).unwrap_or(0),
+            faults: chance.percent(self.ask.faults) && self.ask.plant.is_none(),
         };
         let mut command = self.starter.command(&work, &root);
         command.env("FULMAR_FAULTDISK_RECORD", &path);
         if self.ask.plant == Some(Plant::LyingSync) {
             command.env("FULMAR_FAULTDISK_RULES", "skip op=sync keep=on");
         }
+        let rules = if work.faults { faults(&work, &mut chance) } else { String::new() };
+        if work.faults {
+            fs::write(work.full_while(), b"")?;
+            command.env("FULMAR_FAULTDISK_RULES", &rules);
+        }
         let output = command.output().context("can't start the process that is recorded")?;
         ensure!(
             output.status.success(),
-            "the process that is recorded ended with {}: {}",
+            "the process that is recorded (rules {rules:?}, work {work:?}) ended with {}: {}",
             output.status,
             String::from_utf8_lossy(&output.stderr)
         );
@@ -275,8 +289,7 @@ impl Rig<'_> {
                 scope.spawn(move || self.look_at(recorded, cases, job, chain_at, found));
             }
             let mut disk = Disk::new(&recorded.initial)?;
-            let mut marks =
-                Marks { acked: recorded.before.acked.clone(), sent: recorded.before.sent.clone() };
+            let mut marks = recorded.marks();
             let mut events = recorded.events.iter();
             let mut played = 0;
             for (at, (cut, seed)) in cuts.iter().enumerate() {
@@ -288,13 +301,14 @@ impl Rig<'_> {
                 let mut chance = Chance::of(&[*seed]);
                 let close = chance.percent(50);
                 let image = disk.after_power_cut(self.names, &mut chance);
-                let mut bounds = Bounds { acked: marks.acked.clone(), sent: marks.sent.clone() };
+                let mut bounds = marks.bounds();
                 if self.ask.plant == Some(Plant::LostCommit)
                     && let Some(acked) = bounds.acked.first_mut()
                 {
-                    *acked += 1;
+                    *acked += 2;
                 }
-                let case = Case { image, bounds, cut: *cut, seed: *seed, close };
+                let history = marks.history.clone();
+                let case = Case { image, history, bounds, cut: *cut, seed: *seed, close };
                 if sender.send((at, case)).is_err() {
                     bail!("all threads that open images are gone");
                 }
@@ -305,8 +319,12 @@ impl Rig<'_> {
             let bounds: Bounds = bounds;
             chain = Some(Chain {
                 image,
-                history: recorded.history.crashed(&stands),
-                before: Bounds { acked: bounds.acked, sent: stands },
+                history: check::crashed(recorded.history.seed, &stands),
+                before: Bounds {
+                    acked: bounds.acked,
+                    sent: check::commits_of(&stands),
+                    void: vec![Vec::new(); stands.len()],
+                },
                 depth: 1,
             });
         }
@@ -321,7 +339,7 @@ impl Rig<'_> {
             match event {
                 Event::SyncBegin { .. } => boundaries.push(at),
                 Event::SyncEnd { .. } => boundaries.extend([at, at + 1]),
-                Event::Mark { bytes } if bytes.starts_with(b"ack") => boundaries.push(at + 1),
+                event if is_mark(event, b"ack") => boundaries.push(at + 1),
                 _ => {}
             }
         }
@@ -346,14 +364,14 @@ impl Rig<'_> {
         cases: &Mutex<Receiver<(usize, Case)>>,
         job: usize,
         chain_at: Option<usize>,
-        found: &Mutex<Option<(Image, Vec<u64>, Bounds)>>,
+        found: &Mutex<Option<(Image, Vec<Standing>, Bounds)>>,
     ) {
         let folder = self.scratch.path().join(format!("image-{job}"));
         let mut timelines = timelines(&recorded.history);
         loop {
             let next = cases.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let Ok((at, case)) = next else { return };
-            let result = open_image(self.ask.engine, &recorded.history, &mut timelines, &case, &folder);
+            let result = open_image(self.ask.engine, &mut timelines, &case, &folder);
             match result {
                 Ok(stands) => {
                     self.passed.fetch_add(1, Ordering::Relaxed);
@@ -373,11 +391,9 @@ impl Rig<'_> {
     fn report(&self, recorded: &Recorded, case: &Case, error: &anyhow::Error) {
         let name = format!("power-cut-{}-{}-{}-{:x}", self.seed, recorded.number, case.cut, case.seed);
         let text = format!(
-            "engine = {}\nhistory = {}\nacked = {}\nsent = {}\nbefore acked = {}\nbefore sent = {}\ncut = {}\nseed = {}\nnames = {}\nspare = {}\nclose = {}\nerror = {error:#}\n",
+            "engine = {}\nhistory = {}\nbefore acked = {}\nbefore sent = {}\ncut = {}\nseed = {}\nnames = {}\nspare = {}\nclose = {}\nerror = {error:#}\n",
             self.ask.engine.value_name(),
             recorded.history.to_text(),
-            list(&case.bounds.acked),
-            list(&case.bounds.sent),
             list(&recorded.before.acked),
             list(&recorded.before.sent),
             case.cut,
@@ -417,7 +433,18 @@ impl Rig<'_> {
     }
 }
 
+/// The marks before the first event.
+fn marks_from(history: &History, before: &Bounds) -> Marks {
+    let mut marks = Marks::new(history, &before.acked);
+    marks.sent.clone_from(&before.sent);
+    marks
+}
+
 impl Recorded {
+    fn marks(&self) -> Marks {
+        marks_from(&self.history, &self.before)
+    }
+
     /// A recording from which the folder does not come out as it is has missed something.
     fn prove_complete(&self, root: &Path) -> anyhow::Result<()> {
         let mut disk = Disk::new(&self.initial)?;
@@ -444,6 +471,10 @@ fn timelines(history: &History) -> Vec<Timeline> {
     (0u16..).zip(&history.shards).map(|(shard, _)| Timeline::new(history.clone(), shard)).collect()
 }
 
+fn is_mark(event: &Event, what: &[u8]) -> bool {
+    matches!(event, Event::Mark { bytes } if bytes.starts_with(what))
+}
+
 fn note_marks(marks: &mut Marks, event: &Event) -> anyhow::Result<()> {
     if let Event::Mark { bytes } = event {
         for line in String::from_utf8_lossy(bytes).lines() {
@@ -455,19 +486,21 @@ fn note_marks(marks: &mut Marks, event: &Event) -> anyhow::Result<()> {
 
 fn open_image(
     engine: Engine,
-    history: &History,
     timelines: &mut [Timeline],
     case: &Case,
     folder: &Path,
-) -> anyhow::Result<Vec<u64>> {
+) -> anyhow::Result<Vec<Standing>> {
+    for timeline in &mut *timelines {
+        timeline.follow(&case.history);
+    }
     if folder.exists() {
         fs::remove_dir_all(folder)?;
     }
     fs::create_dir_all(folder)?;
     write_out(&case.image, folder)?;
-    let options = options(engine, Level::Power, history);
+    let options = options(engine, Level::Power, &case.history);
     let data = folder.join(DATA);
-    let whole = || check::whole(&data, &options, history, timelines, &case.bounds, case.close);
+    let whole = || check::whole(&data, &options, case.history.seed, timelines, &case.bounds, case.close);
     // A panic of the store is a finding, not the end of the rig.
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(whole)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
@@ -484,6 +517,37 @@ fn spare(events: &mut [Event], parts: &[String]) {
             *write_through |= parts.iter().any(|part| path.contains(part.as_str()));
         }
     }
+}
+
+/// One to three calls that fail, or a disk that is full for a while.
+fn faults(work: &Work, chance: &mut Chance) -> String {
+    const WHERE: &[(&str, &str)] = &[
+        ("sync", ".log"),
+        ("sync", ".log"),
+        ("write", ".log"),
+        ("create", ".log"),
+        ("sync", ".seg"),
+        ("write", ".seg"),
+        ("create", ".seg"),
+        ("sync", "manifest"),
+        ("rename", "manifest"),
+        ("sync", "shard-00"),
+        ("write", "/index/"),
+        ("sync", "/index/"),
+        ("write", "tip"),
+        ("unlink", "shard-00"),
+    ];
+    let mut rules = Vec::new();
+    for _ in 0..1 + chance.below(3) {
+        let (operation, path) = chance.pick(WHERE).copied().unwrap_or(("sync", ".log"));
+        let errno = if chance.percent(50) { "EIO" } else { "ENOSPC" };
+        rules.push(format!("fail op={operation} path={path} nth={} errno={errno}", 1 + chance.below(40)));
+    }
+    if chance.percent(30) {
+        let bytes = 20_000 + chance.below(400_000);
+        rules.push(format!("full bytes={bytes} until={}", work.full_while().display()));
+    }
+    rules.join(";")
 }
 
 /// Takes the syncs of folders out.
@@ -543,8 +607,15 @@ fn replay(ask: &PowerCut, finding: &Path) -> anyhow::Result<Outcome> {
     let mut events = recording::read(&finding.join("recording"))?;
     let spared: Vec<String> = field("spare")?.split_whitespace().map(str::to_owned).collect();
     spare(&mut events, &spared);
+    let before = Bounds {
+        acked: unlist(field("before acked")?)?,
+        sent: unlist(field("before sent")?)?,
+        void: vec![Vec::new(); history.shards.len()],
+    };
+    let mut marks = marks_from(&history, &before);
     for event in events.iter().take(cut) {
         disk.play(event)?;
+        note_marks(&mut marks, event)?;
     }
     let mut chance = Chance::of(&[seed]);
     let close = chance.percent(50);
@@ -567,13 +638,12 @@ fn replay(ask: &PowerCut, finding: &Path) -> anyhow::Result<Outcome> {
     for path in disk.now().keys().filter(|path| !image.contains_key(*path)) {
         say!(ask, "    {path}: missing");
     }
-    let bounds = Bounds { acked: unlist(field("acked")?)?, sent: unlist(field("sent")?)? };
-    let case = Case { image, bounds, cut, seed, close };
+    let case = Case { image, history: marks.history.clone(), bounds: marks.bounds(), cut, seed, close };
     let scratch = Scratch::new()?;
     let folder = scratch.path().join("image");
-    match open_image(engine, &history, &mut timelines(&history), &case, &folder) {
+    match open_image(engine, &mut timelines(&history), &case, &folder) {
         Ok(stands) => {
-            say!(ask, "held: the shards stand at {}", list(&stands));
+            say!(ask, "held: the shards stand at {}", list(&check::commits_of(&stands)));
             Ok(Outcome { passed: 1, failed: 0 })
         }
         Err(error) => {

@@ -47,6 +47,7 @@ pub fn run(ask: &Prove) -> anyhow::Result<Outcome> {
             durability,
             per_recording: 60,
             any_order: false,
+            faults: 0,
             spare: Vec::new(),
             jobs: 2,
             plant,

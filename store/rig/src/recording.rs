@@ -88,6 +88,7 @@ impl<'a> Fields<'a> {
             }
             10 => Event::SyncEnd { sync: self.number::<8>()? },
             11 => Event::Mark { bytes: self.bytes()? },
+            13 => Event::SyncFail { handle: self.handle()? },
             12 => Event::Unsupported { what: self.bytes()? },
             other => bail!("no such event: {other}"),
         })
@@ -107,6 +108,7 @@ mod tests {
             Event::SyncBegin { handle: 1, sync: 1, kind: SyncKind::Data },
             Event::Mark { bytes: b"ack 1".to_vec() },
             Event::SyncEnd { sync: 1 },
+            Event::SyncFail { handle: 1 },
             Event::Rename { from: b"a/b".to_vec(), to: b"a/c".to_vec() },
             Event::Link { from: b"a/c".to_vec(), to: b"a/d".to_vec() },
             Event::Unlink { path: b"a/c".to_vec() },

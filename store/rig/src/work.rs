@@ -1,9 +1,11 @@
 //! The work that is recorded, killed or left behind: a process of its own that opens a store and commits to it.
 //!
 //! What it does is told in marks, lines of one file: `opened SHARD COMMIT` (what stands there after opening is promised from
-//! then on), `sent SHARD COMMIT` before a commit, `ack SHARD COMMIT` after it.
+//! then on), `sent SHARD COMMIT` before a commit, `ack SHARD COMMIT` after it. Where calls are made to fail: `refused SHARD
+//! COMMIT`, and `turns SHARD TURNS`, because what is sent then is something else under the same number.
 
 use std::{
+    fmt::Display,
     fs::File,
     io::Write,
     path::{Path, PathBuf},
@@ -15,12 +17,12 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use clap::ValueEnum;
-use fulmar_store::{Durability, EngineKind, Limits, Store, StoreOptions};
+use fulmar_store::{Durability, EngineKind, Limits, ReadError, Store, StoreOptions};
 
 use crate::{
     chance::Chance,
-    check,
-    history::{CONVERSATIONS, History, Timeline, conversation, shard_id},
+    check::{self, Bounds, Judge},
+    history::{CONVERSATIONS, History, State, Timeline, Turns, conversation, shard_id},
 };
 
 /// Engines that keep their data on a disk.
@@ -89,6 +91,26 @@ pub struct Work {
     /// How often the store is opened
     #[arg(long)]
     pub runs: u32,
+    /// Calls fail: commits are tried again, with something else in them, and the store is opened again if need be
+    #[arg(long)]
+    pub faults: bool,
+}
+
+/// How often a commit is tried before the store is opened again.
+const REFUSALS_MAX: u32 = 30;
+
+/// How often a store is opened again.
+const FAILURES_MAX: u32 = 30;
+
+/// Time after a refusal.
+const AFTER_FAILURE: Duration = Duration::from_millis(15);
+
+impl Work {
+    /// The disk is full while this file is there.
+    #[must_use]
+    pub fn full_while(&self) -> PathBuf {
+        self.marks.with_file_name("full")
+    }
 }
 
 /// How the store of a history is opened: small figures, so that it settles and tidies up all the time.
@@ -115,45 +137,85 @@ pub fn options(engine: Engine, durability: Level, history: &History) -> StoreOpt
 /// # Errors
 /// When the store does not take it.
 pub fn work(work: &Work) -> anyhow::Result<()> {
-    let history = History::parse(&work.history)?;
+    let mut history = History::parse(&work.history)?;
     let options = options(work.engine, work.durability, &history);
     let marks =
         File::options().append(true).create(true).open(&work.marks).context("can't open the marks")?;
-    for run in 0..work.runs {
-        let store = check::open(&work.folder, &options)?;
+    // What was refused and not yet replaced, by shard: an opening may find it all the same.
+    let mut void = vec![Vec::new(); history.shards.len()];
+    let mut runs = 0;
+    let mut failed = 0;
+    while runs < work.runs {
+        let store = match check::open(&work.folder, &options) {
+            Ok(store) => store,
+            Err(_) if work.faults && failed < FAILURES_MAX => {
+                failed += 1;
+                if failed == 3 {
+                    // Somebody has made room.
+                    let _ = std::fs::remove_file(work.full_while());
+                }
+                std::thread::park_timeout(AFTER_FAILURE);
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
         let done = AtomicBool::new(false);
-        std::thread::scope(|scope| {
+        let shards = std::thread::scope(|scope| {
             let readers: Vec<_> = (0u16..store.shards())
                 .map(|shard| {
                     let (store, done) = (&store, &done);
-                    scope.spawn(move || read_along(store, shard, done))
+                    scope.spawn(move || read_along(store, shard, work.faults, done))
                 })
                 .collect();
-            let threads: Vec<_> = (0u16..store.shards())
-                .map(|shard| {
-                    let (store, history) = (&store, &history);
+            let workers: Vec<_> = (0u16..store.shards())
+                .zip(&void)
+                .map(|(shard, void)| {
+                    let (store, history) = (&store, history.clone());
                     let marks = marks.try_clone();
-                    scope.spawn(move || work_on(store, shard, history, work.commits, marks?))
+                    scope.spawn(move || {
+                        let at_work =
+                            Worker { store, shard, history, void: void.clone(), marks: marks?, work };
+                        at_work.run()
+                    })
                 })
                 .collect();
-            let joined = |thread: ScopedJoinHandle<'_, anyhow::Result<()>>| match thread.join() {
-                Ok(result) => result,
-                Err(_) => bail!("a thread panicked"),
-            };
-            let worked: Vec<_> = threads.into_iter().map(joined).collect();
+            let worked: Vec<_> = workers.into_iter().map(joined).collect();
             done.store(true, Ordering::Relaxed);
-            let read: Vec<_> = readers.into_iter().map(joined).collect();
-            worked.into_iter().chain(read).collect::<anyhow::Result<()>>()
+            let read = readers.into_iter().map(joined).collect::<anyhow::Result<Vec<()>>>();
+            let worked = worked.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
+            read.map(|_| worked)
         })?;
-        if Chance::of(&[history.seed, u64::from(run), 78]).percent(50) {
-            store.close()?;
+        let mut is_done = true;
+        for ((shard, left), void) in (0u16..).zip(shards).zip(&mut void) {
+            history = history.with(shard, &left.turns);
+            *void = left.void;
+            is_done &= left.is_done;
+        }
+        if is_done {
+            runs += 1;
+        } else {
+            failed += 1;
+            ensure!(failed < FAILURES_MAX, "the store does not recover");
+        }
+        if Chance::of(&[history.seed, u64::from(runs), 78]).percent(50)
+            && let Err(error) = store.close()
+            && !work.faults
+        {
+            return Err(error.into());
         }
     }
     Ok(())
 }
 
+fn joined<T>(thread: ScopedJoinHandle<'_, anyhow::Result<T>>) -> anyhow::Result<T> {
+    match thread.join() {
+        Ok(result) => result,
+        Err(_) => bail!("a thread panicked"),
+    }
+}
+
 /// Reads while others commit and the store tidies up: nothing may be refused, missing, or out of order.
-fn read_along(store: &Store, shard: u16, done: &AtomicBool) -> anyhow::Result<()> {
+fn read_along(store: &Store, shard: u16, faults: bool, done: &AtomicBool) -> anyhow::Result<()> {
     let reader = store.reader(shard_id(shard))?;
     let all = Limits { records: usize::MAX, bytes: usize::MAX };
     for round in 0u64.. {
@@ -163,11 +225,21 @@ fn read_along(store: &Store, shard: u16, done: &AtomicBool) -> anyhow::Result<()
         // The work is what is recorded; readers take what is left of the machine.
         std::thread::park_timeout(Duration::from_micros(300));
         let id = conversation(shard, 1 + round % CONVERSATIONS);
-        let Some(before) = reader.head(id)? else { continue };
+        let look = || {
+            let Some(before) = reader.head(id)? else { return Ok(None) };
+            let records = reader.records(id, before.low.saturating_add(1), before.seq, all)?;
+            Ok(Some((before, records, reader.head(id)?)))
+        };
+        let (before, records, after) = match look() {
+            Ok(Some(looked)) => looked,
+            Ok(None) => continue,
+            // An engine whose calls fail may refuse; what is damaged is nobody's call.
+            Err(ReadError::Engine { .. }) if faults => continue,
+            Err(error) => return Err(error.into()),
+        };
+        let after = after.context("a head that was there is gone")?;
         let from = before.low.saturating_add(1);
-        let records = reader.records(id, from, before.seq, all)?;
-        let after = reader.head(id)?.context("a head that was there is gone")?;
-        let first = records.first().map_or(before.seq.saturating_add(1), |record| record.seq);
+        let first = records.first().map_or_else(|| before.seq.saturating_add(1), |record| record.seq);
         let last = records.last().map_or(before.seq, |record| record.seq);
         ensure!(
             first <= from.max(after.low.saturating_add(1)) && last == before.seq,
@@ -180,28 +252,102 @@ fn read_along(store: &Store, shard: u16, done: &AtomicBool) -> anyhow::Result<()
     Ok(())
 }
 
-fn work_on(
-    store: &Store,
+/// Commits on one shard.
+struct Worker<'a> {
+    store: &'a Store,
     shard: u16,
-    history: &History,
-    commits: u64,
-    mut marks: File,
-) -> anyhow::Result<()> {
-    // One write for each mark: it is whole or not there.
-    let mut mark = |what: &str, commit: u64| marks.write_all(format!("{what} {shard} {commit}\n").as_bytes());
-    let reader = store.reader(shard_id(shard))?;
-    let stands = check::commits(&reader, shard)?;
-    mark("opened", stands)?;
-    let (mut writer, _) = store.shard(shard_id(shard))?;
-    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
-    let mut state = Timeline::new(history.clone(), shard).at(stands);
-    for _ in 0..commits {
-        let batch = history.advance(&mut state);
-        mark("sent", state.commits)?;
-        runtime.block_on(writer.commit(&batch))?;
-        mark("ack", state.commits)?;
+    history: History,
+    void: Vec<Turns>,
+    marks: File,
+    work: &'a Work,
+}
+
+/// What a worker leaves.
+struct Left {
+    turns: Turns,
+    void: Vec<Turns>,
+    /// All commits were made.
+    is_done: bool,
+}
+
+impl Worker<'_> {
+    fn mark(&mut self, what: &str, value: impl Display) -> anyhow::Result<()> {
+        // One write for each mark: it is whole or not there.
+        Ok(self.marks.write_all(format!("{what} {} {value}\n", self.shard).as_bytes())?)
     }
-    Ok(())
+
+    /// The commit after `commits` was refused, or the process begins: what follows is of a new turn.
+    fn turn(&mut self, commits: u64) -> anyhow::Result<()> {
+        self.history.turned(self.shard, commits);
+        self.mark("turns", self.turns()?.to_text())
+    }
+
+    fn turns(&self) -> anyhow::Result<Turns> {
+        self.history.shards.get(usize::from(self.shard)).cloned().context("a shard without turns")
+    }
+
+    fn left(self, is_done: bool) -> anyhow::Result<Left> {
+        Ok(Left { turns: self.turns()?, void: self.void, is_done })
+    }
+
+    fn run(mut self) -> anyhow::Result<Left> {
+        let reader = self.store.reader(shard_id(self.shard))?;
+        let stands = check::commits(&reader, self.shard)?;
+        let mut timeline = Timeline::new(self.history.clone(), self.shard);
+        let mut state = timeline.at(stands);
+        if !self.void.is_empty() {
+            // An opening after a refusal: which of the batches is it, if any?
+            let void = std::mem::take(&mut self.void);
+            let is = |state: &State| Judge::strict().compare_shard(&reader, state).is_ok();
+            if !is(&state) {
+                let found = void.into_iter().find(|turns| is(&timeline.at_in(stands, turns)));
+                let turns = found.context("the store holds what was never sent")?;
+                state = timeline.at_in(stands, &turns);
+                self.history = self.history.with(self.shard, &turns);
+            }
+            self.mark("turns", self.turns()?.to_text())?;
+            self.mark("opened", stands)?;
+            self.turn(stands)?;
+        } else {
+            self.mark("opened", stands)?;
+        }
+        let mut writer = match self.store.shard(shard_id(self.shard)) {
+            Ok((writer, _)) => writer,
+            Err(_) if self.work.faults => return self.left(false),
+            Err(error) => return Err(error.into()),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+        let mut refused = 0;
+        while state.commits < stands + self.work.commits {
+            let before = self.work.faults.then(|| state.clone());
+            let batch = self.history.advance(&mut state);
+            self.mark("sent", state.commits)?;
+            match (runtime.block_on(writer.commit(&batch)), before) {
+                (Ok(_), _) => {
+                    self.mark("ack", state.commits)?;
+                    self.void.clear();
+                    refused = 0;
+                }
+                (Err(error), None) => return Err(error.into()),
+                (Err(_), Some(before)) => {
+                    self.mark("refused", state.commits)?;
+                    self.void.push(self.turns()?);
+                    self.turn(before.commits)?;
+                    state = before;
+                    refused += 1;
+                    if refused == 3 {
+                        // Somebody has made room.
+                        let _ = std::fs::remove_file(self.work.full_while());
+                    }
+                    if refused == REFUSALS_MAX {
+                        return self.left(false);
+                    }
+                    std::thread::park_timeout(AFTER_FAILURE);
+                }
+            }
+        }
+        self.left(true)
+    }
 }
 
 /// How the process is started.
@@ -246,6 +392,7 @@ impl Starter {
             .args(["--durability", &level(&work.durability)])
             .args(["--commits", &work.commits.to_string()])
             .args(["--runs", &work.runs.to_string()])
+            .args(work.faults.then_some("--faults"))
             .env("LD_PRELOAD", &self.preload)
             .env("FULMAR_FAULTDISK_ROOT", root)
             .env("FULMAR_FAULTDISK_MARKS", &work.marks);
@@ -266,42 +413,78 @@ impl<T: ValueEnum> ValueName for T {
 }
 
 /// What the marks say.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Marks {
     /// By shard, the last commit that is promised.
     pub acked: Vec<u64>,
     /// By shard, the last commit that was sent.
     pub sent: Vec<u64>,
+    /// What was sent, as it stands now.
+    pub history: History,
+    /// By shard, under which turns the commit after the last promised one was refused.
+    pub void: Vec<Vec<Turns>>,
 }
 
 impl Marks {
+    /// Shards of which so much is promised, and nothing else was sent.
+    #[must_use]
+    pub fn new(history: &History, commits: &[u64]) -> Self {
+        Self {
+            acked: commits.to_vec(),
+            sent: commits.to_vec(),
+            history: history.clone(),
+            void: vec![Vec::new(); commits.len()],
+        }
+    }
+
+    /// What a store must hold.
+    #[must_use]
+    pub fn bounds(&self) -> Bounds {
+        Bounds { acked: self.acked.clone(), sent: self.sent.clone(), void: self.void.clone() }
+    }
+
     /// Takes note of a mark.
     ///
     /// # Errors
     /// When it makes no sense.
     pub fn note(&mut self, line: &str) -> anyhow::Result<()> {
-        let mut words = line.split_whitespace();
-        let what = words.next().unwrap_or_default();
-        let mut number = || words.next().and_then(|word| word.parse::<u64>().ok());
-        let (Some(shard), Some(commit)) = (number(), number()) else {
-            bail!("a mark without numbers: {line}")
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let (what, shard, value) = match words.as_slice() {
+            [what, shard, value] => (*what, shard.parse::<usize>()?, *value),
+            _ => bail!("a mark is three words: {line}"),
         };
-        let shard = usize::try_from(shard)?;
-        let raise = |all: &mut Vec<u64>, to: u64| match all.get_mut(shard) {
-            Some(at) => {
-                *at = to.max(*at);
-                Ok(())
-            }
-            None => bail!("a mark of a shard that is not there: {line}"),
-        };
+        let unknown = || anyhow::anyhow!("a mark of a shard that is not there: {line}");
+        let acked = self.acked.get_mut(shard).with_context(unknown)?;
+        let sent = self.sent.get_mut(shard).with_context(unknown)?;
+        let void = self.void.get_mut(shard).with_context(unknown)?;
+        let turns = self.history.shards.get_mut(shard).with_context(unknown)?;
         match what {
-            "sent" => raise(&mut self.sent, commit),
-            "ack" => raise(&mut self.acked, commit),
-            "opened" => {
-                raise(&mut self.acked, commit)?;
-                raise(&mut self.sent, commit)
+            "sent" => *sent = value.parse()?,
+            "ack" => {
+                *acked = value.parse()?;
+                void.clear();
             }
+            "opened" => {
+                let stands = value.parse()?;
+                ensure!(
+                    (*acked..=*sent).contains(&stands),
+                    "shard {shard} was opened by the process at work and stood at commit {stands}, \
+                     but {acked} was acknowledged and {sent} were sent"
+                );
+                (*acked, *sent) = (stands, stands);
+                void.clear();
+            }
+            // What was refused may be there all the same; it is not sent again, another batch is.
+            "refused" => {
+                ensure!(
+                    value.parse() == Ok(*acked + 1),
+                    "not the commit after the last one was refused: {line}"
+                );
+                void.push(turns.clone());
+            }
+            "turns" => *turns = Turns::parse(value)?,
             _ => bail!("no such mark: {line}"),
         }
+        Ok(())
     }
 }
