@@ -185,9 +185,18 @@ fn write_marker(folder: &Path, marker: &Marker) -> Result<(), OpenError> {
 
 fn render(marker: &Marker) -> String {
     let Marker { format, shards, engine, created } = marker;
-    format!(
+    checked(format!(
         "fulmar data folder\nformat = {format}\nshards = {shards}\nengine = {engine}\ncreated = {created}\n"
-    )
+    ))
+}
+
+/// The start of the last line: the checksum of all before it. A wrong shard count would place names elsewhere, unnoticed.
+const CHECK: &str = "check = ";
+
+fn checked(mut lines: String) -> String {
+    let check = crc32c::crc32c(lines.as_bytes());
+    lines.push_str(&format!("{CHECK}{check:08x}\n"));
+    lines
 }
 
 fn parse(folder: &Path, text: &str) -> Result<Marker, OpenError> {
@@ -216,6 +225,12 @@ fn parse(folder: &Path, text: &str) -> Result<Marker, OpenError> {
     if found == 0 {
         return Err(bad("format 0 never was"));
     }
+    // Format 1 had no checksum.
+    match text.rsplit_once(CHECK) {
+        Some((lines, _)) if found > 1 && checked(lines.to_owned()) == text => {}
+        None if found == 1 => {}
+        Some(_) | None => return Err(bad("its checksum is wrong")),
+    }
     let shards = number("shards")?;
     if shards == 0 || shards > SHARDS_MAX {
         return Err(bad("the shard count is out of range"));
@@ -240,7 +255,10 @@ mod tests {
     #[test]
     fn the_marker_is_pinned_and_comes_back() {
         let marker = Marker { format: 2, shards: 4, engine: "sled".to_owned(), created: 1_700_000_000_000 };
-        let text = "fulmar data folder\nformat = 2\nshards = 4\nengine = sled\ncreated = 1700000000000\n";
+        let text = concat!(
+            "fulmar data folder\nformat = 2\nshards = 4\nengine = sled\ncreated = 1700000000000\n",
+            "check = 401ba810\n"
+        );
         assert_eq!(render(&marker), text);
         assert_eq!(parse(Path::new("x"), text).unwrap(), marker);
     }
@@ -250,7 +268,8 @@ mod tests {
         let folder = Path::new("x");
         let with = |from: &str, to: &str| {
             let text = render(&Marker { format: 2, shards: 4, engine: "sled".to_owned(), created: 1 });
-            parse(folder, &text.replace(from, to)).unwrap_err()
+            let (lines, _) = text.rsplit_once(CHECK).unwrap();
+            parse(folder, &checked(lines.replace(from, to))).unwrap_err()
         };
         assert!(matches!(with("format = 2", "format = 3"), OpenError::Newer { found: 3, known: 2, .. }));
         assert!(matches!(with("format = 2", "format = 0"), OpenError::Marker { .. }));
@@ -258,6 +277,19 @@ mod tests {
         assert!(matches!(with("shards = 4", "shards = 0"), OpenError::Marker { .. }));
         assert!(matches!(with("shards = 4", ""), OpenError::Marker { .. }));
         assert!(matches!(with("fulmar", "other"), OpenError::NotOurs { .. }));
+    }
+
+    #[test]
+    fn every_damaged_byte_of_the_marker_is_noticed() {
+        let text = render(&Marker { format: 2, shards: 4, engine: "sled".to_owned(), created: 1 });
+        for at in 0..text.len() {
+            for bit in 0..7 {
+                let mut bytes = text.clone().into_bytes();
+                bytes[at] ^= 1 << bit;
+                let Ok(damaged) = String::from_utf8(bytes) else { continue };
+                assert!(parse(Path::new("x"), &damaged).is_err(), "{damaged:?}");
+            }
+        }
     }
 
     #[test]

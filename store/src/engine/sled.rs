@@ -3,6 +3,7 @@
 //! - Single inserts only: batches and transactions take a lock over every database of the process.
 //! - The barrier is `flush()` and then `fdatasync` on a descriptor of our own: sled's `flush` ends in `sync_file_range`,
 //!   which does not reach the disk's cache and does not write the file's size. `flush_async` is never used (it deadlocks).
+//! - `conf` is synced after opening: sled never does, and opens nothing without it.
 //! - `snap.*.generating`, left by a process that was killed while it opened the database, is removed before opening.
 //! - A panic inside sled (it asserts on damaged files) becomes an error of the call that met it.
 //! - sled's flusher stays on: its garbage collector runs nowhere else.
@@ -57,6 +58,13 @@ impl Sled {
         let file = File::options().read(true).write(true).open(path.join("db"))?;
         let engine = Self { tables, file, database };
         engine.barrier()?;
+        // What sled wrote once and never syncs: without `conf` nothing opens the database again.
+        for entry in std::fs::read_dir(path)? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                File::open(entry.path())?.sync_all()?;
+            }
+        }
         for folder in [Some(path), path.parent()].into_iter().flatten() {
             File::open(folder)?.sync_all()?;
         }
