@@ -90,6 +90,12 @@ pub enum OpenError {
         /// The engine's words.
         reason: String,
     },
+    /// The cold tier can't be used at all.
+    #[error("the cold tier: {reason}")]
+    Cold {
+        /// Why not.
+        reason: String,
+    },
     /// A shard's own files could not be read or written.
     #[error("shard {shard}: {reason}; see to the disk, then start again")]
     Log {

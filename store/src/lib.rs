@@ -32,6 +32,7 @@
 //! Not here: who may do what, sequence numbers (the gateway gives them, this crate checks them), the wire.
 
 mod codec;
+mod cold;
 mod commit;
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "payloads made of small numbers")]
@@ -54,6 +55,7 @@ mod store;
 mod writer;
 
 pub use codec::Malformed;
+pub use cold::ColdOptions;
 pub use commit::{ChainHash, Commit, CommitId};
 pub use error::{CommitError, OpenError, ReadError};
 pub use format::FORMAT_VERSION;

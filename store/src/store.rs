@@ -18,6 +18,7 @@ use fulmar_protocol::{
 use tokio::sync::oneshot;
 
 use crate::{
+    cold::{self, ColdOptions},
     commit::Commit,
     engine::{Engine, fjall::Fjall, memory::Memory, sled::Sled},
     error::{CommitError, OpenError, ReadError},
@@ -32,7 +33,7 @@ use crate::{
 };
 
 /// The engine's folder in a shard's.
-const INDEX: &str = "index";
+pub(crate) const INDEX: &str = "index";
 
 /// Shards opened at the same time.
 const OPEN_AT_ONCE: usize = 4;
@@ -106,6 +107,9 @@ pub struct StoreOptions {
     pub background_bytes_per_second: u64,
     /// Free bytes of the file system below which commits are refused as [`CommitError::Full`].
     pub reserve_bytes: u64,
+    /// Where old records go; `None`: they stay. A folder that has records there can be opened without, and then refuses to
+    /// read them.
+    pub cold: Option<ColdOptions>,
 }
 
 impl Default for StoreOptions {
@@ -122,6 +126,7 @@ impl Default for StoreOptions {
             segment_bytes_max: 1 << 30,
             background_bytes_per_second: 64 << 20,
             reserve_bytes: 64 << 20,
+            cold: None,
         }
     }
 }
@@ -173,6 +178,9 @@ impl Store {
         }
         match options.engine {
             EngineKind::Memory => {
+                if options.cold.is_some() {
+                    return Err(OpenError::Options("a store in memory has no cold tier"));
+                }
                 let shards = shard_ids(options.shards)
                     .map(|id| {
                         let files = Arc::new(MemoryFiles::default());
@@ -186,7 +194,16 @@ impl Store {
                 if folder.marker.format < FORMAT_VERSION {
                     return Err(OpenError::Older { path: path.to_owned(), found: folder.marker.format });
                 }
-                let shards = open_shards(&folder, options)?;
+                let mut options = options.clone();
+                if let Some(cold) = &mut options.cold {
+                    let name = cold::identity::of(path).map_err(|source| OpenError::Io {
+                        doing: "can't name the cold tier in",
+                        path: path.to_owned(),
+                        source,
+                    })?;
+                    cold.connect(name)?;
+                }
+                let shards = open_shards(&folder, &options)?;
                 folder.sync()?;
                 Ok(Self { inner: Arc::new(Inner { shards }) })
             }

@@ -4,7 +4,7 @@
 
 use fulmar_protocol::id::{ConversationId, Seq, ShardId, UnixMillis};
 
-use super::{ROW_BYTES_MAX, RUN_BYTES_MAX, Run, Summary};
+use super::{FRAME_COMPRESSED_MAX, ROW_BYTES_MAX, RUN_BYTES_MAX, Run, Summary};
 use crate::{
     codec::{Cursor, Malformed, put_varint},
     record::RECORD_BYTES_MIN,
@@ -14,8 +14,21 @@ const HEADER_MAGIC: [u8; 4] = *b"FLMS";
 const FOOTER_MAGIC: [u8; 4] = *b"FLME";
 const VERSION: u8 = 1;
 
-/// Runs' bytes are records as they are. Other numbers are kept for compressed ones.
-const CODEC_PLAIN: u8 = 0;
+/// Where a segment's runs are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Codec {
+    /// In the file, before each index block: records as they are.
+    Plain = 0,
+    /// In the cold tier, cut into frames and compressed with zstd; the file has the rest.
+    Cold = 1,
+}
+
+impl Codec {
+    fn from_number(number: u8) -> Option<Self> {
+        [Self::Plain, Self::Cold].into_iter().find(|codec| *codec as u8 == number)
+    }
+}
 
 pub(super) const HEADER_BYTES: usize = 64;
 pub(super) const FOOTER_BYTES: usize = 128;
@@ -36,9 +49,13 @@ pub(super) const ROW_ENTRY_OVERHEAD_MAX: usize = 1 + 4 + 4;
 /// Bytes of an entry of the directory, every number at its widest.
 pub(super) const DIRECTORY_ENTRY_BYTES_MAX: usize = 10 + 3;
 
+/// Bytes of a frame's entry, its length at its widest.
+pub(super) const FRAME_ENTRY_BYTES_MAX: usize = 3 + 4;
+
 const _: () = {
     assert!(RUN_BYTES_MAX < 1 << 21, "a run's length and count are varints of at most three bytes");
     assert!(ROW_BYTES_MAX < (1 << 28) - 1, "a row's lengths are varints of at most four bytes");
+    assert!(FRAME_COMPRESSED_MAX < 1 << 21, "a frame's length is a varint of at most three bytes");
     assert!(BLOCK_BYTES < 1 << 21, "a block's length is a varint of at most three bytes");
 };
 
@@ -49,6 +66,7 @@ pub(super) enum Kind {
     Index = 1,
     Rows = 2,
     Directory = 3,
+    Frames = 4,
 }
 
 impl Kind {
@@ -57,23 +75,24 @@ impl Kind {
             Self::Index => "segment index block",
             Self::Rows => "segment row block",
             Self::Directory => "segment directory block",
+            Self::Frames => "segment frame block",
         })
     }
 
     /// Bytes of a body at most.
     pub(super) const fn body_bytes_max(self) -> usize {
         match self {
-            Self::Index | Self::Directory => BODY_BYTES,
+            Self::Index | Self::Directory | Self::Frames => BODY_BYTES,
             Self::Rows => ROW_BYTES_MAX + ROW_ENTRY_OVERHEAD_MAX,
         }
     }
 }
 
 /// The header, and the seed of all checksums after it.
-pub(super) fn header(shard: ShardId, id: u64) -> (Vec<u8>, u32) {
+pub(super) fn header(shard: ShardId, id: u64, codec: Codec) -> (Vec<u8>, u32) {
     let mut out = Vec::with_capacity(HEADER_BYTES);
     out.extend_from_slice(&HEADER_MAGIC);
-    out.extend_from_slice(&[VERSION, CODEC_PLAIN]);
+    out.extend_from_slice(&[VERSION, codec as u8]);
     out.extend_from_slice(&shard.get().to_be_bytes());
     out.extend_from_slice(&id.to_be_bytes());
     out.resize(HEADER_BYTES - 4, 0);
@@ -82,11 +101,13 @@ pub(super) fn header(shard: ShardId, id: u64) -> (Vec<u8>, u32) {
     (out, seed)
 }
 
-/// Checks the header of the segment `id` of `shard`. Returns the seed of all checksums after it.
-pub(super) fn check_header(bytes: &[u8], shard: ShardId, id: u64) -> Result<u32, Malformed> {
-    let (expected, seed) = header(shard, id);
-    if bytes == expected {
-        return Ok(seed);
+/// Checks the header of the segment `id` of `shard`. Returns where its runs are, and the seed of all checksums after it.
+pub(super) fn check_header(bytes: &[u8], shard: ShardId, id: u64) -> Result<(Codec, u32), Malformed> {
+    for codec in [Codec::Plain, Codec::Cold] {
+        let (expected, seed) = header(shard, id, codec);
+        if bytes == expected {
+            return Ok((codec, seed));
+        }
     }
     // It is refused; what follows only finds the best word for it.
     let mut at = Cursor::new(bytes);
@@ -96,7 +117,7 @@ pub(super) fn check_header(bytes: &[u8], shard: ShardId, id: u64) -> Result<u32,
     if at.u8("segment version")? != VERSION {
         return Err(Malformed("segment version"));
     }
-    if at.u8("segment codec")? != CODEC_PLAIN {
+    if Codec::from_number(at.u8("segment codec")?).is_none() {
         return Err(Malformed("segment codec"));
     }
     if at.array("segment shard")? != shard.get().to_be_bytes() {
@@ -112,8 +133,13 @@ pub(super) fn check_header(bytes: &[u8], shard: ShardId, id: u64) -> Result<u32,
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Footer {
     pub(super) summary: Summary,
+    pub(super) codec: Codec,
     pub(super) rows_at: u64,
     pub(super) directory_at: u64,
+    /// Where the table of frames begins; zero in a plain segment.
+    pub(super) frames_at: u64,
+    /// Bytes of all frames, compressed; zero in a plain segment.
+    pub(super) frames_bytes: u64,
 }
 
 impl Footer {
@@ -121,7 +147,7 @@ impl Footer {
         let summary = &self.summary;
         let mut out = Vec::with_capacity(FOOTER_BYTES);
         out.extend_from_slice(&FOOTER_MAGIC);
-        out.extend_from_slice(&[VERSION, CODEC_PLAIN]);
+        out.extend_from_slice(&[VERSION, self.codec as u8]);
         out.extend_from_slice(&summary.shard.get().to_be_bytes());
         for number in [
             summary.id,
@@ -136,6 +162,8 @@ impl Footer {
             summary.bytes,
             self.rows_at,
             self.directory_at,
+            self.frames_at,
+            self.frames_bytes,
         ] {
             out.extend_from_slice(&number.to_be_bytes());
         }
@@ -148,7 +176,7 @@ impl Footer {
     /// Reads the footer of the segment `id` of `shard`, which has `length` bytes in all.
     pub(super) fn decode(
         bytes: &[u8],
-        seed: u32,
+        (codec, seed): (Codec, u32),
         shard: ShardId,
         id: u64,
         length: u64,
@@ -160,7 +188,7 @@ impl Footer {
         if magic != FOOTER_MAGIC {
             return Err(Malformed("segment footer: the end is missing"));
         }
-        if at.array(what)? != [VERSION, CODEC_PLAIN] || at.array(what)? != shard.get().to_be_bytes() {
+        if at.array(what)? != [VERSION, codec as u8] || at.array(what)? != shard.get().to_be_bytes() {
             return Err(Malformed(what));
         }
         let mut number = || -> Result<u64, Malformed> { Ok(u64::from_be_bytes(at.array(what)?)) };
@@ -168,7 +196,8 @@ impl Footer {
         let (runs, rows, records, run_bytes) = (number()?, number()?, number()?, number()?);
         let (oldest, newest, bytes_in_all) = (number()?, number()?, number()?);
         let (rows_at, directory_at) = (number()?, number()?);
-        let zero: [u8; 20] = at.array(what)?;
+        let (frames_at, frames_bytes) = (number()?, number()?);
+        let zero: [u8; 4] = at.array(what)?;
         let crc = u32::from_be_bytes(at.array(what)?);
         if crc != crc32c::crc32c_append(seed, covered) {
             return Err(Malformed("segment footer checksum"));
@@ -178,14 +207,22 @@ impl Footer {
         if bytes_in_all != length {
             return Err(Malformed("segment length"));
         }
-        let parts_fit = HEADER_BYTES as u64 <= rows_at
-            && rows_at <= directory_at
-            && directory_at <= length.saturating_sub(FOOTER_BYTES as u64);
-        let counts_fit = run_bytes <= rows_at.saturating_sub(HEADER_BYTES as u64)
+        let footer_at = length.saturating_sub(FOOTER_BYTES as u64);
+        let runs_fit = match codec {
+            Codec::Plain => {
+                frames_at == 0
+                    && frames_bytes == 0
+                    && directory_at <= footer_at
+                    && run_bytes <= rows_at.saturating_sub(HEADER_BYTES as u64)
+            }
+            Codec::Cold => directory_at <= frames_at && frames_at <= footer_at,
+        };
+        let parts_fit = HEADER_BYTES as u64 <= rows_at && rows_at <= directory_at;
+        let counts_fit = runs_fit
             && runs <= records
             && records <= run_bytes / RECORD_BYTES_MIN as u64
             && rows <= directory_at.saturating_sub(rows_at);
-        if found != id || zero != [0; 20] || first_commit > last_commit || !parts_fit || !counts_fit {
+        if found != id || zero != [0; 4] || first_commit > last_commit || !parts_fit || !counts_fit {
             return Err(Malformed(what));
         }
         let summary = Summary {
@@ -201,7 +238,7 @@ impl Footer {
             newest,
             oldest,
         };
-        Ok(Self { summary, rows_at, directory_at })
+        Ok(Self { summary, codec, rows_at, directory_at, frames_at, frames_bytes })
     }
 }
 
@@ -338,4 +375,29 @@ pub(super) fn take_group(at: &mut Cursor<'_>) -> Result<Group, Malformed> {
     let run_bytes = at.varint(what)?;
     let block_bytes = u32::try_from(at.varint(what)?).map_err(|_| Malformed(what))?;
     Ok(Group { run_bytes, block_bytes })
+}
+
+/// A frame as the table has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Frame {
+    /// Bytes, compressed.
+    pub(super) bytes: u32,
+    /// crc32c of them, continued from the seed.
+    pub(super) crc: u32,
+}
+
+/// Appends a frame's entry.
+pub(super) fn put_frame(out: &mut Vec<u8>, frame: Frame) {
+    put_varint(out, u64::from(frame.bytes));
+    out.extend_from_slice(&frame.crc.to_be_bytes());
+}
+
+/// Reads a frame's entry.
+pub(super) fn take_frame(at: &mut Cursor<'_>) -> Result<Frame, Malformed> {
+    let what = "segment frames: entry";
+    let bytes = u32::try_from(at.varint(what)?).map_err(|_| Malformed(what))?;
+    if bytes == 0 || bytes as usize > FRAME_COMPRESSED_MAX {
+        return Err(Malformed(what));
+    }
+    Ok(Frame { bytes, crc: u32::from_be_bytes(at.array(what)?) })
 }

@@ -16,6 +16,8 @@
 //! header 64 │ runs │ index block │ runs │ index block │ … │ row blocks │ directory blocks │ footer 128
 //! ```
 //!
+//! The runs of a *cold* segment lie elsewhere, cut into compressed frames ([`frames`]); its file has everything else.
+//!
 //! Not here: which segments make up a shard (the manifest), when they are merged, where readers find a run (the engine's table).
 
 use std::{io, ops::RangeInclusive};
@@ -27,6 +29,7 @@ use crate::{
     record::{RECORD_HEADER_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX},
 };
 
+mod frames;
 mod layout;
 mod merge;
 mod reader;
@@ -36,6 +39,7 @@ mod verify;
 mod writer;
 
 pub(crate) use self::{
+    frames::{FRAME_BYTES, FRAME_COMPRESSED_MAX, FrameWriter, Frames},
     merge::{Change, Changes, Merge, MergeError, Step, changes},
     reader::{Records, Row, Rows, Runs, Segment, records},
     verify::{Progress, Verifier},

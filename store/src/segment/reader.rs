@@ -13,8 +13,10 @@ use bytes::Bytes;
 use fulmar_protocol::id::{Seq, ShardId, UnixMillis};
 
 use super::{
-    Run, SegmentError, Summary,
-    layout::{self, BLOCK_BYTES, BLOCK_HEADER_BYTES, BlockHeader, FOOTER_BYTES, Footer, HEADER_BYTES, Kind},
+    FRAME_BYTES, Frames, Run, SegmentError, Summary, frames,
+    layout::{
+        self, BLOCK_BYTES, BLOCK_HEADER_BYTES, BlockHeader, Codec, FOOTER_BYTES, Footer, HEADER_BYTES, Kind,
+    },
     name,
 };
 use crate::{
@@ -29,6 +31,8 @@ pub(crate) struct Segment {
     file: Arc<dyn ReadAt>,
     footer: Footer,
     seed: u32,
+    /// Where the frames of a cold segment are read.
+    frames: Option<Arc<dyn Frames>>,
 }
 
 impl Segment {
@@ -39,14 +43,32 @@ impl Segment {
     pub(crate) fn open(files: &dyn Files, shard: ShardId, id: u64) -> Result<Self, SegmentError> {
         let file = files.open(&name(id))?;
         let (footer, seed) = read_ends(file.as_ref(), shard, id)?;
-        Ok(Self { file, footer, seed })
+        Ok(Self { file, footer, seed, frames: None })
+    }
+
+    /// Says where the frames of a cold segment are read. Without it everything but its runs can be read.
+    pub(crate) fn with_frames(self, frames: Arc<dyn Frames>) -> Self {
+        Self { frames: Some(frames), ..self }
+    }
+
+    /// Its runs lie in the cold tier.
+    pub(crate) fn is_cold(&self) -> bool {
+        self.footer.codec == Codec::Cold
+    }
+
+    /// Bytes its runs take in the cold tier.
+    pub(crate) fn frames_bytes(&self) -> u64 {
+        self.footer.frames_bytes
     }
 
     /// Reads header and footer again; they must say what they said.
     pub(super) fn check_ends(&self) -> Result<(), SegmentError> {
         let said = &self.footer.summary;
         let ends = read_ends(self.file.as_ref(), said.shard, said.id)?;
-        if ends == (self.footer, self.seed) { Ok(()) } else { Err(Malformed("segment footer").into()) }
+        if ends != (self.footer, self.seed) {
+            return Err(Malformed("segment footer").into());
+        }
+        self.check_frames()
     }
 
     pub(crate) fn summary(&self) -> &Summary {
@@ -58,6 +80,9 @@ impl Segment {
     /// # Errors
     /// They can't be read, or are not those whose checksum `run` has.
     pub(crate) fn run(&self, run: &Run) -> Result<Bytes, SegmentError> {
+        if self.is_cold() {
+            return self.cold_run(run);
+        }
         let end = run.offset.checked_add(u64::from(run.bytes)).ok_or(Malformed("segment run"))?;
         let length = usize::try_from(run.bytes).map_err(|_| Malformed("segment run"))?;
         if run.offset < HEADER_BYTES as u64 || end > self.footer.rows_at || length > super::RUN_BYTES_MAX {
@@ -70,6 +95,93 @@ impl Segment {
         Ok(bytes.into())
     }
 
+    /// The bytes of a run that lies in the cold tier, verified like any other.
+    fn cold_run(&self, run: &Run) -> Result<Bytes, SegmentError> {
+        let outside = Malformed("segment run: outside of the runs");
+        let end = run.offset.checked_add(u64::from(run.bytes)).ok_or(outside)?;
+        let length = usize::try_from(run.bytes).map_err(|_| outside)?;
+        if end > self.footer.summary.run_bytes || length > super::RUN_BYTES_MAX {
+            return Err(outside.into());
+        }
+        let source = self.frames.as_deref().ok_or_else(|| {
+            io::Error::other("its records lie in the cold tier, and no cold tier is configured")
+        })?;
+        let mut bytes = Vec::with_capacity(length);
+        let mut at = run.offset;
+        while at < end {
+            let number = at / FRAME_BYTES as u64;
+            let frame = match source.cached(number) {
+                Some(frame) => frame,
+                None => {
+                    let frame = self.frame(number, source)?;
+                    source.keep(number, &frame);
+                    frame
+                }
+            };
+            let begin = number * FRAME_BYTES as u64;
+            let until = end.min(begin + frame.len() as u64);
+            let part = usize::try_from(at - begin).ok().zip(usize::try_from(until - begin).ok());
+            let part = part.and_then(|(from, to)| frame.get(from..to)).filter(|part| !part.is_empty());
+            bytes.extend_from_slice(part.ok_or(outside)?);
+            at = until;
+        }
+        if crc32c::crc32c(&bytes) != run.crc {
+            return Err(Malformed("segment run checksum").into());
+        }
+        Ok(bytes.into())
+    }
+
+    /// Fetches one frame, verified and decompressed.
+    fn frame(&self, number: u64, source: &dyn Frames) -> Result<Bytes, SegmentError> {
+        let absent = Malformed("segment frames: no such frame");
+        let skip = usize::try_from(number).map_err(|_| absent)?;
+        let mut offset = 0u64;
+        for (at, frame) in self.frame_table().enumerate() {
+            let frame = frame?;
+            if at < skip {
+                offset += u64::from(frame.bytes);
+                continue;
+            }
+            if offset + u64::from(frame.bytes) > self.footer.frames_bytes {
+                return Err(absent.into());
+            }
+            let compressed = source.read(offset, frame.bytes)?;
+            if compressed.len() as u64 != u64::from(frame.bytes) {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            }
+            if crc32c::crc32c_append(self.seed, &compressed) != frame.crc {
+                return Err(Malformed("segment frame checksum").into());
+            }
+            let begin = number.saturating_mul(FRAME_BYTES as u64);
+            let left = self.footer.summary.run_bytes.saturating_sub(begin);
+            let length = usize::try_from(left).unwrap_or(FRAME_BYTES).min(FRAME_BYTES);
+            return Ok(frames::decompress(&compressed, length)?);
+        }
+        Err(absent.into())
+    }
+
+    /// Frames of a cold segment, in order.
+    fn frame_table(&self) -> FrameTable<'_> {
+        FrameTable { segment: self, block: Body::default(), at: self.footer.frames_at }
+    }
+
+    /// The table of frames must come to what the footer says.
+    fn check_frames(&self) -> Result<(), SegmentError> {
+        if !self.is_cold() {
+            return Ok(());
+        }
+        let (mut count, mut bytes) = (0u64, 0u64);
+        for frame in self.frame_table() {
+            count += 1;
+            bytes += u64::from(frame?.bytes);
+        }
+        let footer = &self.footer;
+        if bytes != footer.frames_bytes || count != footer.summary.run_bytes.div_ceil(FRAME_BYTES as u64) {
+            return Err(Malformed("segment frames: they do not come to what the footer says").into());
+        }
+        Ok(())
+    }
+
     /// All runs, in order of (conversation, seq).
     pub(crate) fn runs(&self) -> Runs {
         Runs {
@@ -77,9 +189,9 @@ impl Segment {
             directory: Body::default(),
             directory_at: self.footer.directory_at,
             index: Body::default(),
-            index_at: HEADER_BYTES as u64,
             index_end: HEADER_BYTES as u64,
-            offset: HEADER_BYTES as u64,
+            runs_end: self.runs_begin(),
+            offset: self.runs_begin(),
             previous: None,
             in_block: false,
             sums: Sums::default(),
@@ -96,6 +208,14 @@ impl Segment {
             previous: None,
             rows: 0,
             ended: false,
+        }
+    }
+
+    /// Where the first run begins: in the file, or among the uncompressed runs of a cold segment.
+    fn runs_begin(&self) -> u64 {
+        match self.footer.codec {
+            Codec::Plain => HEADER_BYTES as u64,
+            Codec::Cold => 0,
         }
     }
 
@@ -135,10 +255,10 @@ fn read_ends(file: &dyn ReadAt, shard: ShardId, id: u64) -> Result<(Footer, u32)
         .ok_or(Malformed("segment length"))?;
     let mut header = [0; HEADER_BYTES];
     file.read_exact_at(&mut header, 0)?;
-    let seed = layout::check_header(&header, shard, id)?;
+    let (codec, seed) = layout::check_header(&header, shard, id)?;
     let mut footer = [0; FOOTER_BYTES];
     file.read_exact_at(&mut footer, footer_at)?;
-    Ok((Footer::decode(&footer, seed, shard, id, length)?, seed))
+    Ok((Footer::decode(&footer, (codec, seed), shard, id, length)?, seed))
 }
 
 /// What is left of a block's entries.
@@ -168,6 +288,39 @@ impl Body {
     }
 }
 
+/// See [`Segment::frame_table`].
+#[derive(Debug)]
+struct FrameTable<'a> {
+    segment: &'a Segment,
+    block: Body,
+    /// Where the next block begins.
+    at: u64,
+}
+
+impl FrameTable<'_> {
+    fn step(&mut self) -> Result<Option<layout::Frame>, SegmentError> {
+        let footer = &self.segment.footer;
+        let footer_at = footer.summary.bytes.saturating_sub(FOOTER_BYTES as u64);
+        loop {
+            if let Some(frame) = self.block.next(Kind::Frames, |_, at| layout::take_frame(at))? {
+                return Ok(Some(frame));
+            }
+            if self.at == footer_at {
+                return Ok(None);
+            }
+            (self.block, self.at) = self.segment.block(Kind::Frames, self.at, footer_at)?;
+        }
+    }
+}
+
+impl Iterator for FrameTable<'_> {
+    type Item = Result<layout::Frame, SegmentError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.step().transpose()
+    }
+}
+
 /// What the runs come to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Sums {
@@ -185,10 +338,10 @@ pub(crate) struct Runs {
     /// Where the next directory block begins.
     directory_at: u64,
     index: Body,
-    /// Where the index block that is being read begins, and its runs end.
-    index_at: u64,
-    /// Where it ends, and the next runs begin.
+    /// Where the index block that is being read ends.
     index_end: u64,
+    /// Where its runs end: in a plain segment, where it begins.
+    runs_end: u64,
     /// Where the next run begins.
     offset: u64,
     previous: Option<Run>,
@@ -212,7 +365,7 @@ impl Runs {
             if let Some(run) = self.index.next(Kind::Index, |_, at| layout::take_run(at, before, offset))? {
                 return self.accept(run).map(Some);
             }
-            if self.offset != self.index_at {
+            if self.offset != self.runs_end {
                 return Err(Malformed("segment index: runs and index do not meet").into());
             }
             if !self.next_index()? {
@@ -228,7 +381,7 @@ impl Runs {
         self.offset = self
             .offset
             .checked_add(u64::from(run.bytes))
-            .filter(|end| *end <= self.index_at)
+            .filter(|end| *end <= self.runs_end)
             .ok_or(Malformed("segment index: runs and index do not meet"))?;
         // Bounded by the bytes of the file.
         self.sums.runs += 1;
@@ -243,12 +396,15 @@ impl Runs {
     /// Reads the next index block. Returns false, with all sums checked, if there is none.
     fn next_index(&mut self) -> Result<bool, SegmentError> {
         let footer = &self.segment.footer;
-        let footer_at = footer.summary.bytes.saturating_sub(FOOTER_BYTES as u64);
+        let directory_end = match footer.codec {
+            Codec::Plain => footer.summary.bytes.saturating_sub(FOOTER_BYTES as u64),
+            Codec::Cold => footer.frames_at,
+        };
         let group = loop {
             if let Some(group) = self.directory.next(Kind::Directory, |_, at| layout::take_group(at))? {
                 break group;
             }
-            if self.directory_at == footer_at {
+            if self.directory_at == directory_end {
                 let said = &footer.summary;
                 let said = Sums {
                     runs: said.runs,
@@ -262,11 +418,19 @@ impl Runs {
                 return Ok(false);
             }
             (self.directory, self.directory_at) =
-                self.segment.block(Kind::Directory, self.directory_at, footer_at)?;
+                self.segment.block(Kind::Directory, self.directory_at, directory_end)?;
         };
         let misplaced = Malformed("segment directory: a block outside of the runs");
-        let begin = self.index_end;
-        let at = begin.checked_add(group.run_bytes).ok_or(misplaced)?;
+        // In a plain segment runs and index alternate; the runs of a cold one follow each other elsewhere.
+        let begin = match footer.codec {
+            Codec::Plain => self.index_end,
+            Codec::Cold => self.runs_end,
+        };
+        let runs_end = begin.checked_add(group.run_bytes).ok_or(misplaced)?;
+        let at = match footer.codec {
+            Codec::Plain => runs_end,
+            Codec::Cold => self.index_end,
+        };
         let end = at
             .checked_add(u64::from(group.block_bytes))
             .filter(|end| *end <= footer.rows_at)
@@ -277,7 +441,7 @@ impl Runs {
         }
         self.index = index;
         self.offset = begin;
-        self.index_at = at;
+        self.runs_end = runs_end;
         self.index_end = end;
         self.in_block = false;
         Ok(true)

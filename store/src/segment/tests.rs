@@ -11,7 +11,7 @@ use fulmar_protocol::id::{ConversationId, DeviceId, Epoch, Pseq, Seq, ShardId, U
 use proptest::prelude::*;
 
 use super::{
-    layout::{BLOCK_BYTES, FOOTER_BYTES, Footer, HEADER_BYTES, Kind},
+    layout::{BLOCK_BYTES, Codec, FOOTER_BYTES, Footer, HEADER_BYTES, Kind},
     *,
 };
 use crate::{
@@ -497,7 +497,7 @@ impl Crafted {
 
     /// Writes it with a footer that `change` has had its way with; returns what is noticed.
     fn noticed(&self, change: impl FnOnce(&mut Footer)) -> Option<String> {
-        let (mut out, seed) = layout::header(shard(), 1);
+        let (mut out, seed) = layout::header(shard(), 1, Codec::Plain);
         let block = |out: &mut Vec<u8>, kind, entries: usize, mut body: Vec<u8>| {
             body.resize(body.len() + self.trailing, 0);
             let entries = u32::try_from(entries).unwrap();
@@ -546,7 +546,8 @@ impl Crafted {
             newest: runs.iter().map(|run| run.newest).max().unwrap(),
             oldest: runs.iter().map(|run| run.newest).min().unwrap(),
         };
-        let mut footer = Footer { summary, rows_at, directory_at };
+        let mut footer =
+            Footer { summary, codec: Codec::Plain, rows_at, directory_at, frames_at: 0, frames_bytes: 0 };
         change(&mut footer);
         out.extend_from_slice(&footer.encode(seed));
         let files = MemoryFiles::default();
@@ -631,7 +632,7 @@ fn a_file_that_contradicts_itself_is_refused() {
 
 /// Blocks whose checksums are right and whose bodies are anything.
 fn with_blocks(runs: &[u8], blocks: &[(Kind, u32, Vec<u8>)], numbers: [u64; 6]) -> Vec<u8> {
-    let (mut out, seed) = layout::header(shard(), 1);
+    let (mut out, seed) = layout::header(shard(), 1, Codec::Plain);
     out.extend_from_slice(runs);
     let mut begins = BTreeMap::new();
     for (kind, entries, body) in blocks {
@@ -657,7 +658,10 @@ fn with_blocks(runs: &[u8], blocks: &[(Kind, u32, Vec<u8>)], numbers: [u64; 6]) 
         newest: UnixMillis::new(newest).unwrap(),
         oldest: UnixMillis::new(oldest).unwrap(),
     };
-    out.extend_from_slice(&Footer { summary, rows_at, directory_at }.encode(seed));
+    out.extend_from_slice(
+        &Footer { summary, codec: Codec::Plain, rows_at, directory_at, frames_at: 0, frames_bytes: 0 }
+            .encode(seed),
+    );
     out
 }
 
@@ -726,7 +730,7 @@ proptest! {
         for (n, number) in numbers.iter().enumerate().filter(|(n, _)| one == 10 || *n == one) {
             bytes[footer_at + 24 + n * 8..][..8].copy_from_slice(&number.to_be_bytes());
         }
-        let (_, seed) = layout::header(shard(), 1);
+        let (_, seed) = layout::header(shard(), 1, Codec::Plain);
         let end = bytes.len() - 4;
         let crc = crc32c::crc32c_append(seed, &bytes[footer_at..end]);
         bytes[end..].copy_from_slice(&crc.to_be_bytes());

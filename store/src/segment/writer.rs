@@ -11,10 +11,10 @@ use std::{io, ops::RangeInclusive};
 use fulmar_protocol::id::{ConversationId, Seq, ShardId, UnixMillis};
 
 use super::{
-    ROW_BYTES_MAX, RUN_BYTES, RUN_BYTES_MAX, Run, Summary,
+    FrameWriter, ROW_BYTES_MAX, RUN_BYTES, RUN_BYTES_MAX, Run, Summary,
     layout::{
-        self, BLOCK_HEADER_BYTES, BODY_BYTES, DIRECTORY_ENTRY_BYTES_MAX, FOOTER_BYTES, Footer, Group,
-        INDEX_ENTRY_BYTES_MAX, Kind,
+        self, BLOCK_HEADER_BYTES, BODY_BYTES, Codec, DIRECTORY_ENTRY_BYTES_MAX, FOOTER_BYTES,
+        FRAME_ENTRY_BYTES_MAX, Footer, Group, INDEX_ENTRY_BYTES_MAX, Kind,
     },
     name,
 };
@@ -74,6 +74,8 @@ struct Block {
 #[derive(Debug)]
 pub(crate) struct SegmentWriter {
     out: Output,
+    /// Where the runs of a cold segment go.
+    frames: Option<FrameWriter>,
     shard: ShardId,
     id: u64,
     seed: u32,
@@ -116,13 +118,40 @@ impl SegmentWriter {
     /// # Errors
     /// The file can't be created.
     pub(crate) fn create(files: &dyn Files, shard: ShardId, id: u64) -> io::Result<Self> {
+        Self::begin(files, shard, id, None)
+    }
+
+    /// Begins a cold segment, whose runs go to `frames` and whose file has the rest.
+    ///
+    /// # Errors
+    /// The file can't be created.
+    pub(crate) fn create_cold(
+        files: &dyn Files,
+        shard: ShardId,
+        id: u64,
+        frames: FrameWriter,
+    ) -> io::Result<Self> {
+        Self::begin(files, shard, id, Some(frames))
+    }
+
+    fn begin(
+        files: &dyn Files,
+        shard: ShardId,
+        id: u64,
+        mut frames: Option<FrameWriter>,
+    ) -> io::Result<Self> {
         let file = files.create(&name(id))?;
-        let (header, seed) = layout::header(shard, id);
+        let codec = if frames.is_some() { Codec::Cold } else { Codec::Plain };
+        let (header, seed) = layout::header(shard, id, codec);
+        if let Some(frames) = &mut frames {
+            frames.seed(seed);
+        }
         let mut out = Output { file, buffer: Vec::with_capacity(BUFFER_BYTES), at: 0, failed: false };
         out.put(&header)?;
         Ok(Self {
-            group_at: out.at,
+            group_at: if frames.is_some() { 0 } else { out.at },
             out,
+            frames,
             shard,
             id,
             seed,
@@ -197,11 +226,14 @@ impl SegmentWriter {
         }
         if !self.run.as_ref().is_some_and(|run| goes_on(run, piece)) {
             self.end_run()?;
-            self.run = Some(Run { count: 0, offset: self.out.at, bytes: 0, crc: 0, ..*piece });
+            self.run = Some(Run { count: 0, offset: self.runs_end(), bytes: 0, crc: 0, ..*piece });
             self.counts.runs += 1;
             self.counts.oldest = Some(self.counts.oldest.map_or(oldest, |other| other.min(oldest)));
         }
-        self.out.put(bytes)?;
+        match &mut self.frames {
+            Some(frames) => frames.put(bytes)?,
+            None => self.out.put(bytes)?,
+        }
         self.counts.records += piece.count;
         self.counts.run_bytes += bytes.len() as u64;
         if let Some(run) = &mut self.run {
@@ -211,6 +243,11 @@ impl SegmentWriter {
             run.crc = crc32c::crc32c_append(run.crc, bytes);
         }
         Ok(())
+    }
+
+    /// Where the next run begins: in the file, or among the uncompressed runs of a cold segment.
+    fn runs_end(&self) -> u64 {
+        self.frames.as_ref().map_or(self.out.at, FrameWriter::taken)
     }
 
     /// Takes the run that was growing into the index.
@@ -233,10 +270,10 @@ impl SegmentWriter {
         if self.index.entries == 0 {
             return Ok(());
         }
-        let run_bytes = self.out.at - self.group_at;
+        let run_bytes = self.runs_end() - self.group_at;
         let block_bytes = write_block(&mut self.out, &mut self.index, Kind::Index, self.seed)?;
         self.groups.push(Group { run_bytes, block_bytes });
-        self.group_at = self.out.at;
+        self.group_at = self.runs_end();
         Ok(())
     }
 
@@ -307,6 +344,7 @@ impl SegmentWriter {
         if directory.entries > 0 {
             write_block(&mut self.out, &mut directory, Kind::Directory, self.seed)?;
         }
+        let (codec, frames_at, frames_bytes) = self.end_frames()?;
         let summary = Summary {
             shard: self.shard,
             id: self.id,
@@ -320,10 +358,31 @@ impl SegmentWriter {
             newest: self.counts.newest,
             oldest: self.counts.oldest.unwrap_or_default(),
         };
-        self.out.put(&Footer { summary, rows_at, directory_at }.encode(self.seed))?;
+        self.out.put(
+            &Footer { summary, codec, rows_at, directory_at, frames_at, frames_bytes }.encode(self.seed),
+        )?;
         self.out.flush()?;
         self.out.sync()?;
         Ok(summary)
+    }
+
+    /// Writes the table of frames of a cold segment.
+    fn end_frames(&mut self) -> io::Result<(Codec, u64, u64)> {
+        let Some(frames) = self.frames.take() else { return Ok((Codec::Plain, 0, 0)) };
+        let frames_at = self.out.at;
+        let (table, frames_bytes) = frames.finish()?;
+        let mut block = Block::default();
+        for frame in table {
+            if block.entries > 0 && block.body.len() + FRAME_ENTRY_BYTES_MAX > self.body_bytes {
+                write_block(&mut self.out, &mut block, Kind::Frames, self.seed)?;
+            }
+            layout::put_frame(&mut block.body, frame);
+            block.entries += 1;
+        }
+        if block.entries > 0 {
+            write_block(&mut self.out, &mut block, Kind::Frames, self.seed)?;
+        }
+        Ok((Codec::Cold, frames_at, frames_bytes))
     }
 }
 

@@ -39,6 +39,7 @@ use self::{
 };
 use crate::{
     StoreOptions,
+    cold::Tier,
     error::{CommitError, OpenError},
     files::Files,
     format::Folder,
@@ -58,6 +59,7 @@ pub(crate) struct Shared {
     pub(crate) settling: Settling,
     pub(crate) counts: Counts,
     pub(crate) files: Arc<dyn Files>,
+    pub(crate) cold: Option<Arc<Tier>>,
     /// The last local number handed out.
     pub(crate) users: AtomicU64,
     pub(crate) conversations: AtomicU64,
@@ -76,6 +78,8 @@ pub(crate) struct Counts {
     segments: AtomicU64,
     segment_bytes: AtomicU64,
     merges: AtomicU64,
+    cold_segments: AtomicU64,
+    cold_bytes: AtomicU64,
 }
 
 impl Counts {
@@ -116,6 +120,14 @@ pub struct ShardStats {
     pub segment_bytes: u64,
     /// Merges of segments that were finished.
     pub merges: u64,
+    /// Segments among them whose records lie in the cold tier.
+    pub cold_segments: u64,
+    /// Bytes they have there.
+    pub cold_bytes: u64,
+    /// Times something was read there for a reader.
+    pub cold_reads: u64,
+    /// Times the cold tier failed: a read, or an attempt to move something there.
+    pub cold_failures: u64,
     /// Bytes of the log files: what is not settled yet, and what was settled just now.
     pub log_bytes: u64,
     /// Bytes of the engine's files.
@@ -162,7 +174,8 @@ impl Shard {
             reason: format!("{doing}: {error}"),
         };
         let segments = Arc::new(Segments::default());
-        let manifest = Settler::open_files(files.as_ref(), id, &segments)?;
+        let cold = options.cold.as_ref().and_then(|cold| cold.tier(id));
+        let manifest = Settler::open_files(files.as_ref(), id, &segments, cold.as_ref())?;
         let engine =
             Settler::open_engine(&opener, id, &segments, &manifest).map_err(|error| match error {
                 IndexError::Engine(error) => OpenError::Engine { shard: id, reason: error.to_string() },
@@ -181,6 +194,7 @@ impl Shard {
             settling: Settling::default(),
             counts: Counts::default(),
             files: Arc::clone(&files),
+            cold,
             users: AtomicU64::new(0),
             conversations: AtomicU64::new(0),
             _folder: folder,
@@ -267,6 +281,7 @@ impl Shard {
             .map_or(0, |logs| logs.iter().map(|(_, bytes)| bytes).sum());
         let index_bytes = self.shared.view.engine().size();
         let segment_bytes = get(&counts.segment_bytes);
+        let (cold_reads, cold_failures) = self.shared.cold.as_ref().map_or((0, 0), |cold| cold.counts());
         ShardStats {
             commits: get(&counts.commits),
             commit_bytes: get(&counts.bytes),
@@ -278,6 +293,10 @@ impl Shard {
             segments: get(&counts.segments),
             segment_bytes,
             merges: get(&counts.merges),
+            cold_segments: get(&counts.cold_segments),
+            cold_bytes: get(&counts.cold_bytes),
+            cold_reads,
+            cold_failures,
             log_bytes,
             index_bytes,
             disk_bytes: log_bytes + segment_bytes + index_bytes,

@@ -12,6 +12,8 @@
 //!   alone. Commits go on meanwhile until the overlay is at its bound, and are then refused.
 //! - An engine that failed is made again from the segments; nothing it wrote is trusted.
 //! - Merging is done in steps between layers, a layer first.
+//! - What is old goes to the cold tier as a merge like any other, but on a thread of its own (`cold::freeze`): nothing here waits
+//!   for the object store. Its inputs are left alone until it is done.
 //!
 //! Not here: when a layer is closed (`committer`), what a segment looks like (`segment`).
 
@@ -19,7 +21,7 @@ use std::{
     collections::HashMap,
     io,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, atomic::Ordering},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use fulmar_protocol::id::{ConversationId, Seq, ShardId};
@@ -32,6 +34,10 @@ use super::{
     overlay::{Overlay, full_key},
 };
 use crate::{
+    cold::{
+        Tier,
+        freeze::{self, FreezeError, Frozen, Job, Order},
+    },
     commit::CommitId,
     engine::{Engine, EngineError, closed::Closed},
     error::{CommitError, OpenError},
@@ -59,6 +65,18 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Opens the engine of a shard; told to, it throws away what there is and begins with an empty one.
 pub(crate) type EngineOpener = Box<dyn Fn(bool) -> Result<Arc<dyn Engine>, EngineError> + Send + Sync>;
 
+/// The first pause after the object store failed; doubled with each failure that follows.
+const COLD_RETRY_FIRST: Duration = Duration::from_secs(1);
+
+/// The longest pause between two attempts.
+const COLD_RETRY_MAX: Duration = Duration::from_secs(10 * 60);
+
+/// Time between two looks for something that has become old.
+const COLD_LOOK_EVERY: Duration = Duration::from_secs(10 * 60);
+
+/// Time between two looks for objects that nobody needs.
+const SWEEP_EVERY: Duration = Duration::from_secs(24 * 60 * 60);
+
 /// What committer and settler tell each other.
 #[derive(Debug, Default)]
 pub(crate) struct Settling {
@@ -72,6 +90,8 @@ struct State {
     layer: Option<Arc<Overlay>>,
     /// Why it could not be settled so far.
     failing: Option<CommitError>,
+    /// A job of the cold tier has ended.
+    woken: bool,
     stop: bool,
 }
 
@@ -122,6 +142,12 @@ impl Settling {
     /// Why settling does not get on, if so.
     pub(crate) fn failing(&self) -> Option<CommitError> {
         self.state().failing.clone()
+    }
+
+    /// Makes the settler look what there is to do.
+    pub(crate) fn wake(&self) {
+        self.state().woken = true;
+        self.changed.notify_all();
     }
 
     /// Nothing is settled any more.
@@ -182,7 +208,7 @@ enum Merging {
     /// The new segment is being written.
     Writing { id: u64, inputs: Vec<u64>, merge: Box<Merge> },
     /// It is written, and the manifest is to name it.
-    Written { inputs: Vec<u64>, summary: Summary },
+    Written { inputs: Vec<u64>, summary: Summary, object: Option<String> },
     /// It is written and named by the manifest; the index is being moved to it.
     Moving { id: u64, inputs: Vec<u64>, moving: Move },
 }
@@ -200,6 +226,43 @@ impl std::fmt::Debug for Merging {
                 f.debug_struct("Moving").field("id", id).field("inputs", inputs).finish_non_exhaustive()
             }
         }
+    }
+}
+
+/// Segments on their way to the cold tier.
+#[derive(Debug)]
+struct Freezing {
+    inputs: Vec<u64>,
+    job: Job<Frozen>,
+}
+
+/// What the settler keeps of the cold tier.
+#[derive(Debug)]
+struct Cooling {
+    tier: Arc<Tier>,
+    freezing: Option<Freezing>,
+    sweeping: Option<Job<u64>>,
+    /// Nothing is begun before.
+    not_before: Instant,
+    /// The next pause after a failure.
+    pause: Duration,
+    sweep_at: Instant,
+}
+
+impl Cooling {
+    fn new(tier: Arc<Tier>) -> Self {
+        let now = Instant::now();
+        Self { tier, freezing: None, sweeping: None, not_before: now, pause: COLD_RETRY_FIRST, sweep_at: now }
+    }
+
+    fn failed(&mut self, error: &FreezeError, doing: &'static str, shard: ShardId) {
+        if matches!(error, FreezeError::Stopped) {
+            return;
+        }
+        self.tier.failed();
+        tracing::warn!(%shard, %error, again_in = ?self.pause, "{doing} failed");
+        self.not_before = Instant::now() + self.pause;
+        self.pause = (self.pause * 2).min(COLD_RETRY_MAX);
     }
 }
 
@@ -232,6 +295,7 @@ pub(crate) struct Settler {
     merge_pause: Duration,
     /// Bytes the index points to, by segment; `None`: to be counted.
     live: Option<HashMap<u64, u64>>,
+    cooling: Option<Cooling>,
 }
 
 impl Settler {
@@ -240,6 +304,7 @@ impl Settler {
         files: &dyn Files,
         shard: ShardId,
         segments: &super::segments::Segments,
+        cold: Option<&Arc<Tier>>,
     ) -> Result<Manifest, OpenError> {
         let settled = |what: String| OpenError::Settled { shard, what };
         let io =
@@ -251,10 +316,20 @@ impl Settler {
         for entry in &manifest.segments {
             let segment = Segment::open(files, shard, entry.id)
                 .map_err(|error| settled(format!("segment {:016x} can't be used: {error}", entry.id)))?;
-            if segment.summary().bytes != entry.bytes || segment.summary().last_commit != entry.last_commit {
+            if segment.summary().bytes != entry.bytes
+                || segment.summary().last_commit != entry.last_commit
+                || (segment.frames_bytes() > 0) != entry.cold.is_some()
+            {
                 return Err(settled(format!("segment {:016x} is not the one the manifest means", entry.id)));
             }
-            segments.add(entry.id, Arc::new(segment));
+            segments.add(entry.id, Arc::new(with_cold(segment, entry.cold.as_deref(), cold)));
+        }
+        let there = manifest.segments.iter().filter(|entry| entry.cold.is_some()).count();
+        if there > 0 && cold.is_none() {
+            tracing::warn!(
+                %shard, segments = there,
+                "records lie in the cold tier, and none is configured: they can't be read"
+            );
         }
         Ok(manifest)
     }
@@ -299,8 +374,10 @@ impl Settler {
         manifest: Manifest,
         options: &crate::StoreOptions,
     ) -> Self {
+        let cooling = shared.cold.clone().map(Cooling::new);
         let mut settler = Self {
             shared,
+            cooling,
             files,
             opener,
             manifest,
@@ -382,10 +459,9 @@ impl Settler {
             let began = Instant::now();
             match self.merge_some() {
                 Ok(0) => {
-                    let state = shared.settling.state();
-                    if state.layer.is_none() && !state.stop {
-                        let wait = self.merge_after.map(|at| at.saturating_duration_since(Instant::now()));
-                        match wait {
+                    let mut state = shared.settling.state();
+                    if state.layer.is_none() && !state.stop && !std::mem::take(&mut state.woken) {
+                        match self.wait() {
                             Some(wait) => drop(shared.settling.changed.wait_timeout(state, wait)),
                             None => drop(shared.settling.changed.wait(state)),
                         }
@@ -413,6 +489,17 @@ impl Settler {
                 }
             }
         }
+    }
+
+    /// How long there is nothing to do, if nothing happens.
+    fn wait(&self) -> Option<Duration> {
+        let cooling = self.cooling.as_ref().filter(|cooling| cooling.freezing.is_none());
+        let look = cooling.map(|cooling| {
+            let pause = cooling.not_before.saturating_duration_since(Instant::now());
+            if pause.is_zero() { COLD_LOOK_EVERY } else { pause }
+        });
+        let merge = self.merge_after.map(|at| at.saturating_duration_since(Instant::now()));
+        look.into_iter().chain(merge).min()
     }
 
     /// Waits, and returns whether it is time to stop.
@@ -490,6 +577,7 @@ impl Settler {
     fn index_layer(&mut self, layer: &Overlay) -> Result<(), SettleError> {
         let engine = self.shared.view.engine();
         let engine = engine.as_ref();
+        let _moving = self.shared.view.moving();
         if let Some(entry) = self.manifest.segments.iter().rev().find(|entry| !entry.merged)
             && entry.last_commit == layer.last.number
         {
@@ -547,6 +635,12 @@ impl Settler {
         counts.segments.store(self.manifest.segments.len() as u64, Ordering::Relaxed);
         let bytes = self.manifest.segments.iter().map(|entry| entry.bytes).sum();
         counts.segment_bytes.store(bytes, Ordering::Relaxed);
+        let segments = self.shared.view.segments();
+        let cold = self.manifest.segments.iter().filter(|entry| entry.cold.is_some());
+        let there: Vec<u64> =
+            cold.map(|entry| segments.get(entry.id).map_or(0, |s| s.frames_bytes() + entry.bytes)).collect();
+        counts.cold_segments.store(there.len() as u64, Ordering::Relaxed);
+        counts.cold_bytes.store(there.iter().sum(), Ordering::Relaxed);
     }
 
     fn count_syncs(&self, n: u64) {
@@ -599,9 +693,15 @@ impl Settler {
             self.reopen_engine()?;
         }
         match self.merging.take() {
-            None => self.begin_merge(),
+            None => match self.cool()? {
+                0 => match self.begin_merge()? {
+                    0 => self.begin_cold(),
+                    bytes => Ok(bytes),
+                },
+                bytes => Ok(bytes),
+            },
             Some(Merging::Writing { id, inputs, merge }) => self.merge_on(id, inputs, merge),
-            Some(Merging::Written { inputs, summary }) => self.name_merged(inputs, summary),
+            Some(Merging::Written { inputs, summary, object }) => self.name_merged(inputs, summary, object),
             Some(Merging::Moving { id, inputs, moving }) => self.move_on(id, inputs, moving),
         }
     }
@@ -613,7 +713,10 @@ impl Settler {
         }
         let live = self.live.as_ref();
         let live = |id: u64| live.and_then(|live| live.get(&id)).copied().unwrap_or(0);
-        let Some(range) = choose(&self.manifest.segments, live, self.settle_bytes, self.segment_bytes_max)
+        let freezing = self.cooling.as_ref().and_then(|cooling| cooling.freezing.as_ref());
+        let busy = freezing.map_or(&[][..], |freezing| &freezing.inputs);
+        let Some(range) =
+            choose(&self.manifest.segments, live, busy, self.settle_bytes, self.segment_bytes_max)
         else {
             return Ok(0);
         };
@@ -657,7 +760,7 @@ impl Settler {
             }
             Ok(Step::Done(summary)) => {
                 self.count_syncs(2);
-                self.name_merged(inputs, summary)
+                self.name_merged(inputs, summary, None)
             }
             Err(error) => {
                 drop(merge);
@@ -668,17 +771,35 @@ impl Settler {
         }
     }
 
-    /// Lets the manifest name a merged segment.
-    fn name_merged(&mut self, inputs: Vec<u64>, summary: Summary) -> Result<usize, SettleError> {
-        let segment = Arc::new(Segment::open(self.files.as_ref(), self.shared.id, summary.id)?);
+    /// Makes a segment that was put together from others the one that counts.
+    fn merged(
+        &mut self,
+        inputs: Vec<u64>,
+        summary: Summary,
+        object: Option<String>,
+    ) -> Result<usize, SettleError> {
+        self.files.sync_folder()?;
+        self.count_syncs(2);
+        self.name_merged(inputs, summary, object)
+    }
+
+    /// Lets the manifest name a merged segment, whose file is durable.
+    fn name_merged(
+        &mut self,
+        inputs: Vec<u64>,
+        summary: Summary,
+        object: Option<String>,
+    ) -> Result<usize, SettleError> {
+        let segment = Segment::open(self.files.as_ref(), self.shared.id, summary.id)?;
+        let segment = Arc::new(with_cold(segment, object.as_deref(), self.shared.cold.as_ref()));
         // A manifest that failed may be the one that is found: the next attempt is made with the same segment.
-        self.merging = Some(Merging::Written { inputs: inputs.clone(), summary });
+        self.merging = Some(Merging::Written { inputs: inputs.clone(), summary, object: object.clone() });
         let mut next = self.manifest.next();
         let after = next.segments.iter().rposition(|entry| inputs.contains(&entry.id));
         let at = after.map_or(next.segments.len(), |at| at + 1);
-        next.segments.insert(at, Entry::new(&summary, next.edition, inputs));
-        self.store(next)?;
+        next.segments.insert(at, Entry { cold: object, ..Entry::new(&summary, next.edition, inputs) });
         self.shared.view.segments().add(summary.id, segment);
+        self.store(next).inspect_err(|_| self.shared.view.segments().remove(summary.id))?;
         self.merging = None;
         self.resume_merging();
         index::set_applied(self.shared.view.engine().as_ref(), &self.manifest)
@@ -703,6 +824,8 @@ impl Settler {
     }
 
     fn move_on(&mut self, id: u64, inputs: Vec<u64>, mut moving: Move) -> Result<usize, SettleError> {
+        let shared = Arc::clone(&self.shared);
+        let _moving = shared.view.moving();
         let engine = self.shared.view.engine();
         let mut low = self.low();
         let moved = moving.step(engine.as_ref(), MOVE_STEP_ROWS, &mut low);
@@ -715,6 +838,7 @@ impl Settler {
         let behind = engine.barrier();
         behind.inspect_err(|_| self.engine_failed = true)?;
         let mut next = self.manifest.next();
+        let was_cold = next.segments.iter().any(|entry| inputs.contains(&entry.id) && entry.cold.is_some());
         next.segments.retain(|entry| !inputs.contains(&entry.id));
         if let Some(entry) = next.segments.iter_mut().find(|entry| entry.id == id) {
             entry.replaces.clear();
@@ -729,28 +853,173 @@ impl Settler {
                 tracing::warn!(shard = %self.shared.id, %error, "a merged segment could not be removed");
             }
         }
+        if let Some(cooling) = &mut self.cooling
+            && was_cold
+        {
+            cooling.sweep_at = Instant::now();
+        }
         // What retention took meanwhile is counted with the rest.
         self.live = None;
         Ok(MERGE_STEP_BYTES)
     }
+
+    // ---- the cold tier
+
+    /// Takes up what the cold tier's threads have done. Returns how many bytes were worked through.
+    fn cool(&mut self) -> Result<usize, SettleError> {
+        let shard = self.shared.id;
+        let Some(cooling) = &mut self.cooling else { return Ok(0) };
+        if let Some(outcome) = cooling.sweeping.as_mut().and_then(Job::outcome) {
+            cooling.sweeping = None;
+            match outcome {
+                Ok(0) => {}
+                Ok(objects) => {
+                    tracing::info!(%shard, objects, "removed objects of the cold tier that nobody needs");
+                }
+                Err(error) => {
+                    cooling.failed(&error, "looking for objects of the cold tier that nobody needs", shard);
+                    cooling.sweep_at = cooling.not_before;
+                }
+            }
+        }
+        let Some(outcome) = cooling.freezing.as_mut().and_then(|freezing| freezing.job.outcome()) else {
+            return Ok(0);
+        };
+        let inputs = cooling.freezing.take().map(|freezing| freezing.inputs).unwrap_or_default();
+        match outcome {
+            Ok(Frozen { summary, object }) => {
+                cooling.pause = COLD_RETRY_FIRST;
+                self.merged(inputs, summary, object)
+            }
+            Err(error) => {
+                cooling.failed(&error, "moving records to the cold tier", shard);
+                Ok(0)
+            }
+        }
+    }
+
+    /// Begins what there is to do for the cold tier, on a thread of its own.
+    fn begin_cold(&mut self) -> Result<usize, SettleError> {
+        // Looking for something to merge has counted it.
+        let Some(live) = self.live.as_ref() else { return Ok(0) };
+        let live = |id: u64| live.get(&id).copied().unwrap_or(0);
+        let shared = Arc::clone(&self.shared);
+        let Some(cooling) = &mut self.cooling else { return Ok(0) };
+        let now = Instant::now();
+        if cooling.freezing.is_some() || cooling.sweeping.is_some() || cooling.not_before > now {
+            return Ok(0);
+        }
+        let tier = Arc::clone(&cooling.tier);
+        let wake = Arc::clone(&shared);
+        if cooling.sweep_at <= now {
+            cooling.sweep_at = now + SWEEP_EVERY;
+            let named: Vec<String> =
+                self.manifest.segments.iter().filter_map(|entry| entry.cold.clone()).collect();
+            cooling.sweeping = Some(Job::begin(
+                format!("cold-{}", shared.id),
+                move |stop| tier.sweep(&named, stop).map_err(FreezeError::Store),
+                move || wake.settling.wake(),
+            )?);
+            return Ok(0);
+        }
+        let range = choose_cold(&self.manifest.segments, live, &tier, self.segment_bytes_max);
+        let Some(range) = range else { return Ok(0) };
+        let oldest = range.start == 0;
+        let entries = self.manifest.segments.get(range).unwrap_or_default();
+        let ids: Vec<u64> = entries.iter().map(|entry| entry.id).collect();
+        let mut inputs = Vec::with_capacity(ids.len());
+        for id in &ids {
+            inputs.push(shared.view.segments().get(*id).ok_or(IndexError::Missing(*id))?);
+        }
+        let id = self.manifest.next_segment;
+        self.manifest.next_segment = id.saturating_add(1);
+        let order = Order {
+            files: Arc::clone(&self.files),
+            shard: shared.id,
+            id,
+            inputs,
+            low: self.low(),
+            oldest,
+            tier,
+            bytes_per_second: self.background_bytes_per_second,
+        };
+        let job = Job::begin(
+            format!("cold-{}", shared.id),
+            move |stop| freeze::freeze(order, stop),
+            move || wake.settling.wake(),
+        )?;
+        if let Some(cooling) = &mut self.cooling {
+            cooling.freezing = Some(Freezing { inputs: ids, job });
+        }
+        Ok(0)
+    }
+}
+
+/// A segment with the place of its runs, if those are in the cold tier.
+fn with_cold(segment: Segment, object: Option<&str>, cold: Option<&Arc<Tier>>) -> Segment {
+    match (object, cold) {
+        (Some(object), Some(tier)) => {
+            let frames = tier.frames(segment.summary().id, object);
+            segment.with_frames(frames)
+        }
+        _ => segment,
+    }
+}
+
+/// Which segments go to the cold tier: one that is there already, if more than half of it is gone, so that it shrinks; or
+/// those following each other in which everything is old, if they are worth an object.
+fn choose_cold(
+    segments: &[Entry],
+    live: impl Fn(u64) -> u64,
+    tier: &Tier,
+    segment_bytes_max: u64,
+) -> Option<std::ops::Range<usize>> {
+    let gone = segments
+        .iter()
+        .position(|entry| entry.cold.is_some() && live(entry.id).saturating_mul(2) < entry.run_bytes);
+    if let Some(at) = gone {
+        return Some(at..at + 1);
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let old = u64::try_from(now.saturating_sub(tier.after).as_millis()).unwrap_or(u64::MAX);
+    let fits = |entry: &Entry| entry.cold.is_none() && entry.newest.get() <= old;
+    let mut start = 0;
+    while start < segments.len() {
+        let (mut end, mut bytes, mut records) = (start, 0u64, 0u64);
+        while let Some(entry) = segments.get(end).filter(|entry| fits(entry))
+            && (end == start || bytes.saturating_add(entry.bytes) <= segment_bytes_max)
+        {
+            bytes = bytes.saturating_add(entry.bytes);
+            records = records.saturating_add(live(entry.id));
+            end += 1;
+        }
+        if records > 0 && records >= tier.object_bytes_min {
+            return Some(start..end);
+        }
+        start = end.max(start + 1);
+    }
+    None
 }
 
 /// Which segments are to be merged: those of which more than half is gone, or [`MERGE_FAN_IN`] newest ones of one tier.
 fn choose(
     segments: &[Entry],
     live: impl Fn(u64) -> u64,
+    busy: &[u64],
     settle_bytes: u64,
     segment_bytes_max: u64,
 ) -> Option<std::ops::Range<usize>> {
+    let free = |entry: &Entry| entry.cold.is_none() && !busy.contains(&entry.id);
     let gone = segments.iter().position(|entry| {
-        entry.cold.is_none() && entry.run_bytes > 0 && live(entry.id).saturating_mul(2) < entry.run_bytes
+        free(entry) && entry.run_bytes > 0 && live(entry.id).saturating_mul(2) < entry.run_bytes
     });
     if let Some(at) = gone {
         return Some(at..at + 1);
     }
     let mut tier_bytes = settle_bytes.max(1);
     while tier_bytes.saturating_mul(MERGE_FAN_IN as u64) <= segment_bytes_max {
-        let small = segments.iter().rev().take_while(|entry| entry.bytes <= tier_bytes).count();
+        let small =
+            segments.iter().rev().take_while(|entry| free(entry) && entry.bytes <= tier_bytes).count();
         if small >= MERGE_FAN_IN {
             return Some(segments.len() - small..segments.len());
         }
