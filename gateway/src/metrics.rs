@@ -160,6 +160,8 @@ metrics! {
     retention_conversations: Counter = Counter::default(), None;
     /// Records retention took away.
     retention_records: Counter = Counter::default(), None;
+    /// Bytes of records retention took away, about; the space is given back when segments are merged.
+    retention: Counter = Counter::default(), Some(Unit::Bytes);
     /// When retention had last looked at all conversations of a shard, in seconds since 1970.
     retention_swept: Family<Shard, Gauge> = Family::default(), Some(Unit::Seconds);
     /// Open-file limit of the process.

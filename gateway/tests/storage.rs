@@ -157,7 +157,7 @@ async fn a_full_disk_refuses_before_the_ack_and_goes_on_by_itself() {
     assert!(carol.errors[0].retry_after_ms > 0 && carol.welcome.is_none());
 
     disk.is_well();
-    alice.until(|alice| alice.unacked() == 0).await;
+    alice.until(|alice| alice.unacked() == 0 && alice.messages(conversation).len() == 20).await;
     bob.until(|bob| bob.messages(conversation).len() == 20).await;
     is_whole(&bob, conversation, &texts(1, 20));
     is_whole(&alice, conversation, &texts(1, 20));

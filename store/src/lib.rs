@@ -72,7 +72,7 @@ pub use maintain::{
 pub use op::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Batch, Op};
 pub use reader::ShardReader;
 pub use record::{RECORD_HEADER_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind};
-pub use retention::RetentionLimits;
+pub use retention::{RetentionLimits, RetentionMark};
 pub use row::{
     ConversationClass, ConversationMeta, Device, Head, LaneState, Listed, Member, PendingLink, Role, User,
 };

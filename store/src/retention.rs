@@ -26,6 +26,17 @@ pub struct RetentionLimits {
     pub keep_bytes: Option<u64>,
 }
 
+/// Up to where a conversation may be forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetentionMark {
+    /// The last record that is beyond what is to be kept.
+    pub low: Seq,
+    /// Its `count`.
+    pub count: u64,
+    /// Bytes of records that go with it, about.
+    pub bytes: u64,
+}
+
 /// Records looked at in one answer, so that no answer takes long: what is left is found by asking again.
 const LOOKED_AT_MAX: usize = 16_384;
 
@@ -57,8 +68,8 @@ impl ShardReader {
         rows.into_iter().map(|(key, row)| Ok((view.id_at(&key, 0)?, row))).collect()
     }
 
-    /// The last record that is beyond `limits`, and its `count`; `None` if none is. Of a long log not everything may be
-    /// named at once: ask again when the mark is there.
+    /// The last record that is beyond `limits`; `None` if none is. Of a long log not everything may be named at once: ask
+    /// again when the mark is there.
     ///
     /// # Errors
     /// As [`Self::records`].
@@ -66,7 +77,7 @@ impl ShardReader {
         &self,
         conversation: ConversationId,
         limits: RetentionLimits,
-    ) -> Result<Option<(Seq, u64)>, ReadError> {
+    ) -> Result<Option<RetentionMark>, ReadError> {
         let old = match limits.older_than {
             Some(time) => self.last_before(conversation, time)?,
             None => None,
@@ -75,7 +86,47 @@ impl ShardReader {
             Some(bytes) => self.last_beyond(conversation, bytes)?,
             None => None,
         };
-        Ok(old.max(excess))
+        let Some((low, count)) = old.max(excess) else { return Ok(None) };
+        Ok(Some(RetentionMark { low, count, bytes: self.bytes_up_to(conversation, low)? }))
+    }
+
+    /// Bytes of the records from the beginning of a conversation's log up to `last`: as the index knows them, and of what
+    /// is not settled yet, by reading it.
+    fn bytes_up_to(&self, conversation: ConversationId, last: Seq) -> Result<u64, ReadError> {
+        let Some(head) = self.head(conversation)? else { return Ok(0) };
+        let (mut next, mut bytes) = (head.low.saturating_add(1), 0u64);
+        let view = &self.shared.view;
+        if let Some(first) = view.run_at(conversation, next)? {
+            let mut cursor = Key::run(conversation, first).into_bytes();
+            let end = Key::run(conversation, last.saturating_add(1));
+            for _ in 0..INDEX_PAGES_MAX {
+                let rows = view
+                    .engine()
+                    .scan(Table::Run, &cursor, Some(end.as_ref()), Direction::Ascending, INDEX_ROWS)
+                    .map_err(|error| view.failed(error))?;
+                let Some((last_key, _)) = rows.last() else { break };
+                cursor = next_key(last_key);
+                for (key, value) in rows {
+                    let run = view.placed(conversation, &key, &value)?.run;
+                    let upto = run.last().min(last);
+                    if upto < next {
+                        continue;
+                    }
+                    let share = upto.since(next.max(run.first)) + 1;
+                    bytes += u64::from(run.bytes) * share / run.count.max(1);
+                    next = upto.saturating_add(1);
+                }
+            }
+        }
+        let mut looked = 0;
+        while next <= last && looked < LOOKED_AT_MAX {
+            let page = self.records(conversation, next, last, PAGE)?;
+            let Some(newest) = page.last() else { break };
+            next = newest.seq.saturating_add(1);
+            looked += page.len();
+            bytes += page.iter().map(|record| record.payload.len() as u64 + RECORD_BYTES).sum::<u64>();
+        }
+        Ok(bytes)
     }
 
     fn last_before(
@@ -281,7 +332,11 @@ mod tests {
         let mark = |older_than: Option<u64>, keep_bytes: Option<u64>| {
             let older_than = older_than.map(|time| UnixMillis::new(time).unwrap());
             let limits = RetentionLimits { older_than, keep_bytes };
-            reader.retention_mark(conversation(1), limits).unwrap().map(|(seq, count)| (seq.get(), count))
+            let mark = reader.retention_mark(conversation(1), limits).unwrap()?;
+            let low = reader.head(conversation(1)).unwrap().unwrap().low;
+            let about = mark.low.since(low) * 1_000;
+            assert!(mark.bytes.abs_diff(about) <= 1_000 + about / 50, "{} of {about} bytes", mark.bytes);
+            Some((mark.low.get(), mark.count))
         };
         assert_eq!(mark(None, None), None);
         assert_eq!(mark(Some(1_000), None), None, "the first is just young enough");

@@ -12,7 +12,7 @@ use std::{
 };
 
 use fulmar_protocol::id::{ConversationId, Seq, ShardId, UnixMillis};
-use fulmar_store::{ConversationMeta, ReadError, RetentionLimits, ShardReader};
+use fulmar_store::{ConversationMeta, ReadError, RetentionLimits, RetentionMark, ShardReader};
 use tracing::{debug, info, warn};
 
 use super::{
@@ -52,7 +52,7 @@ pub trait Ground: Clone + Send + 'static {
         limit: usize,
     ) -> Result<Vec<(ConversationId, ConversationMeta)>, ReadError>;
 
-    /// The last record of a conversation that is beyond `limits`, and its count.
+    /// The last record of a conversation that is beyond `limits`.
     ///
     /// # Errors
     /// The conversation can't be read.
@@ -60,7 +60,7 @@ pub trait Ground: Clone + Send + 'static {
         &self,
         conversation: ConversationId,
         limits: RetentionLimits,
-    ) -> Result<Option<(Seq, u64)>, ReadError>;
+    ) -> Result<Option<RetentionMark>, ReadError>;
 }
 
 impl Ground for ShardReader {
@@ -76,7 +76,7 @@ impl Ground for ShardReader {
         &self,
         conversation: ConversationId,
         limits: RetentionLimits,
-    ) -> Result<Option<(Seq, u64)>, ReadError> {
+    ) -> Result<Option<RetentionMark>, ReadError> {
         self.retention_mark(conversation, limits)
     }
 }
@@ -130,7 +130,7 @@ struct Swept {
 struct Found {
     conversation: ConversationId,
     limits: RetentionLimits,
-    mark: Result<Option<(Seq, u64)>, ReadError>,
+    mark: Result<Option<RetentionMark>, ReadError>,
 }
 
 impl Sweeper {
@@ -246,10 +246,13 @@ impl Sweeper {
         let Found { conversation, limits, mut mark } = found;
         let mut records = 0;
         for _ in 0..STEPS_MAX {
-            let Some((low, count)) = mark.map_err(|_| conversation)? else { break };
+            let Some(RetentionMark { low, count, bytes }) = mark.map_err(|_| conversation)? else { break };
             match shard.trim(conversation, low, count).await {
                 Ok(0) => break,
-                Ok(went) => records += went,
+                Ok(went) => {
+                    records += went;
+                    self.metrics.retention.inc_by(bytes);
+                }
                 Err(refusal) => {
                     // The next sweep finds it again.
                     debug!(%conversation, code = %refusal.code, "the shard can't move a mark now");
@@ -343,7 +346,7 @@ mod tests {
             &self,
             conversation: ConversationId,
             limits: RetentionLimits,
-        ) -> Result<Option<(Seq, u64)>, ReadError> {
+        ) -> Result<Option<RetentionMark>, ReadError> {
             self.asked.lock().unwrap().push(limits);
             if self.damaged == Some(conversation) {
                 let shard = ShardId::new(0).unwrap();
@@ -351,7 +354,8 @@ mod tests {
                 return Err(ReadError::Damaged { shard, conversation: Some(conversation), seq: None, what });
             }
             let low = self.low.lock().unwrap()[&conversation];
-            Ok((low < 60).then(|| (Seq::new(low + 10).unwrap(), low + 10)))
+            let mark = RetentionMark { low: Seq::new(low + 10).unwrap(), count: low + 10, bytes: 1_000 };
+            Ok((low < 60).then_some(mark))
         }
     }
 
@@ -385,6 +389,7 @@ mod tests {
         let mut sweeper = sweeper(|config| config.group_bytes = Keep::at(1 << 20));
         let swept = sweeper.sweep(&shard, &shard).await.unwrap();
         assert_eq!(swept, Swept { conversations: 200, records: 6_000, unreadable: 0 });
+        assert_eq!(sweeper.metrics.retention.get(), 600_000);
         assert_eq!(shard.pages.load(Ordering::SeqCst), 5, "four pages, and one that ends it");
         assert_eq!(shard.busy.load(Ordering::SeqCst), 0, "it rested while the shard was busy");
         for (n, low) in shard.lows().into_iter().enumerate() {
