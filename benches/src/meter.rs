@@ -79,6 +79,11 @@ impl Samples {
         self.add(time.as_secs_f64() * 1e6);
     }
 
+    /// Adds those of another.
+    pub fn append(&mut self, other: &Self) {
+        self.0.extend_from_slice(&other.0);
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
