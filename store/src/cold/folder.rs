@@ -104,24 +104,24 @@ impl ColdStore for Local {
         Ok(Box::new(Part { root: self.path.clone(), path, file, finished: false }))
     }
 
-    fn read(&self, name: &str, at: u64, bytes: u32) -> io::Result<Bytes> {
+    fn read(&self, name: &str, at: u64, bytes: u32, _stop: &Stop) -> io::Result<Bytes> {
         let mut buffer = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
         File::open(self.at(name)?)?.read_exact_at(&mut buffer, at)?;
         Ok(buffer.into())
     }
 
-    fn size(&self, name: &str) -> io::Result<u64> {
+    fn size(&self, name: &str, _stop: &Stop) -> io::Result<u64> {
         Ok(fs::metadata(self.at(name)?)?.len())
     }
 
-    fn remove(&self, name: &str) -> io::Result<()> {
+    fn remove(&self, name: &str, _stop: &Stop) -> io::Result<()> {
         match fs::remove_file(self.at(name)?) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             done => done,
         }
     }
 
-    fn list(&self, prefix: &str, limit: usize) -> io::Result<Vec<Listed>> {
+    fn list(&self, prefix: &str, limit: usize, _stop: &Stop) -> io::Result<Vec<Listed>> {
         let folder = self.at(prefix.trim_end_matches('/'))?;
         let entries = match fs::read_dir(folder) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -146,7 +146,7 @@ pub(crate) fn freeze(order: Order, stop: &Stop) -> Outcome<Frozen> {
     if frozen.is_err() {
         let _ = files.remove(&segment::name(id));
         // The object store may be away: then it is removed with other orphans.
-        let _ = tier.store().remove(&name);
+        let _ = tier.store().remove(&name, stop);
     }
     frozen
 }
@@ -245,18 +245,23 @@ fn prove(
     pace: &Pace<'_>,
 ) -> Outcome<()> {
     let frames_bytes = segment.frames_bytes();
-    if store.size(name).map_err(FreezeError::Store)? != frames_bytes + segment.summary().bytes {
+    if store.size(name, pace.stop).map_err(FreezeError::Store)? != frames_bytes + segment.summary().bytes {
         return Err(FreezeError::End);
     }
     for (at, bytes) in pieces(segment.summary().bytes) {
         let began = Instant::now();
-        let there = store.read(name, frames_bytes + at, bytes).map_err(FreezeError::Store)?;
+        let there = store.read(name, frames_bytes + at, bytes, pace.stop).map_err(FreezeError::Store)?;
         if there != read(file, at, bytes)? {
             return Err(FreezeError::End);
         }
         pace.keep(bytes as usize, began)?;
     }
-    let readback = Readback { store: Arc::clone(store), name: name.to_owned(), kept: Mutex::new(None) };
+    let readback = Readback {
+        store: Arc::clone(store),
+        name: name.to_owned(),
+        stop: pace.stop.clone(),
+        kept: Mutex::new(None),
+    };
     let mut verifier = segment.clone().with_frames(Arc::new(readback)).verifier().with_cold();
     loop {
         let began = Instant::now();
@@ -272,12 +277,13 @@ fn prove(
 struct Readback {
     store: Arc<dyn ColdStore>,
     name: String,
+    stop: Stop,
     kept: Mutex<Option<(u64, Bytes)>>,
 }
 
 impl Frames for Readback {
     fn read(&self, at: u64, bytes: u32) -> io::Result<Bytes> {
-        self.store.read(&self.name, at, bytes)
+        self.store.read(&self.name, at, bytes, &self.stop)
     }
 
     fn cached(&self, number: u64) -> Option<Bytes> {

@@ -88,7 +88,7 @@ impl ColdStore for MemoryStore {
         Ok(Box::new(Part { store: self.clone(), name: name.to_owned(), bytes: Vec::new() }))
     }
 
-    fn read(&self, name: &str, at: u64, bytes: u32) -> io::Result<Bytes> {
+    fn read(&self, name: &str, at: u64, bytes: u32, _stop: &Stop) -> io::Result<Bytes> {
         self.call()?;
         let objects = self.objects.lock().unwrap();
         let object = &objects.get(name).ok_or(io::ErrorKind::NotFound)?.0;
@@ -97,18 +97,18 @@ impl ColdStore for MemoryStore {
         Ok(Bytes::copy_from_slice(object.get(at..end).ok_or(io::ErrorKind::UnexpectedEof)?))
     }
 
-    fn size(&self, name: &str) -> io::Result<u64> {
+    fn size(&self, name: &str, _stop: &Stop) -> io::Result<u64> {
         self.call()?;
         Ok(self.objects.lock().unwrap().get(name).ok_or(io::ErrorKind::NotFound)?.0.len() as u64)
     }
 
-    fn remove(&self, name: &str) -> io::Result<()> {
+    fn remove(&self, name: &str, _stop: &Stop) -> io::Result<()> {
         self.call()?;
         self.objects.lock().unwrap().remove(name);
         Ok(())
     }
 
-    fn list(&self, prefix: &str, limit: usize) -> io::Result<Vec<Listed>> {
+    fn list(&self, prefix: &str, limit: usize, _stop: &Stop) -> io::Result<Vec<Listed>> {
         self.call()?;
         let objects = self.objects.lock().unwrap();
         let found = objects.iter().filter(|(name, _)| name.starts_with(prefix)).take(limit);

@@ -165,22 +165,23 @@ pub(crate) struct Listed {
     pub(crate) age: Duration,
 }
 
-/// An object store. Names have `/` between their parts. Calls block, but not for long: what hangs is given up with an error.
+/// An object store. Names have `/` between their parts. Calls block, but not for long: what hangs is given up with an error, at
+/// once when `stop` is told.
 pub(crate) trait ColdStore: Send + Sync + fmt::Debug {
     /// Begins an object. It is there when [`Upload::finish`] has answered, and never in part.
     fn begin(&self, name: &str, stop: &Stop) -> io::Result<Box<dyn Upload>>;
 
     /// Exactly `bytes` bytes from offset `at` on.
-    fn read(&self, name: &str, at: u64, bytes: u32) -> io::Result<Bytes>;
+    fn read(&self, name: &str, at: u64, bytes: u32, stop: &Stop) -> io::Result<Bytes>;
 
     /// Bytes of an object.
-    fn size(&self, name: &str) -> io::Result<u64>;
+    fn size(&self, name: &str, stop: &Stop) -> io::Result<u64>;
 
     /// Removes an object; it is no error if there is none.
-    fn remove(&self, name: &str) -> io::Result<()>;
+    fn remove(&self, name: &str, stop: &Stop) -> io::Result<()>;
 
     /// Objects whose names begin with `prefix`, which ends in `/`; at most `limit`.
-    fn list(&self, prefix: &str, limit: usize) -> io::Result<Vec<Listed>>;
+    fn list(&self, prefix: &str, limit: usize, stop: &Stop) -> io::Result<Vec<Listed>>;
 }
 
 /// An object that is being written. Dropped before it was finished, nothing is left of it.
@@ -264,7 +265,7 @@ impl Tier {
     /// Removes objects of this shard that `named` does not have, if they are old. Returns how many.
     pub(crate) fn sweep(&self, named: &[String], stop: &Stop) -> io::Result<u64> {
         let mut removed = 0;
-        for object in self.store.list(&self.prefix, SWEEP_MAX)? {
+        for object in self.store.list(&self.prefix, SWEEP_MAX, stop)? {
             if stop.is_told() {
                 break;
             }
@@ -272,7 +273,7 @@ impl Tier {
                 && object.name.starts_with(&self.prefix)
                 && !named.contains(&object.name)
             {
-                self.store.remove(&object.name)?;
+                self.store.remove(&object.name, stop)?;
                 removed += 1;
             }
         }
@@ -289,7 +290,7 @@ impl Tier {
             }
         }
         self.reads.fetch_add(1, Ordering::Relaxed);
-        let read = off_the_runtime(|| self.store.read(name, at, bytes));
+        let read = off_the_runtime(|| self.store.read(name, at, bytes, &Stop::default()));
         let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner);
         match read {
             Ok(bytes) => {

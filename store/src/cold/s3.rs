@@ -210,11 +210,11 @@ impl ColdStore for S3 {
         Ok(Box::new(Parts { s3: self.clone(), stop: stop.clone(), upload: Some(upload), part: Vec::new() }))
     }
 
-    fn read(&self, name: &str, at: u64, bytes: u32) -> io::Result<Bytes> {
+    fn read(&self, name: &str, at: u64, bytes: u32, stop: &Stop) -> io::Result<Bytes> {
         let (store, path) = (Arc::clone(&self.store), self.path(name)?);
         let range = at..at.saturating_add(u64::from(bytes));
         let work = async move { store.get_range(&path, range).await };
-        let found = self.client.call(READ_TIMEOUT, &Stop::default(), work)?;
+        let found = self.client.call(READ_TIMEOUT, stop, work)?;
         if found.len() as u64 == u64::from(bytes) {
             Ok(found)
         } else {
@@ -222,21 +222,21 @@ impl ColdStore for S3 {
         }
     }
 
-    fn size(&self, name: &str) -> io::Result<u64> {
+    fn size(&self, name: &str, stop: &Stop) -> io::Result<u64> {
         let (store, path) = (Arc::clone(&self.store), self.path(name)?);
-        self.client.call(CALL_TIMEOUT, &Stop::default(), async move { Ok(store.head(&path).await?.size) })
+        self.client.call(CALL_TIMEOUT, stop, async move { Ok(store.head(&path).await?.size) })
     }
 
-    fn remove(&self, name: &str) -> io::Result<()> {
+    fn remove(&self, name: &str, stop: &Stop) -> io::Result<()> {
         let (store, path) = (Arc::clone(&self.store), self.path(name)?);
         let work = async move { store.delete(&path).await };
-        match self.client.call(CALL_TIMEOUT, &Stop::default(), work) {
+        match self.client.call(CALL_TIMEOUT, stop, work) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             done => done,
         }
     }
 
-    fn list(&self, prefix: &str, limit: usize) -> io::Result<Vec<Listed>> {
+    fn list(&self, prefix: &str, limit: usize, stop: &Stop) -> io::Result<Vec<Listed>> {
         let store = Arc::clone(&self.store);
         let whole = self.path(prefix.trim_end_matches('/'))?;
         let skip = whole.as_ref().len() - prefix.trim_end_matches('/').len();
@@ -255,6 +255,6 @@ impl ColdStore for S3 {
             }
             Ok(found)
         };
-        self.client.call(CALL_TIMEOUT, &Stop::default(), work)
+        self.client.call(CALL_TIMEOUT, stop, work)
     }
 }

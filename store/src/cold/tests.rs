@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{ColdOptions, memory::MemoryStore};
+use super::{ColdOptions, ColdStore, Stop, folder::Local, memory::MemoryStore};
 use crate::{
     Limits, Op, ReadError, Record, StoreOptions,
     conformance::{Open, append, conversation, in_memory, message, seq, shard_id},
@@ -354,31 +354,71 @@ fn copy(files: &MemoryFiles) -> MemoryFiles {
     copy
 }
 
-#[test]
-fn a_local_folder_is_an_object_store() {
-    use super::{ColdStore, Stop, folder::Local};
-    let folder = tempfile::tempdir().unwrap();
-    let store = Local::new(folder.path().to_owned());
+/// What every object store has to make true.
+fn is_an_object_store(store: &dyn ColdStore) {
+    let stop = Stop::default();
     let name = "abc/shard-000/1.seg.zst";
-    drop(store.begin(name, &Stop::default()).unwrap());
-    assert_eq!(store.list("abc/shard-000/", 10).unwrap(), [], "nothing is left of what was not finished");
-    let mut upload = store.begin(name, &Stop::default()).unwrap();
+    store.remove(name, &stop).unwrap();
+    drop(store.begin(name, &stop).unwrap());
+    assert_eq!(
+        store.list("abc/shard-000/", 10, &stop).unwrap(),
+        [],
+        "nothing is left of what was not finished"
+    );
+    let mut upload = store.begin(name, &stop).unwrap();
     upload.write(b"hello ").unwrap();
     upload.write(b"there").unwrap();
-    assert!(store.size(name).is_err(), "not before it is finished");
+    // More than a part of an upload, for those that have parts.
+    upload.write(&vec![7; 9 << 20]).unwrap();
+    assert!(store.size(name, &stop).is_err(), "not before it is finished");
     upload.finish().unwrap();
-    assert_eq!(store.size(name).unwrap(), 11);
-    assert_eq!(store.read(name, 6, 5).unwrap(), "there");
-    assert!(store.read(name, 6, 6).is_err());
-    let listed = store.list("abc/shard-000/", 10).unwrap();
+    assert_eq!(store.size(name, &stop).unwrap(), 11 + (9 << 20));
+    assert_eq!(store.read(name, 6, 5, &stop).unwrap(), "there");
+    assert_eq!(store.read(name, (9 << 20) + 9, 2, &stop).unwrap(), [7, 7].as_slice());
+    assert!(store.read(name, (9 << 20) + 9, 3, &stop).is_err(), "not fewer than asked for");
+    assert!(store.read(name, 10 << 20, 1, &stop).is_err());
+    let listed = store.list("abc/shard-000/", 10, &stop).unwrap();
     assert_eq!(listed.iter().map(|object| object.name.as_str()).collect::<Vec<_>>(), [name]);
+    assert!(listed[0].age < Duration::from_secs(3600));
+    assert_eq!(store.list("abc/shard-001/", 10, &stop).unwrap(), []);
+    store.remove(name, &stop).unwrap();
+    store.remove(name, &stop).unwrap();
+    assert!(store.read(name, 0, 1, &stop).is_err());
+}
+
+#[test]
+fn a_local_folder_is_an_object_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Local::new(folder.path().to_owned());
+    is_an_object_store(&store);
+    let stop = Stop::default();
     for bad in ["../x", "/etc/passwd", "a//b", "a/./b", ""] {
-        assert!(store.read(bad, 0, 1).is_err(), "{bad}");
+        assert!(store.read(bad, 0, 1, &stop).is_err(), "{bad}");
     }
-    store.remove(name).unwrap();
-    store.remove(name).unwrap();
     let gone = Local::new(folder.path().join("not-mounted"));
-    assert!(gone.begin(name, &Stop::default()).is_err());
+    assert!(gone.begin("a/b", &stop).is_err());
+}
+
+/// By hand: `FULMAR_S3_URL=s3://bucket/prefix AWS_…= cargo test -p fulmar-store --features s3 -- --ignored s3`.
+#[cfg(feature = "s3")]
+#[test]
+#[ignore = "needs an S3-compatible object store, named by FULMAR_S3_URL"]
+fn s3_is_an_object_store() {
+    let url = std::env::var("FULMAR_S3_URL").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut cold = ColdOptions::new(url, Duration::from_secs(30 * 24 * 3600));
+    cold.object_bytes_min = 1;
+    cold.connect(super::identity::of(folder.path()).unwrap()).unwrap();
+    is_an_object_store(cold.connected.as_ref().unwrap().store.as_ref());
+    let world = World::new(200);
+    let options = StoreOptions { cold: Some(cold), ..World::options() };
+    for _ in 0..2 {
+        let open = world.open_with(&options);
+        wait(&open, |_| world.is_cold(&[]));
+        world.check(&open);
+        assert_eq!(open.shard.stats().cold_failures, 0);
+        open.close().unwrap();
+    }
 }
 
 #[test]

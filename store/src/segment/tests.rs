@@ -1151,3 +1151,168 @@ fn nothing_is_written_after_a_failure() {
         assert_eq!(results.last(), Some(&false), "write {at}");
     }
 }
+
+// ---- cold segments
+
+/// Where the frames of a cold segment are in a test.
+#[derive(Clone, Debug, Default)]
+struct Elsewhere(Arc<Mutex<Vec<u8>>>);
+
+impl Frames for Elsewhere {
+    fn read(&self, at: u64, bytes: u32) -> io::Result<Bytes> {
+        let there = self.0.lock().unwrap();
+        let at = usize::try_from(at).unwrap();
+        there
+            .get(at..at + bytes as usize)
+            .map(Bytes::copy_from_slice)
+            .ok_or(io::ErrorKind::UnexpectedEof.into())
+    }
+
+    fn cached(&self, _number: u64) -> Option<Bytes> {
+        None
+    }
+
+    fn keep(&self, _number: u64, _frame: &Bytes) {}
+}
+
+fn write_cold(
+    files: &MemoryFiles,
+    id: u64,
+    body_bytes: usize,
+    samples: &[Sample],
+    rows: &[OwnedRow],
+) -> Elsewhere {
+    let there = Elsewhere::default();
+    let sink = there.clone();
+    let frames = FrameWriter::new(Box::new(move |frame| {
+        sink.0.lock().unwrap().extend_from_slice(frame);
+        Ok(())
+    }));
+    let writer = SegmentWriter::create_cold(files, shard(), id, frames.unwrap()).unwrap();
+    let mut writer = writer.with_bodies_of(body_bytes);
+    for s in samples {
+        writer.record(s.conversation, s.record.seq, s.record.time, &s.encoded).unwrap();
+    }
+    for (table, key, row) in rows {
+        writer.row(*table, key, row.as_deref()).unwrap();
+    }
+    writer.finish(id..=id).unwrap();
+    there
+}
+
+fn verify_cold(segment: &Segment) -> Vec<SegmentDamage> {
+    let mut verifier = segment.verifier().with_cold();
+    let mut damage = Vec::new();
+    loop {
+        match verifier.step(1) {
+            Ok(Progress::More) => {}
+            Ok(Progress::Done) => return damage,
+            Err(found) => damage.push(found),
+        }
+    }
+}
+
+#[test]
+fn a_cold_segment_comes_back() {
+    let files = MemoryFiles::default();
+    // Bytes that do not shrink, in several frames.
+    let mut n = 1u64;
+    let mut noise = |length: usize| -> Vec<u8> {
+        std::iter::repeat_with(|| {
+            n = n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (n >> 56) as u8
+        })
+        .take(length)
+        .collect()
+    };
+    let samples: Vec<Sample> = (1..80)
+        .flat_map(|c| (1..=c % 40).map(move |s| (c, s)))
+        .map(|(c, s)| sample(c * 256, s * (1 + s / 30), 5_000 + s, noise(700)))
+        .collect();
+    let rows: Vec<OwnedRow> =
+        (0..9_000u32).map(|n| (1, n.to_be_bytes().to_vec(), (n % 3 > 0).then(|| vec![8; 20]))).collect();
+    for body_bytes in [BLOCK_BYTES, 64] {
+        write_in_blocks(&files, 1, body_bytes, &samples, &rows);
+        let plain = Segment::open(&files, shard(), 1).unwrap();
+        let there = write_cold(&files, 2, body_bytes, &samples, &rows);
+        let cold = Segment::open(&files, shard(), 2).unwrap();
+        assert!(cold.summary().run_bytes > 3 * FRAME_BYTES as u64, "runs lie across cuts");
+        assert_eq!(cold.summary().records, plain.summary().records);
+        assert_eq!(cold.frames_bytes(), there.0.lock().unwrap().len() as u64);
+        // Without the frames everything but the runs is there.
+        assert_eq!(read_rows(&cold), rows);
+        let places = |segment: &Segment| -> Vec<_> {
+            segment
+                .runs()
+                .map(Result::unwrap)
+                .map(|run| (run.conversation, run.first, run.count, run.crc))
+                .collect()
+        };
+        assert_eq!(places(&cold), places(&plain));
+        assert_eq!(verify(&cold, 1).len(), 0);
+        assert!(cold.run(&cold.runs().next().unwrap().unwrap()).is_err());
+        let cold = cold.with_frames(Arc::new(there));
+        assert_eq!(read_records(&cold), samples);
+        assert_eq!(verify_cold(&cold).len(), 0);
+        // It is merged like any other.
+        let out = SegmentWriter::create(&files, shard(), 3).unwrap();
+        let merge = Merge::new(vec![Arc::new(cold)], out, no_low(), false);
+        finish(merge, usize::MAX).unwrap();
+        let merged = Segment::open(&files, shard(), 3).unwrap();
+        assert_eq!(read_records(&merged), samples);
+        assert_eq!(read_rows(&merged), rows);
+    }
+}
+
+#[test]
+fn every_flipped_bit_of_a_cold_segment_is_noticed() {
+    let files = MemoryFiles::default();
+    let (samples, rows) = tiny();
+    for body_bytes in [BLOCK_BYTES, 1] {
+        let there = write_cold(&files, 1, body_bytes, &samples, &rows);
+        let whole = contents(&files, 1);
+        let open = |there: &Elsewhere| {
+            Segment::open(&files, shard(), 1).map(|segment| segment.with_frames(Arc::new(there.clone())))
+        };
+        assert_eq!(verify_cold(&open(&there).unwrap()).len(), 0);
+        for at in 0..whole.len() {
+            for bit in 0..8 {
+                let mut bytes = whole.clone();
+                bytes[at] ^= 1 << bit;
+                put(&files, 1, &bytes);
+                let Ok(segment) = open(&there) else { continue };
+                assert!(!verify_cold(&segment).is_empty(), "byte {at}, bit {bit}");
+            }
+        }
+        put(&files, 1, &whole);
+        let frames = there.0.lock().unwrap().clone();
+        for at in 0..frames.len() {
+            for bit in 0..8 {
+                let mut bytes = frames.clone();
+                bytes[at] ^= 1 << bit;
+                let flipped = Elsewhere(Arc::new(Mutex::new(bytes)));
+                let segment = open(&flipped).unwrap();
+                assert!(!verify_cold(&segment).is_empty(), "byte {at} of the frames, bit {bit}");
+                for run in segment.runs().map(Result::unwrap) {
+                    assert!(segment.run(&run).is_err(), "byte {at} of the frames, bit {bit}");
+                }
+            }
+        }
+        for end in 0..frames.len() {
+            let cut = Elsewhere(Arc::new(Mutex::new(frames[..end].to_vec())));
+            assert!(!verify_cold(&open(&cut).unwrap()).is_empty(), "cut off at {end}");
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_frame_is_read_without_a_panic(
+        frame in proptest::collection::vec(any::<u8>(), 0..300),
+        length in 0usize..FRAME_BYTES,
+    ) {
+        if let Ok(bytes) = frames::decompress(&frame, length) {
+            prop_assert_eq!(bytes.len(), length);
+        }
+    }
+}
