@@ -48,7 +48,8 @@ const WORLD_CRATES: &[&str] = &[
 ];
 
 /// Packages that only run or test the others.
-const OUTER_CRATES: &[&str] = &["fulmar-benches", "fulmar-fuzz", "xtask"];
+const OUTER_CRATES: &[&str] =
+    &["fulmar-benches", "fulmar-fuzz", "fulmar-faultdisk", "fulmar-store-rig", "xtask"];
 
 /// Everything by which a file stops being pure: runtimes, transports, engines, clocks, dice, sockets, files, threads.
 /// Addresses (`std::net::IpAddr`) and durations are values and stay allowed.
@@ -100,6 +101,28 @@ pub(crate) const CRATES: &[CrateRule] = &[
         folder: "store",
         forbids: &[OUTER_CRATES, &["fulmar-gateway", "fulmar-client", "fulmar-sim", "quinn", "quinn-proto"]],
         because: "the store knows ids and its engines; it serves whoever holds it and names none of them",
+    },
+    CrateRule {
+        folder: "store/faultdisk",
+        forbids: &[
+            WORLD_CRATES,
+            OUTER_CRATES,
+            &["fulmar-protocol", "fulmar-store", "fulmar-gateway", "fulmar-client", "fulmar-sim"],
+        ],
+        because: "what is preloaded into a process knows nothing of what it runs, and brings nothing along",
+    },
+    CrateRule {
+        folder: "store/rig",
+        forbids: &[&[
+            "sled",
+            "fjall",
+            "fulmar-gateway",
+            "fulmar-client",
+            "fulmar-sim",
+            "fulmar-faultdisk",
+            "xtask",
+        ]],
+        because: "the rigs try the store from outside: through its public names and its files",
     },
     CrateRule {
         folder: "client-sdk",
