@@ -62,12 +62,12 @@ pub use format::FORMAT_VERSION;
 pub use log::{Log, Writer};
 pub use maintain::{
     MaintainError, Progress,
-    backup::{BackupReport, ShardCopied},
+    backup::{BackupReport, ShardCopied, backup},
     export::{ExportOptions, ExportReport, ExportTo, Numbers, export},
     import::{ImportOptions, ImportReport, import},
-    inspect::{FolderStats, ShardFigures, Tier},
+    inspect::{FolderStats, ShardFigures, Tier, inspect},
     salvage::{Lost, SalvageReport, ShardSalvaged},
-    verify::{PROBLEMS_MAX, Problem, Repair, ShardVerified, VerifyReport},
+    verify::{PROBLEMS_MAX, Problem, Repair, ShardVerified, VerifyReport, verify},
 };
 pub use op::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Batch, Op};
 pub use reader::ShardReader;

@@ -17,9 +17,11 @@ use crate::error::{OpenError, ReadError};
 pub(crate) mod backup;
 pub(crate) mod export;
 pub(crate) mod import;
+pub(crate) mod folder;
 pub(crate) mod inspect;
 mod line;
 pub(crate) mod salvage;
+pub(crate) mod truth;
 pub(crate) mod verify;
 
 /// How far a work on a data folder has come.
