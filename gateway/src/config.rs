@@ -195,6 +195,26 @@ section! {
 }
 
 section! {
+    /// Old records in an object store: compressed, slower to read, and read by the same requests.
+    ColdConfig = "cold" {
+        /// Where they go: "file:///srv/fulmar-cold" (a folder that exists), or "s3://bucket/prefix" if this program was
+        /// built with the feature s3 (credentials, region and endpoint: the AWS_* variables). Empty: they stay. What went
+        /// there can only be read while this is set.
+        url: String = String::new(),
+            Where("empty, \"file:///a/folder\", or with the feature s3 \"s3://bucket/prefix\"", |url: &String| {
+                url.is_empty() || fulmar_store::ColdOptions::check_url(url).is_ok()
+            });
+        /// Records older than this go there: a number with s, m, h or d.
+        after: KeepAge = Keep::at(30 * 86_400_000),
+            Where("a time such as \"30d\" or \"12h\" (s, m, h, d)", |after: &KeepAge| after.limit().is_some());
+        /// MiB of records, before they are compressed, that are worth an object of their own.
+        object_mib: u64 = 16, 1..=1_024;
+        /// Memory for what was read there, in MiB, over all shards.
+        cache_mib: u64 = 32, 1..=65_536;
+    }
+}
+
+section! {
     /// Tokens and tickets.
     AuthConfig = "auth" {
         /// Seconds by which clocks of token issuers may differ from ours.
@@ -374,6 +394,8 @@ pub struct Config {
     pub receipts: ReceiptsConfig,
     /// `[retention]`
     pub retention: RetentionConfig,
+    /// `[cold]`
+    pub cold: ColdConfig,
     /// `[drain]`
     pub drain: DrainConfig,
     /// `[log]`
@@ -423,6 +445,7 @@ sections!(
     fanout: FanoutConfig,
     receipts: ReceiptsConfig,
     retention: RetentionConfig,
+    cold: ColdConfig,
     drain: DrainConfig,
     log: LogConfig,
     tls: TlsConfig,
@@ -616,6 +639,10 @@ impl Config {
             );
             return fail("fanout.ring_bytes", what);
         }
+        if self.data.engine == Engine::Memory && !self.cold.url.is_empty() {
+            let what = "is set, and data.engine = \"memory\" keeps nothing: leave one of them out".to_owned();
+            return fail("cold.url", what);
+        }
         match (&self.tls.certificate, &self.tls.key) {
             (Some(_), None) => fail(
                 "tls.certificate",
@@ -750,7 +777,7 @@ mod tests {
             (
                 "[zzz]\n",
                 "/etc/f.toml:1: there is no section [zzz]; sections are listen, data, auth, limits, transport, fanout, \
-                 receipts, retention, drain, log, tls, app",
+                 receipts, retention, cold, drain, log, tls, app",
             ),
             (
                 "[listen]\naddress = \"localhost\"",
@@ -799,6 +826,19 @@ mod tests {
                 "[retention]\ngroup_age = \"never\"",
                 "/etc/f.toml:2: retention.group_age = \"never\": expected a time such as \"90d\" or \"12h\" (s, m, h, d), \
                  \"forever\" or \"inherit\"",
+            ),
+            (
+                "[cold]\nurl = \"/srv/cold\"",
+                "/etc/f.toml:2: cold.url = \"/srv/cold\": expected empty, \"file:///a/folder\", or with the feature s3 \
+                 \"s3://bucket/prefix\"",
+            ),
+            (
+                "[cold]\nafter = \"forever\"",
+                "/etc/f.toml:2: cold.after = \"forever\": expected a time such as \"30d\" or \"12h\" (s, m, h, d)",
+            ),
+            (
+                "[cold]\nurl = \"file:///srv/cold\"\n[data]\nengine = \"memory\"",
+                "/etc/f.toml:2: cold.url is set, and data.engine = \"memory\" keeps nothing: leave one of them out",
             ),
             (
                 "[log]\nfilter = \"x=loud\"",

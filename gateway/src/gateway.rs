@@ -13,7 +13,9 @@ use std::{
 
 use anyhow::Context as _;
 use fulmar_protocol::id::ShardId;
-use fulmar_store::{CommitError, OpenError, ShardError, ShardReader, ShardWriter, Store, StoreOptions};
+use fulmar_store::{
+    ColdOptions, CommitError, OpenError, ShardError, ShardReader, ShardWriter, Store, StoreOptions,
+};
 use futures_util::FutureExt;
 use tokio::{sync::watch, task::JoinSet};
 use tracing::{info, warn};
@@ -23,7 +25,7 @@ use crate::{
         endpoint::accept,
         tls::{Certificate, endpoint_config, server_config, tls_config},
     },
-    config::{Config, Durability, Engine},
+    config::{ColdConfig, Config, Durability, Engine},
     context::Context,
     conversation::{
         route::Route,
@@ -294,7 +296,8 @@ fn cannot_take(path: &Path, error: ShardError) -> anyhow::Error {
     }
 }
 
-fn store_options(config: &Config) -> StoreOptions {
+/// How the log is opened, as configured.
+pub(crate) fn store_options(config: &Config) -> StoreOptions {
     let mib = 1024 * 1024;
     StoreOptions {
         shards: config.data.shards,
@@ -310,8 +313,20 @@ fn store_options(config: &Config) -> StoreOptions {
         engine_cache_bytes: config.data.engine_cache_mib * mib / u64::from(config.data.shards.max(1)),
         cache_bytes: config.data.tail_cache_mib * mib,
         reserve_bytes: config.data.reserve_mib * mib,
+        cold: cold_options(&config.cold),
         ..StoreOptions::default()
     }
+}
+
+fn cold_options(config: &ColdConfig) -> Option<ColdOptions> {
+    if config.url.is_empty() {
+        return None;
+    }
+    let after = Duration::from_millis(config.after.limit()?);
+    let mut cold = ColdOptions::new(&config.url, after);
+    cold.object_bytes_min = config.object_mib << 20;
+    cold.cache_bytes = config.cache_mib << 20;
+    Some(cold)
 }
 
 fn shard_limits(config: &Config) -> ShardLimits {
