@@ -4,13 +4,8 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::{Open, model::Model};
-use crate::{
-    OpenError, StoreOptions,
-    engine::faulty::{Engines, Fate},
-    files::faulty::{Chance, FaultyFiles, Names, Power},
-};
-use std::sync::Arc;
+use super::{Machine, Open, model::Model};
+use crate::{StoreOptions, files::faulty::Chance};
 
 /// Settles and merges all the time.
 fn options(chance: &mut Chance) -> StoreOptions {
@@ -25,40 +20,28 @@ fn options(chance: &mut Chance) -> StoreOptions {
     }
 }
 
-/// A machine: its disk, its engine, and what is known of the shard.
-struct Machine {
-    files: FaultyFiles,
-    engines: Engines,
+/// A machine, and what is known of its shard.
+struct Known {
+    machine: Machine,
     /// What the shard may hold: what was acknowledged, or that and the last batch.
     may_be: Vec<Model>,
 }
 
-impl Machine {
-    fn new() -> Self {
-        let power = Power::for_ever();
-        let files = FaultyFiles::new(power.clone());
-        Self { files, engines: Engines::new(power), may_be: vec![Model::default()] }
-    }
-
-    fn open(&self, options: &StoreOptions) -> Result<Open, OpenError> {
-        Open::over(Arc::new(self.files.clone()), self.engines.opener(), options)
-    }
-
+impl Known {
     /// Cuts the power; the machine comes back with power for so many operations.
     fn power_cut(&mut self, operations: i64, chance: &mut Chance) {
-        let power = Power::of(operations);
-        let names = if chance.percent(50) { Names::Prefix } else { Names::Any };
-        let fate = [Fate::Whole, Fate::Lost, Fate::Volatile, Fate::Volatile][chance.below(4) as usize];
-        assert_eq!(self.files.broken_promises(), Vec::<String>::new());
-        self.files = self.files.after_power_cut(power.clone(), names, chance);
-        self.engines = self.engines.after_power_cut(power, fate, chance);
+        self.machine = self.machine.after_power_cut(operations, chance);
+    }
+
+    fn power_is_off(&self) -> bool {
+        self.machine.files.power().is_off()
     }
 
     /// Reads everything, which must be one of the things it may be.
     fn check(&mut self, open: &Open, chance: &mut Chance) {
         let found = match Model::read_back(open, chance) {
             Ok(found) => found,
-            Err(_) if self.files.power().is_off() => return,
+            Err(_) if self.power_is_off() => return,
             Err(error) => panic!("{error}"),
         };
         let differences = || self.may_be.iter().map(|model| model.difference(&found)).collect::<String>();
@@ -68,9 +51,9 @@ impl Machine {
 
     /// Opens, checks, and commits until the power goes.
     fn run(&mut self, options: &StoreOptions, chance: &mut Chance) {
-        let mut open = match self.open(options) {
+        let mut open = match self.machine.open(options) {
             Ok(open) => open,
-            Err(_) if self.files.power().is_off() => return,
+            Err(_) if self.power_is_off() => return,
             Err(error) => panic!("refused: {error}"),
         };
         self.check(&open, chance);
@@ -81,7 +64,7 @@ impl Machine {
                 let batch = next.batch(chance);
                 match open.commit(&batch) {
                     Ok(_) => now = next,
-                    Err(_) if self.files.power().is_off() => {
+                    Err(_) if self.power_is_off() => {
                         self.may_be = vec![now, next];
                         break;
                     }
@@ -93,7 +76,7 @@ impl Machine {
                 }
                 if chance.percent(2) {
                     let found = Model::read_back(&open, chance);
-                    assert!(self.files.power().is_off() || found.as_ref() == Ok(&now), "{found:?}");
+                    assert!(self.power_is_off() || found.as_ref() == Ok(&now), "{found:?}");
                 }
             }
         }
@@ -103,17 +86,17 @@ impl Machine {
 
 fn power_cuts(seed: u64) {
     let mut chance = Chance::new(seed);
-    let mut machine = Machine::new();
+    let mut known = Known { machine: Machine::new(), may_be: vec![Model::default()] };
     for _ in 0..4 {
         let options = options(&mut chance);
         // Often during open, replay and rebuild; most often while it works.
         let most = if chance.percent(30) { 60 } else { 1_500 };
-        machine.power_cut(1 + chance.below(most) as i64, &mut chance);
-        machine.run(&options, &mut chance);
+        known.power_cut(1 + chance.below(most) as i64, &mut chance);
+        known.run(&options, &mut chance);
     }
-    machine.power_cut(i64::MAX, &mut chance);
-    let open = machine.open(&options(&mut chance)).unwrap_or_else(|error| panic!("refused: {error}"));
-    machine.check(&open, &mut chance);
+    known.power_cut(i64::MAX, &mut chance);
+    let open = known.machine.open(&options(&mut chance)).unwrap_or_else(|error| panic!("refused: {error}"));
+    known.check(&open, &mut chance);
     open.abandon();
 }
 

@@ -4,6 +4,8 @@
 //! damages single rows.
 
 mod crash;
+mod damage;
+mod faults;
 mod model;
 mod suite;
 
@@ -15,8 +17,15 @@ use fulmar_protocol::id::{AppId, ConversationId, DeviceId, Epoch, Pseq, Seq, Sha
 use crate::{
     Op, OpenError, Record, RecordKind, ShardReader, ShardWriter, StoreOptions,
     commit::CommitId,
-    engine::{Engine, memory::Memory},
-    files::Files,
+    engine::{
+        Engine,
+        faulty::{Engines, Fate},
+        memory::Memory,
+    },
+    files::{
+        Files,
+        faulty::{Chance, FaultyFiles, Names, Power},
+    },
     shard::{Shard, committer::Request, settler::EngineOpener},
     writer::{EmbeddedWriter, ask},
 };
@@ -63,6 +72,50 @@ pub(crate) fn message(n: u64, payload: impl Into<Bytes>) -> Record {
 
 pub(crate) fn append(local: u64, n: u64, payload: impl Into<Bytes>) -> Op {
     Op::Append { conversation: conversation(local), record: message(n, payload) }
+}
+
+/// A disk and an engine on it.
+pub(crate) struct Machine {
+    pub(crate) files: FaultyFiles,
+    pub(crate) engines: Engines,
+}
+
+impl Machine {
+    pub(crate) fn new() -> Self {
+        let power = Power::for_ever();
+        Self { files: FaultyFiles::new(power.clone()), engines: Engines::new(power) }
+    }
+
+    pub(crate) fn open(&self, options: &StoreOptions) -> Result<Open, OpenError> {
+        Open::over(Arc::new(self.files.clone()), self.engines.opener(), options)
+    }
+
+    /// What is found when the process was killed.
+    pub(crate) fn after_kill(&self) -> Self {
+        let power = Power::for_ever();
+        Self { files: self.files.after_kill(power.clone()), engines: self.engines.after_kill(power) }
+    }
+
+    /// What may be found after a power cut; there is power for so many operations then.
+    pub(crate) fn after_power_cut(&self, operations: i64, chance: &mut Chance) -> Self {
+        let power = Power::of(operations);
+        let names = if chance.percent(50) { Names::Prefix } else { Names::Any };
+        let fate = [Fate::Whole, Fate::Lost, Fate::Volatile, Fate::Volatile][chance.below(4) as usize];
+        assert_eq!(self.files.broken_promises(), Vec::<String>::new());
+        Self {
+            files: self.files.after_power_cut(power.clone(), names, chance),
+            engines: self.engines.after_power_cut(power, fate, chance),
+        }
+    }
+}
+
+/// Waits until something is so.
+pub(crate) fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let began = std::time::Instant::now();
+    while !so() {
+        assert!(began.elapsed().as_secs() < 30, "waited for {what}");
+        std::thread::park_timeout(std::time::Duration::from_millis(2));
+    }
 }
 
 /// Opens one engine that lives in memory, again and again; told to, it begins with an empty one.

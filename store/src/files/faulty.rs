@@ -72,6 +72,11 @@ impl Power {
         Self::of(i64::MAX)
     }
 
+    /// From now on so many operations are left.
+    pub(crate) fn allow(&self, operations: i64) {
+        self.left.store(operations, Ordering::SeqCst);
+    }
+
     pub(crate) fn is_off(&self) -> bool {
         self.left.load(Ordering::SeqCst) <= 0
     }

@@ -196,6 +196,7 @@ impl Committer {
     fn fail(&mut self, error: &io::Error) -> CommitError {
         let why = refusal("the log could not be written", error);
         tracing::error!(shard = %self.shared.id, %error, "the log failed: commits are refused until it works again");
+        self.shared.settling.set_log_failing(Some(why.clone()));
         self.log = Log::Failed { why: why.clone(), again: Instant::now() + RETRY_FIRST, pause: RETRY_FIRST };
         why
     }
@@ -227,9 +228,11 @@ impl Committer {
             Ok(journal) => {
                 tracing::info!(shard = %self.shared.id, "the log works again");
                 self.log = Log::Open(journal);
+                self.shared.settling.set_log_failing(None);
                 Ok(())
             }
             Err(why) => {
+                self.shared.settling.set_log_failing(Some(why.clone()));
                 self.log = Log::Failed { why: why.clone(), again: Instant::now() + pause, pause };
                 Err(why)
             }

@@ -88,6 +88,8 @@ pub(crate) struct Settling {
 struct State {
     /// The closed layer, until it is settled.
     layer: Option<Arc<Overlay>>,
+    /// Why the log can't be written, as the committer says.
+    log_failing: Option<CommitError>,
     /// Why it could not be settled so far.
     failing: Option<CommitError>,
     /// A job of the cold tier has ended.
@@ -139,9 +141,15 @@ impl Settling {
         self.state().layer.is_none()
     }
 
-    /// Why settling does not get on, if so.
+    /// Why the log can't be written, or settling does not get on, if so.
     pub(crate) fn failing(&self) -> Option<CommitError> {
-        self.state().failing.clone()
+        let state = self.state();
+        state.log_failing.clone().or_else(|| state.failing.clone())
+    }
+
+    /// Says whether the log can be written.
+    pub(crate) fn set_log_failing(&self, why: Option<CommitError>) {
+        self.state().log_failing = why;
     }
 
     /// Makes the settler look what there is to do.
