@@ -3,8 +3,8 @@
 //! - Only the committer changes it, one commit at a time ([`View::apply`]); anybody reads.
 //! - A read finds a row in the newest layer that has it. Layers are dropped only when the tables have their rows, so a
 //!   read never sees less than what was committed before it began.
-//! - The caches (heads, tails of records) are filled and changed under rules that keep them from holding anything older
-//!   than the last commit; records never change, so a tail can only be short, not wrong.
+//! - A cached head is at least as new as the index, and is looked at only if no layer has one. Records never change, so a
+//!   cached tail can only be short, not wrong.
 //!
 //! Not here: writing tables (`settle`), the order of a commit (`committer`).
 
@@ -251,6 +251,10 @@ impl View {
     // ---- heads and lanes
 
     pub(crate) fn head(&self, conversation: ConversationId) -> Result<Option<Head>, ReadError> {
+        // What changed lately is found in the layers; the cache is for what did not.
+        if let Some(head) = self.layered_head(conversation) {
+            return Ok(Some(head));
+        }
         if let Some(cell) = self.heads.get(&conversation) {
             return Ok(Some(*lock(&cell)));
         }
@@ -268,16 +272,17 @@ impl View {
         }
     }
 
+    fn layered_head(&self, conversation: ConversationId) -> Option<Head> {
+        let layers = self.layers();
+        layers.each().find_map(|layer| layer.touched.get(&conversation)).map(|touched| touched.head)
+    }
+
     fn load_head(&self, conversation: ConversationId) -> Result<Option<Head>, ReadError> {
-        {
-            let layers = self.layers();
-            for layer in layers.each() {
-                if let Some(touched) = layer.touched.get(&conversation) {
-                    return Ok(Some(touched.head));
-                }
-            }
+        // It may have come into the layers since the caller looked.
+        match self.layered_head(conversation) {
+            Some(head) => Ok(Some(head)),
+            None => self.stored_row(Table::Head, Key::conversation(conversation).as_ref()),
         }
-        self.stored_row(Table::Head, Key::conversation(conversation).as_ref())
     }
 
     /// The head of a conversation as it is settled.
@@ -708,15 +713,14 @@ impl View {
     /// Shows a change to all readers. Nothing may have been applied since it was prepared.
     pub(crate) fn show(&self, change: Change) {
         let Change { overlay, lanes } = change;
-        let heads: Vec<(ConversationId, Head)> =
-            overlay.touched.iter().map(|(conversation, touched)| (*conversation, touched.head)).collect();
         // Tails are made by readers. What nobody reads is in the layer, which is memory as well.
         let appended: Vec<(Arc<Mutex<Tail>>, Vec<Record>)> = overlay
             .touched
             .iter()
             .filter(|(_, touched)| !touched.records.is_empty())
             .filter_map(|(conversation, touched)| {
-                let tail = self.tails.get(conversation)?;
+                // Looking does not count as use.
+                let tail = self.tails.contains_key(conversation).then(|| self.tails.get(conversation))??;
                 let newest = touched.records.len().saturating_sub(TAIL_RECORDS);
                 Some((tail, touched.records.iter().skip(newest).map(|pending| own(&pending.record)).collect()))
             })
@@ -730,12 +734,6 @@ impl View {
                     lane.note(epoch, pseq, seq);
                 }
             }
-        }
-        // The caches follow after the layers. Whoever fills an entry from here on reads the new state; whoever was filling
-        // it before is waited for (`get_with`), and is then corrected.
-        for (conversation, head) in heads {
-            let cell = self.heads.get_with(conversation, || Arc::new(Mutex::new(head)));
-            *lock(&cell) = head;
         }
         for (cell, records) in appended {
             let mut tail = lock(&cell);
@@ -771,8 +769,15 @@ impl View {
         Some(frozen)
     }
 
-    /// Drops the closed layer: the tables have all of it.
+    /// Drops the closed layer: the index has all of it.
     pub(crate) fn drop_frozen(&self) {
+        let frozen = self.layers().frozen.clone();
+        // Cached heads follow while the layer still hides them. Whoever is just filling an entry is waited for (`get_with`), and
+        // is then corrected; whoever begins to from here on finds the layer, or the index.
+        for (conversation, touched) in frozen.iter().flat_map(|layer| &layer.touched) {
+            let cell = self.heads.get_with(*conversation, || Arc::new(Mutex::new(touched.head)));
+            *lock(&cell) = touched.head;
+        }
         let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
         layers.frozen = None;
         layers.dropped += 1;
