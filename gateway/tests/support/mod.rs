@@ -129,6 +129,11 @@ impl Running {
 
 /// A client endpoint that trusts the gateway of `folder` and no other.
 pub fn endpoint(folder: &Path) -> quinn::Endpoint {
+    endpoint_with(folder, None)
+}
+
+/// The same, which takes no more than so many bytes per stream and twice that in all before somebody reads them.
+fn endpoint_with(folder: &Path, window: Option<u32>) -> quinn::Endpoint {
     use rustls::pki_types::{CertificateDer, pem::PemObject};
     let mut roots = rustls::RootCertStore::empty();
     for certificate in CertificateDer::pem_file_iter(folder.join("tls/cert.pem")).unwrap() {
@@ -147,6 +152,9 @@ pub fn endpoint(folder: &Path) -> quinn::Endpoint {
     transport
         .initial_rtt(Duration::from_millis(50))
         .max_idle_timeout(Some(Duration::from_secs(20).try_into().unwrap()));
+    if let Some(window) = window {
+        transport.stream_receive_window(window.into()).receive_window((2 * window).into());
+    }
     config.transport_config(Arc::new(transport));
     let mut endpoint = quinn::Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
     endpoint.set_default_client_config(config);
@@ -174,6 +182,8 @@ impl Drop for Live {
 pub struct Phone {
     pub name: String,
     endpoint: quinn::Endpoint,
+    /// Frames that wait to be handled.
+    frames_max: usize,
     server: SocketAddr,
     token: String,
     ticket: Option<Vec<u8>>,
@@ -213,6 +223,7 @@ impl Phone {
         Self {
             name: name.to_owned(),
             endpoint: endpoint(folder),
+            frames_max: 256,
             server,
             token: token(folder, name),
             ticket: None,
@@ -237,6 +248,12 @@ impl Phone {
             connects: 0,
             ended: None,
         }
+    }
+
+    /// A phone that takes little in while it does nothing: what it is owed stays at the gateway.
+    pub fn narrow(name: &str, folder: &Path, server: SocketAddr) -> Self {
+        let endpoint = endpoint_with(folder, Some(64 << 10));
+        Self { endpoint, frames_max: 8, ..Self::new(name, folder, server) }
     }
 
     pub fn now(&self) -> Duration {
@@ -272,7 +289,7 @@ impl Phone {
             }
             Err(_) => return false,
         };
-        let (sender, frames) = mpsc::channel(256);
+        let (sender, frames) = mpsc::channel(self.frames_max);
         let Ok((control, control_in)) = quic.open_bi().await else { return false };
         let Ok(uplink) = quic.open_uni().await else { return false };
         let readers = vec![
@@ -328,7 +345,7 @@ impl Phone {
     /// Where it stands, for a test that fails.
     pub fn describe(&self) -> String {
         format!(
-            "{}: connected {} ({} times), unsettled {:?}, refused {:?}, ended {:?}, errors {:?}, received {:?}",
+            "{}: connected {} ({} times), unsettled {:?}, refused {:?}, ended {:?}, errors {:?}, gaps {:?}, received {:?}",
             self.name,
             self.is_connected(),
             self.connects,
@@ -336,6 +353,7 @@ impl Phone {
             self.refused,
             self.ended,
             self.errors,
+            self.gaps,
             self.received.iter().map(|(c, r)| (*c, r.len())).collect::<Vec<_>>()
         )
     }
