@@ -210,8 +210,8 @@ fn a_folder_that_can_not_be_used_is_refused_in_one_sentence() {
     assert_eq!(
         refusal(&data, &["--set", "data.engine=fjall"]),
         format!(
-            "fulmar: the data folder {shown} was made with the engine \"sled\", not \"fjall\": set the engine to \"sled\" \
-             (data.engine)"
+            "fulmar: the data folder {shown} was made with the engine \"sled\", not \"fjall\": change it with `fulmar store \
+             migrate --to fjall`, or set the engine to \"sled\" (data.engine)"
         )
     );
     let full = refusal(&data, &["--set", "data.reserve_mib=1048576"]);

@@ -31,16 +31,24 @@ pub enum OpenError {
         /// The newest format this program knows.
         known: u64,
     },
-    /// An older Fulmar wrote it, and it can't be brought to the present format.
+    /// Nothing can be written there.
     #[error(
-        "the data folder {} has format {found}, which this program can't upgrade: use one that knows format {found}",
+        "the data folder {} can't be written to ({source}): make it writable for this user, or choose another folder",
         path.display()
     )]
-    Older {
+    ReadOnly {
         /// The data folder.
         path: PathBuf,
-        /// The folder's format.
-        found: u64,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// A shard of a folder that was copied is damaged.
+    #[error(
+        "{source}; the folder is a copy: if it was in use while it was copied, copy it with `fulmar store backup` instead"
+    )]
+    Copied {
+        /// What is wrong with the shard.
+        source: Box<OpenError>,
     },
     /// The folder has things in it, but no format marker.
     #[error(
@@ -60,7 +68,7 @@ pub enum OpenError {
         what: String,
     },
     /// The folder was made by another engine.
-    #[error("the data folder {} was made with the engine {found:?}, not {wanted:?}: set the engine to {found:?}", path.display())]
+    #[error("the data folder {} was made with the engine {found:?}, not {wanted:?}: change it with `fulmar store migrate --to {wanted}`, or set the engine to {found:?}", path.display())]
     OtherEngine {
         /// The data folder.
         path: PathBuf,

@@ -15,7 +15,11 @@ use std::{
 
 use fulmar_protocol::{id::ShardId, limit::SHARDS_MAX};
 
-use crate::{EngineKind, error::OpenError};
+use crate::{
+    EngineKind,
+    error::OpenError,
+    files::{Files, disk::Disk},
+};
 
 /// The newest format this program reads and writes.
 pub const FORMAT_VERSION: u64 = 2;
@@ -52,16 +56,9 @@ impl Folder {
     pub(crate) fn open(path: &Path, shards: u16, engine: EngineKind) -> Result<Self, OpenError> {
         fs::create_dir_all(path).map_err(io_error("can't create the data folder", path))?;
         let lock = lock(path)?;
-        let marker_path = path.join(MARKER);
-        let marker = match File::open(&marker_path) {
-            Ok(file) => {
-                let mut text = String::new();
-                file.take(MARKER_BYTES_MAX)
-                    .read_to_string(&mut text)
-                    .map_err(io_error("can't read", &marker_path))?;
-                parse(path, &text)?
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+        let marker = match read_marker(path)? {
+            Some((_, marker)) => marker,
+            None => {
                 if let Some(other) = first_foreign_entry(path)? {
                     tracing::debug!(entry = %other.display(), "not an empty folder");
                     return Err(OpenError::NotOurs { path: path.to_owned() });
@@ -72,10 +69,9 @@ impl Folder {
                     engine: engine.name().to_owned(),
                     created: now(),
                 };
-                write_marker(path, &marker)?;
+                write_marker(&Disk::new(path), path, &marker)?;
                 marker
             }
-            Err(error) => return Err(io_error("can't read", &marker_path)(error)),
         };
         if marker.engine != engine.name() {
             return Err(OpenError::OtherEngine {
@@ -85,6 +81,25 @@ impl Folder {
             });
         }
         Ok(Self { path: path.to_owned(), marker, _lock: lock })
+    }
+
+    /// Opens a folder that exists, whatever its engine.
+    pub(crate) fn open_existing(path: &Path) -> Result<Self, OpenError> {
+        let not_ours = || OpenError::NotOurs { path: path.to_owned() };
+        if read_marker(path)?.is_none() {
+            return Err(not_ours());
+        }
+        let lock = lock(path)?;
+        // Once more: whoever had the folder may have changed it.
+        let (_, marker) = read_marker(path)?.ok_or_else(not_ours)?;
+        Ok(Self { path: path.to_owned(), marker, _lock: lock })
+    }
+
+    /// Puts another marker in the place of the one there is, durably. `root` is this folder.
+    pub(crate) fn set_marker(&mut self, root: &dyn Files, marker: Marker) -> Result<(), OpenError> {
+        write_marker(root, &self.path, &marker)?;
+        self.marker = marker;
+        Ok(())
     }
 
     /// The folder of a shard, made if it is not there.
@@ -128,13 +143,15 @@ fn io_error(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenE
 
 fn lock(folder: &Path) -> Result<File, OpenError> {
     let path = folder.join(LOCK);
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(io_error("can't open", &path))?;
+    let mut file =
+        File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(|error| {
+            match error.kind() {
+                io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
+                    OpenError::ReadOnly { path: folder.to_owned(), source: error }
+                }
+                _ => io_error("can't open", &path)(error),
+            }
+        })?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
@@ -166,16 +183,16 @@ fn first_foreign_entry(folder: &Path) -> Result<Option<PathBuf>, OpenError> {
         .map(|entry| entry.path()))
 }
 
-fn write_marker(folder: &Path, marker: &Marker) -> Result<(), OpenError> {
-    let new = folder.join(MARKER_NEW);
+fn write_marker(root: &dyn Files, folder: &Path, marker: &Marker) -> Result<(), OpenError> {
     let write = || {
-        let mut file = File::create(&new)?;
-        file.write_all(render(marker).as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&new, folder.join(MARKER))
+        let mut file = root.create(MARKER_NEW)?;
+        file.append(render(marker).as_bytes())?;
+        file.sync()?;
+        drop(file);
+        root.rename(MARKER_NEW, MARKER)?;
+        root.sync_folder()
     };
-    write().map_err(io_error("can't write", &new))?;
-    sync_folder(folder)?;
+    write().map_err(io_error("can't write", &folder.join(MARKER_NEW)))?;
     // The folder's own entry as well; its parent may not let us.
     if let Some(parent) = folder.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         let _ = sync_folder(parent);

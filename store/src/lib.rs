@@ -69,6 +69,11 @@ pub use maintain::{
     salvage::{Lost, SalvageReport, ShardSalvaged},
     verify::{PROBLEMS_MAX, Problem, Repair, ShardVerified, VerifyReport, verify},
 };
+pub use maintain::{
+    compact::{CompactReport, compact},
+    migrate::{MigrateReport, migrate},
+    upgrade::{UpgradeReport, upgrade},
+};
 pub use op::{BATCH_BYTES_MAX, BATCH_OPS_MAX, Batch, Op};
 pub use reader::ShardReader;
 pub use record::{RECORD_HEADER_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind};

@@ -20,12 +20,13 @@ use tokio::sync::oneshot;
 use crate::{
     cold::{self, ColdOptions},
     commit::Commit,
-    engine::{Engine, fjall::Fjall, memory::Memory, sled::Sled},
+    engine::{Engine, EngineError, fjall::Fjall, memory::Memory, place, sled::Sled},
     error::{CommitError, OpenError, ReadError},
     files::{Files, disk::Disk, memory::MemoryFiles},
-    format::{FORMAT_VERSION, Folder},
+    format::Folder,
     key,
     log::Log,
+    maintain::{migrate, upgrade},
     reader::ShardReader,
     row::ConversationClass,
     shard::{Shard, ShardStats, committer::Request, journal, settler::EngineOpener},
@@ -110,6 +111,9 @@ pub struct StoreOptions {
     /// Where old records go; `None`: they stay. A folder that has records there can be opened without, and then refuses to
     /// read them.
     pub cold: Option<ColdOptions>,
+    /// Uses an index that was copied to where it is, which is right only if nothing had the folder open while it was copied.
+    /// Otherwise the index of a copied folder is made again from the segments.
+    pub trust_copied_index: bool,
 }
 
 impl Default for StoreOptions {
@@ -127,6 +131,7 @@ impl Default for StoreOptions {
             background_bytes_per_second: 64 << 20,
             reserve_bytes: 64 << 20,
             cold: None,
+            trust_copied_index: false,
         }
     }
 }
@@ -190,10 +195,9 @@ impl Store {
                 Ok(Self { inner: Arc::new(Inner { shards }) })
             }
             EngineKind::Sled | EngineKind::Fjall => {
-                let folder = Arc::new(Folder::open(path, options.shards, options.engine)?);
-                if folder.marker.format < FORMAT_VERSION {
-                    return Err(OpenError::Older { path: path.to_owned(), found: folder.marker.format });
-                }
+                let mut folder = Folder::open(path, options.shards, options.engine)?;
+                upgrade::if_needed(&mut folder, &mut |_| {})?;
+                let folder = Arc::new(folder);
                 let mut options = options.clone();
                 if let Some(cold) = &mut options.cold {
                     let name = cold::identity::of(path).map_err(|source| OpenError::Io {
@@ -361,25 +365,64 @@ fn open_shards(folder: &Arc<Folder>, options: &StoreOptions) -> Result<Vec<Shard
 
 fn open_shard(id: ShardId, folder: &Arc<Folder>, options: &StoreOptions) -> Result<Shard, OpenError> {
     let at = folder.shard(id)?;
+    let index = at.join(INDEX);
+    let io = |doing, path: &Path| {
+        let path = path.to_owned();
+        move |source| OpenError::Io { doing, path, source }
+    };
+    migrate::put_in_place(&at, options.engine).map_err(io("can't replace the index in", &at))?;
+    let copied = was_copied(&index, options).map_err(io("can't read", &index))?;
     let files: Arc<dyn Files> = Arc::new(Disk::new(&at));
     let opener = engine_opener(&at, options);
-    Shard::open(id, files, opener, Some(Arc::clone(folder)), options, folder.marker.shards)
+    let opened = Shard::open(id, files, opener, Some(Arc::clone(folder)), options, folder.marker.shards);
+    match opened {
+        Err(source @ (OpenError::Settled { .. } | OpenError::Damaged { .. })) if copied => {
+            // The next attempt is to say so as well.
+            if let Err(error) = place::forget(&index) {
+                tracing::warn!(shard = %id, %error, "the note of an index' place can't be removed");
+            }
+            Err(OpenError::Copied { source: Box::new(source) })
+        }
+        other => other,
+    }
+}
+
+/// Whether there is an index that was copied to where it is, and is not to be trusted.
+fn was_copied(index: &Path, options: &StoreOptions) -> std::io::Result<bool> {
+    Ok(!options.trust_copied_index && index.try_exists()? && !place::is_here(index)?)
 }
 
 /// Opens the engine in a shard's folder.
 pub(crate) fn engine_opener(shard: &Path, options: &StoreOptions) -> EngineOpener {
     let index = shard.join(INDEX);
-    let cache_bytes = options.engine_cache_bytes;
-    let kind = options.engine;
+    let options = options.clone();
     Box::new(move |anew| {
-        if anew && index.exists() {
+        let mut anew = anew || !index.try_exists()?;
+        if !anew && was_copied(&index, &options)? {
+            tracing::info!(index = %index.display(), "the index was copied here and is not used");
+            anew = true;
+        }
+        if anew && index.try_exists()? {
             std::fs::remove_dir_all(&index)?;
         }
-        Ok(match kind {
-            EngineKind::Sled => Arc::new(Sled::open(&index, cache_bytes)?),
-            EngineKind::Fjall => Arc::new(Fjall::open(&index, cache_bytes)?),
-            EngineKind::Memory => Arc::new(Memory::default()),
-        })
+        let engine = open_engine(options.engine, &index, options.engine_cache_bytes)?;
+        if options.engine != EngineKind::Memory && (anew || !place::is_here(&index)?) {
+            place::note(&index)?;
+        }
+        Ok(engine)
+    })
+}
+
+/// Opens or makes the database of an engine in the folder `index`.
+pub(crate) fn open_engine(
+    kind: EngineKind,
+    index: &Path,
+    cache_bytes: u64,
+) -> Result<Arc<dyn Engine>, EngineError> {
+    Ok(match kind {
+        EngineKind::Sled => Arc::new(Sled::open(index, cache_bytes)?),
+        EngineKind::Fjall => Arc::new(Fjall::open(index, cache_bytes)?),
+        EngineKind::Memory => Arc::new(Memory::default()),
     })
 }
 

@@ -128,6 +128,8 @@ pub fn options(engine: Engine, durability: Level, history: &History) -> StoreOpt
         settle_commits: pick(&[4, 15, 50, 8_192]),
         settle_idle: Duration::from_millis(pick(&[3, 30, 1_000])),
         segment_bytes_max: pick(&[40_000, 200_000, 1 << 30]),
+        // What a cut leaves is put together in a folder of its own: its index is to be opened as it is.
+        trust_copied_index: true,
         ..StoreOptions::default()
     }
 }

@@ -16,6 +16,7 @@ pub(crate) mod closed;
 pub(crate) mod faulty;
 pub(crate) mod fjall;
 pub(crate) mod memory;
+pub(crate) mod place;
 pub(crate) mod sled;
 
 /// Bytes of a value at most. sled keeps much larger ones in files of their own, which it never syncs.

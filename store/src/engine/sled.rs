@@ -8,11 +8,15 @@
 //! - A panic inside sled (it asserts on damaged files) becomes an error of the call that met it.
 //! - sled's flusher stays on: its garbage collector runs nowhere else.
 //!
+//! [`Old`] reads databases of format 1, which held log and records as well.
+//!
 //! Not here: any promise about several writes at once.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -22,6 +26,11 @@ use crate::key::Table;
 
 /// Milliseconds between rounds of sled's flusher, which also collects its garbage.
 const FLUSH_EVERY_MS: u64 = 500;
+
+/// How long the lock of a database is waited for that was just closed.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+
+const LOCK_POLL: Duration = Duration::from_millis(5);
 
 /// An open sled database.
 pub(crate) struct Sled {
@@ -50,7 +59,7 @@ impl Sled {
             .cache_capacity(cache_bytes)
             .flush_every_ms(Some(FLUSH_EVERY_MS))
             .print_profile_on_drop(false);
-        let database = guarded(|| config.open())?;
+        let database = open_database(&config)?;
         let tables = Table::ALL
             .iter()
             .map(|table| guarded(|| database.open_tree(table.name())))
@@ -135,6 +144,89 @@ impl Engine for Sled {
 
     fn size(&self) -> u64 {
         self.file.metadata().map_or(0, |metadata| metadata.len())
+    }
+}
+
+/// A database of format 1, to be read: tables by their names, values of at most [`VALUE_BYTES_MAX`].
+pub(crate) struct Old {
+    tables: BTreeMap<String, ::sled::Tree>,
+    database: ::sled::Db,
+}
+
+impl std::fmt::Debug for Old {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Old").field("tables", &self.tables.keys()).finish_non_exhaustive()
+    }
+}
+
+impl Old {
+    /// Opens the database in the folder `path`; `None` if there never was one.
+    pub(crate) fn open(path: &Path, cache_bytes: u64) -> Result<Option<Self>, EngineError> {
+        if !path.join("db").try_exists()? {
+            return Ok(None);
+        }
+        for leftover in unfinished_snapshots(path)? {
+            std::fs::remove_file(leftover)?;
+        }
+        let config = ::sled::Config::default().path(path).cache_capacity(cache_bytes).flush_every_ms(None);
+        let database = open_database(&config)?;
+        let tables = database
+            .tree_names()
+            .into_iter()
+            .map(|name| {
+                let table = guarded(|| database.open_tree(&name))?;
+                Ok((String::from_utf8_lossy(&name).into_owned(), table))
+            })
+            .collect::<Result<_, EngineError>>()?;
+        Ok(Some(Self { tables, database }))
+    }
+
+    /// One row.
+    pub(crate) fn get(&self, table: &str, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
+        let Some(table) = self.tables.get(table) else { return Ok(None) };
+        let value = guarded(|| table.get(key))?;
+        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+    }
+
+    /// At most `limit` rows from the key `from` on, ascending.
+    pub(crate) fn scan(&self, table: &str, from: &[u8], limit: usize) -> Result<Vec<Entry>, EngineError> {
+        let Some(table) = self.tables.get(table) else { return Ok(Vec::new()) };
+        guarded(|| {
+            let rows = table.range(from..).take(limit);
+            rows.map(|row| row.map(|(key, value)| (key.to_vec(), Bytes::copy_from_slice(&value)))).collect()
+        })
+    }
+
+    /// Bytes on disk.
+    pub(crate) fn size(&self) -> u64 {
+        self.database.size_on_disk().unwrap_or(0)
+    }
+
+    /// Puts a row there, or takes it away.
+    #[cfg(test)]
+    pub(crate) fn set(&self, table: &str, key: &[u8], value: Option<&[u8]>) {
+        let table = self.database.open_tree(table).unwrap();
+        match value {
+            Some(value) => table.insert(key, value).unwrap(),
+            None => table.remove(key).unwrap(),
+        };
+        self.database.flush().unwrap();
+    }
+}
+
+/// Opens a database. sled gives its lock back a moment after the database was dropped: one that was just closed here is
+/// waited for. Other processes are kept away by the data folder's own lock.
+fn open_database(config: &::sled::Config) -> Result<::sled::Db, EngineError> {
+    let began = Instant::now();
+    loop {
+        match guarded(|| config.open()) {
+            Err(EngineError::Failed(error))
+                if error.contains("could not acquire lock") && began.elapsed() < LOCK_WAIT =>
+            {
+                std::thread::park_timeout(LOCK_POLL);
+            }
+            other => return other,
+        }
     }
 }
 

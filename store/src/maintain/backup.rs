@@ -187,14 +187,17 @@ impl Copy<'_> {
         for attempt in 1..=ATTEMPTS_MAX {
             let source = Disk::new(self.at);
             let manifest = Manifest::load(&source, self.shard).map_err(|error| match error {
-                ManifestError::Io(error) => MaintainError::io("can't read", &self.at.join(manifest::NAME))(error),
+                ManifestError::Io(error) => {
+                    MaintainError::io("can't read", &self.at.join(manifest::NAME))(error)
+                }
                 ManifestError::Malformed(what) => self.damaged(format!("the manifest is damaged: {what}")),
             })?;
             match self.attempt(&source, &manifest, progress) {
                 Ok(()) => return Ok(self.copied),
                 Err(Stopped::Failed(error)) => return Err(error),
                 Err(Stopped::Changed(what)) => {
-                    same = if same.0 == manifest.edition { (same.0, same.1 + 1) } else { (manifest.edition, 1) };
+                    same =
+                        if same.0 == manifest.edition { (same.0, same.1 + 1) } else { (manifest.edition, 1) };
                     if same.1 >= ATTEMPTS_SAME {
                         return Err(self.damaged(what));
                     }
@@ -300,7 +303,8 @@ impl Copy<'_> {
         let until = if running { tip.number.max(begun_after) } else { u64::MAX };
 
         let write = |error: io::Error| MaintainError::io("can't write the log in", self.to)(error);
-        let mut log = Journal::begin(target, self.shard, Durability::Power, manifest.settled).map_err(write)?;
+        let mut log =
+            Journal::begin(target, self.shard, Durability::Power, manifest.settled).map_err(write)?;
         let mut last = manifest.settled;
         let mut bytes = 0;
         let mut failed = None;
@@ -371,7 +375,8 @@ pub(crate) fn copy_whole(from: &Path, to: &Path) -> Result<(), MaintainError> {
 fn copy_file(from: &Path, to: &Path) -> io::Result<u64> {
     let mut source = File::open(from)?;
     let part: PathBuf = to.with_extension(PART);
-    let (Some(folder), Some(part_name)) = (to.parent(), part.file_name().and_then(|name| name.to_str())) else {
+    let (Some(folder), Some(part_name)) = (to.parent(), part.file_name().and_then(|name| name.to_str()))
+    else {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     let mut target: Box<dyn Append> = Disk::new(folder).create(part_name)?;
@@ -390,7 +395,9 @@ fn copy_file(from: &Path, to: &Path) -> io::Result<u64> {
 
 fn remove(path: &Path) -> Result<(), MaintainError> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(MaintainError::io("can't remove", path)(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(MaintainError::io("can't remove", path)(error))
+        }
         Ok(()) | Err(_) => Ok(()),
     }
 }

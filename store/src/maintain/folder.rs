@@ -49,7 +49,9 @@ impl ReadFolder {
 
     /// Its shards and their folders.
     pub(crate) fn shards(&self) -> impl Iterator<Item = (ShardId, PathBuf)> {
-        (0..self.marker.shards).filter_map(ShardId::new).map(|shard| (shard, self.path.join(shard_name(shard))))
+        (0..self.marker.shards)
+            .filter_map(ShardId::new)
+            .map(|shard| (shard, self.path.join(shard_name(shard))))
     }
 }
 

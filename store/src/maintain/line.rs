@@ -19,7 +19,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use crate::{
     record::{RECORD_PAYLOAD_BYTES_MAX, Record, RecordKind},
-    row::{ConversationClass, ConversationMeta, Device, Head, LaneState, Listed, Member, PendingLink, Role, User},
+    row::{
+        ConversationClass, ConversationMeta, Device, Head, LaneState, Listed, Member, PendingLink, Role, User,
+    },
 };
 
 /// The version of the file format that is written, and the only one that is read.
@@ -53,8 +55,17 @@ pub(crate) enum Line {
         conversation: Option<ConversationId>,
     },
     /// A shard begins: up to where it has handed out local numbers.
-    Shard { shard: u16, users: u64, conversations: u64 },
-    User { user: UserId, app: App, name: String, created: UnixMillis },
+    Shard {
+        shard: u16,
+        users: u64,
+        conversations: u64,
+    },
+    User {
+        user: UserId,
+        app: App,
+        name: String,
+        created: UnixMillis,
+    },
     Device {
         user: UserId,
         device: DeviceId,
@@ -66,7 +77,11 @@ pub(crate) enum Line {
         seen: UnixMillis,
     },
     /// How often devices of a class have logged in.
-    Login { user: UserId, class: DeviceClass, epoch: ClassEpoch },
+    Login {
+        user: UserId,
+        class: DeviceClass,
+        epoch: ClassEpoch,
+    },
     /// A conversation in a user's list.
     Listed {
         user: UserId,
@@ -77,7 +92,12 @@ pub(crate) enum Line {
         changed: UnixMillis,
     },
     /// How far a device has a conversation.
-    Received { user: UserId, device: DeviceId, conversation: ConversationId, seq: Seq },
+    Received {
+        user: UserId,
+        device: DeviceId,
+        conversation: ConversationId,
+        seq: Seq,
+    },
     Conversation {
         conversation: ConversationId,
         app: App,
@@ -97,9 +117,19 @@ pub(crate) enum Line {
         members: u64,
     },
     Record(Box<RecordLine>),
-    Member { conversation: ConversationId, user: UserId, role: RoleName, joined: Seq, since: UnixMillis },
+    Member {
+        conversation: ConversationId,
+        user: UserId,
+        role: RoleName,
+        joined: Seq,
+        since: UnixMillis,
+    },
     /// How far a user has read.
-    Read { conversation: ConversationId, user: UserId, seq: Seq },
+    Read {
+        conversation: ConversationId,
+        user: UserId,
+        seq: Seq,
+    },
     Lane {
         conversation: ConversationId,
         user: UserId,
@@ -264,8 +294,21 @@ mod base64_bytes {
 
 impl From<(ConversationId, Record)> for RecordLine {
     fn from((conversation, record): (ConversationId, Record)) -> Self {
-        let Record { seq, kind, sender, device, epoch, pseq, time, count, target, ttl, more, silent, payload } =
-            record;
+        let Record {
+            seq,
+            kind,
+            sender,
+            device,
+            epoch,
+            pseq,
+            time,
+            count,
+            target,
+            ttl,
+            more,
+            silent,
+            payload,
+        } = record;
         let kind = kind.into();
         Self {
             conversation,

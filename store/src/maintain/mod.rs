@@ -15,13 +15,16 @@ use fulmar_protocol::id::{ConversationId, ShardId};
 use crate::error::{OpenError, ReadError};
 
 pub(crate) mod backup;
+pub(crate) mod compact;
 pub(crate) mod export;
-pub(crate) mod import;
 pub(crate) mod folder;
+pub(crate) mod import;
 pub(crate) mod inspect;
 mod line;
+pub(crate) mod migrate;
 pub(crate) mod salvage;
 pub(crate) mod truth;
+pub(crate) mod upgrade;
 pub(crate) mod verify;
 
 /// How far a work on a data folder has come.
@@ -62,6 +65,12 @@ pub enum MaintainError {
         found: u64,
         /// The format that is needed.
         wanted: u64,
+    },
+    /// An index in memory makes no data folder.
+    #[error("{} can't be changed to the engine \"memory\", which keeps nothing on disk: choose \"sled\" or \"fjall\"", path.display())]
+    MemoryEngine {
+        /// The data folder.
+        path: PathBuf,
     },
     /// What is to be written into is there already and holds something else.
     #[error("{} is not empty: name a folder that is empty or does not exist", path.display())]

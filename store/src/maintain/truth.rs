@@ -57,8 +57,10 @@ struct RowInput {
 
 impl TrueRows {
     pub(crate) fn new(parts: &[Part]) -> Self {
-        let inputs =
-            parts.iter().map(|part| RowInput { id: part.id, rows: part.segment.rows(), next: None }).collect();
+        let inputs = parts
+            .iter()
+            .map(|part| RowInput { id: part.id, rows: part.segment.rows(), next: None })
+            .collect();
         let mut rows = Self { inputs, broken: Vec::new(), with_gone: false, bytes: 0 };
         for n in 0..rows.inputs.len() {
             rows.step(n);
@@ -226,11 +228,6 @@ impl AllRuns {
 }
 
 /// Opens the segment `id`; `cold`: the manifest says that its runs lie in the cold tier.
-pub(crate) fn open(
-    files: &dyn Files,
-    shard: ShardId,
-    id: u64,
-    cold: bool,
-) -> Result<Part, SegmentError> {
+pub(crate) fn open(files: &dyn Files, shard: ShardId, id: u64, cold: bool) -> Result<Part, SegmentError> {
     Ok(Part { id, segment: Arc::new(Segment::open(files, shard, id)?), cold })
 }

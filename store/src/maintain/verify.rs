@@ -33,8 +33,8 @@ use crate::{
     key::{self, Key, Table},
     op::Op,
     row::{
-        ConversationClass, ConversationMeta, Device, Head, LaneState, Listed, Member, Number, PendingLink, Row,
-        User,
+        ConversationClass, ConversationMeta, Device, Head, LaneState, Listed, Member, Number, PendingLink,
+        Row, User,
     },
     segment::{self, Progress as SegmentProgress, Run},
     shard::{
@@ -299,10 +299,7 @@ impl<'a> Check<'a> {
 
     // ---- the files
 
-    fn shard(
-        &mut self,
-        engine: Option<Result<Arc<dyn Engine>, EngineError>>,
-    ) -> Result<(), MaintainError> {
+    fn shard(&mut self, engine: Option<Result<Arc<dyn Engine>, EngineError>>) -> Result<(), MaintainError> {
         let name = shard_name(self.shard);
         let io = |error: std::io::Error| MaintainError::io("can't read the folder", Path::new(&name))(error);
         let listed = self.files.list().map_err(io)?;
@@ -320,7 +317,8 @@ impl<'a> Check<'a> {
             }
         };
         let bytes_of = |wanted: &str| listed.iter().find(|(name, _)| name == wanted).map_or(0, |(_, n)| *n);
-        let logs: u64 = listed.iter().filter(|(name, _)| journal::first_of(name).is_some()).map(|(_, n)| n).sum();
+        let logs: u64 =
+            listed.iter().filter(|(name, _)| journal::first_of(name).is_some()).map(|(_, n)| n).sum();
         self.verified.bytes += bytes_of(manifest::NAME) + bytes_of(tip::NAME);
         self.of = logs + manifest.segments.iter().map(|entry| entry.bytes).sum::<u64>();
         let has_manifest = listed.iter().any(|(name, _)| name == manifest::NAME);
@@ -566,7 +564,11 @@ impl<'a> Check<'a> {
         let table = pages.table;
         loop {
             let Some((key, value)) = pages.peek()? else {
-                self.index_problem(table, conversation_of(table, &row.key), &format!("{} is missing", named(&row.key)));
+                self.index_problem(
+                    table,
+                    conversation_of(table, &row.key),
+                    &format!("{} is missing", named(&row.key)),
+                );
                 return Ok(());
             };
             match key.as_slice().cmp(&row.key) {
@@ -640,7 +642,10 @@ impl<'a> Check<'a> {
             while runs.peek().is_some_and(|run| run.conversation == conversation) {
                 let Some((part, run)) = runs.take() else { break };
                 let mut there = vec![(part, run)];
-                while runs.peek().is_some_and(|next| (next.conversation, next.first) == (conversation, run.first)) {
+                while runs
+                    .peek()
+                    .is_some_and(|next| (next.conversation, next.first) == (conversation, run.first))
+                {
                     there.extend(runs.take());
                 }
                 for (part, run) in &there {
@@ -777,9 +782,7 @@ impl<'a> Check<'a> {
                 let what = format!("{} is damaged ({what})", named(key.as_ref()));
                 self.index_problem(Table::Run, conversation, &what);
             }
-            Ok(placed)
-                if there.iter().any(|(part, run)| part.id == placed.segment && *run == placed.run) =>
-            {
+            Ok(placed) if there.iter().any(|(part, run)| part.id == placed.segment && *run == placed.run) => {
                 let run = placed.run;
                 if run.first > seen.indexed.saturating_add(1) && run.last() > seen.low {
                     let what = format!("no row for the run with record {}", seen.indexed.saturating_add(1));
@@ -882,7 +885,8 @@ impl<'a> Check<'a> {
         };
         let (mut devices, mut uids) = (rows_of(Table::Device), rows_of(Table::Uid));
         loop {
-            let user = [devices.peek(), uids.peek()].into_iter().flatten().filter_map(|row| row.key.get(..8)).min();
+            let user =
+                [devices.peek(), uids.peek()].into_iter().flatten().filter_map(|row| row.key.get(..8)).min();
             let Some(user) = user.map(<[u8]>::to_vec) else { return };
             let mut of_user: HashMap<u64, (u64, Option<Device>)> = HashMap::new();
             while let Some(row) = devices.take_of(&user) {
@@ -895,7 +899,10 @@ impl<'a> Check<'a> {
                 let device = of_user.get(&number).and_then(|(_, device)| *device);
                 let uid = row.key.get(8..).unwrap_or_default();
                 if device.is_none_or(|device| device.uid.0 != uid) {
-                    let what = format!("{} of table uid leads to device {number}, which is another", named(&row.key));
+                    let what = format!(
+                        "{} of table uid leads to device {number}, which is another",
+                        named(&row.key)
+                    );
                     self.problem(&segment::name(row.segment), what);
                 }
                 found.insert(uid.to_vec());
@@ -938,7 +945,9 @@ impl<'a> Check<'a> {
                     let leads_to = known.remove(name.as_ref());
                     if leads_to.is_none_or(|(leads_to, _)| leads_to != number) {
                         let what = match leads_to {
-                            Some((other, _)) => format!("the name of {} {number} leads to {other}", table.name()),
+                            Some((other, _)) => {
+                                format!("the name of {} {number} leads to {other}", table.name())
+                            }
                             None => format!("{} {number} is not found by its name", table.name()),
                         };
                         self.problem(&segment::name(row.segment), what);
@@ -961,7 +970,10 @@ impl<'a> Check<'a> {
             }
             for ((user, number), segment) in rest {
                 let whose = if user { "user" } else { "conversation" };
-                self.problem(&segment::name(segment), format!("a name leads to {whose} {number}, which is not there"));
+                self.problem(
+                    &segment::name(segment),
+                    format!("a name leads to {whose} {number}, which is not there"),
+                );
             }
         }
     }
@@ -990,38 +1002,32 @@ pub(crate) fn row_makes_sense(shard: ShardId, table: Table, row: &TrueRow) -> Re
             .and_then(|()| conversation_here())
             .and_then(|()| ConversationMeta::from_row(row).map(drop)),
         Table::Name => {
-            if key.len() > 9 { Number::from_row(row).map(drop) } else { Err(Malformed("key")) }
+            if key.len() > 9 {
+                Number::from_row(row).map(drop)
+            } else {
+                Err(Malformed("key"))
+            }
         }
-        Table::User => {
-            numbers(1).and_then(|()| user_here()).and_then(|()| User::from_row(row).map(drop))
+        Table::User => numbers(1).and_then(|()| user_here()).and_then(|()| User::from_row(row).map(drop)),
+        Table::Member => {
+            numbers(2).and_then(|()| conversation_here()).and_then(|()| Member::from_row(row).map(drop))
         }
-        Table::Member => numbers(2)
-            .and_then(|()| conversation_here())
-            .and_then(|()| Member::from_row(row).map(drop)),
-        Table::Listed => {
-            numbers(2).and_then(|()| user_here()).and_then(|()| Listed::from_row(row).map(drop))
-        }
-        Table::Device => {
-            numbers(2).and_then(|()| user_here()).and_then(|()| Device::from_row(row).map(drop))
-        }
-        Table::Uid => {
-            numbers(3).and_then(|()| user_here()).and_then(|()| Number::from_row(row).map(drop))
-        }
+        Table::Listed => numbers(2).and_then(|()| user_here()).and_then(|()| Listed::from_row(row).map(drop)),
+        Table::Device => numbers(2).and_then(|()| user_here()).and_then(|()| Device::from_row(row).map(drop)),
+        Table::Uid => numbers(3).and_then(|()| user_here()).and_then(|()| Number::from_row(row).map(drop)),
         Table::ClassEpoch => {
             if key.len() != 9 {
                 return Err(Malformed("key"));
             }
             user_here().and_then(|()| Number::from_row(row).map(drop))
         }
-        Table::Recv => {
-            numbers(3).and_then(|()| user_here()).and_then(|()| Number::from_row(row).map(drop))
+        Table::Recv => numbers(3).and_then(|()| user_here()).and_then(|()| Number::from_row(row).map(drop)),
+        Table::Read => {
+            numbers(2).and_then(|()| conversation_here()).and_then(|()| Number::from_row(row).map(drop))
         }
-        Table::Read => numbers(2)
-            .and_then(|()| conversation_here())
-            .and_then(|()| Number::from_row(row).map(drop)),
-        Table::Lane => numbers(3)
-            .and_then(|()| conversation_here())
-            .and_then(|()| LaneState::from_row(row).map(drop)),
+        Table::Lane => {
+            numbers(3).and_then(|()| conversation_here()).and_then(|()| LaneState::from_row(row).map(drop))
+        }
         Table::Link => numbers(2).and_then(|()| conversation_here()).and_then(|()| {
             let link = PendingLink::from_row(row)?;
             if Key::conversation_user(link.conversation, link.user).as_ref() == key.as_ref() {
@@ -1080,7 +1086,11 @@ fn note_commit(log: &mut HashMap<ConversationId, Logged>, commit: &Commit) -> Re
             _ => {}
         }
     }
-    if ops == commit.ops { Ok(()) } else { Err((None, None, "it has not as many operations as it says".to_owned())) }
+    if ops == commit.ops {
+        Ok(())
+    } else {
+        Err((None, None, "it has not as many operations as it says".to_owned()))
+    }
 }
 
 /// The id in a segment's name.
@@ -1095,10 +1105,18 @@ pub(crate) fn id_at<T: TryFrom<u64>>(key: &[u8], n: usize) -> Option<T> {
 
 fn conversation_of(table: Table, key: &[u8]) -> Option<ConversationId> {
     let at = match table {
-        Table::Head | Table::Conversation | Table::Member | Table::Read | Table::Lane | Table::Link | Table::Run => 0,
+        Table::Head
+        | Table::Conversation
+        | Table::Member
+        | Table::Read
+        | Table::Lane
+        | Table::Link
+        | Table::Run => 0,
         Table::Listed => 1,
         Table::Recv => 2,
-        Table::Name | Table::User | Table::Device | Table::Uid | Table::ClassEpoch | Table::Shard => return None,
+        Table::Name | Table::User | Table::Device | Table::Uid | Table::ClassEpoch | Table::Shard => {
+            return None;
+        }
     };
     id_at(key, at)
 }

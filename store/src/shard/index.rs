@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// Key of the mark in [`Table::Shard`].
-const APPLIED: &[u8] = b"applied";
+pub(crate) const APPLIED: &[u8] = b"applied";
 
 /// Rows read from the engine at a time.
 const PAGE_ROWS: usize = 256;
@@ -143,7 +143,7 @@ pub(crate) fn catch_up(
     Ok(set_applied(engine, manifest)?)
 }
 
-/// Applies every segment to an empty engine.
+/// Applies every segment to an empty engine, and says so in its mark.
 pub(crate) fn rebuild(
     engine: &dyn Engine,
     segments: &Segments,
@@ -153,14 +153,31 @@ pub(crate) fn rebuild(
     let began = Instant::now();
     let mut told = began;
     let bytes: u64 = manifest.segments.iter().map(|entry| entry.bytes).sum();
-    let mut done = 0;
-    for entry in &manifest.segments {
-        apply(engine, entry.id, &*open(segments, entry)?)?;
-        done += entry.bytes;
+    fill(engine, segments, manifest, |done| {
         if told.elapsed() >= PROGRESS_EVERY {
             told = Instant::now();
             tracing::info!(%shard, bytes = done, of = bytes, "making the index again");
         }
+    })?;
+    set_applied(engine, manifest)?;
+    if !manifest.segments.is_empty() {
+        tracing::info!(%shard, bytes, took = ?began.elapsed(), "made the index again from the segments");
+    }
+    Ok(())
+}
+
+/// Applies every segment to an empty engine. `progress`: bytes of segments that were applied.
+pub(crate) fn fill(
+    engine: &dyn Engine,
+    segments: &Segments,
+    manifest: &Manifest,
+    mut progress: impl FnMut(u64),
+) -> Result<(), IndexError> {
+    let mut done = 0;
+    for entry in &manifest.segments {
+        apply(engine, entry.id, &*open(segments, entry)?)?;
+        done += entry.bytes;
+        progress(done);
     }
     let mut low = Vec::new();
     each_row(engine, Table::Head, |key, value| {
@@ -174,10 +191,6 @@ pub(crate) fn rebuild(
     })?;
     for (conversation, low) in low {
         remove_below(engine, conversation, low, |_| {})?;
-    }
-    set_applied(engine, manifest)?;
-    if !manifest.segments.is_empty() {
-        tracing::info!(%shard, bytes, took = ?began.elapsed(), "made the index again from the segments");
     }
     Ok(())
 }

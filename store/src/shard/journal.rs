@@ -29,7 +29,7 @@ pub(crate) const HEADER_BYTES: usize = 64;
 
 const MAGIC: [u8; 4] = *b"FLMJ";
 const VERSION: u8 = 1;
-const SUFFIX: &str = ".log";
+pub(crate) const SUFFIX: &str = ".log";
 
 /// A file of the log before it has its name.
 const NAME_NEW: &str = "new.log";

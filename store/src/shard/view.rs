@@ -722,7 +722,10 @@ impl View {
                 // Looking does not count as use.
                 let tail = self.tails.contains_key(conversation).then(|| self.tails.get(conversation))??;
                 let newest = touched.records.len().saturating_sub(TAIL_RECORDS);
-                Some((tail, touched.records.iter().skip(newest).map(|pending| own(&pending.record)).collect()))
+                Some((
+                    tail,
+                    touched.records.iter().skip(newest).map(|pending| own(&pending.record)).collect(),
+                ))
             })
             .collect();
         {
