@@ -35,7 +35,7 @@ pub(crate) fn measure(engine: EngineKind, folder: &Path) -> anyhow::Result<Measu
             load.fill(&mut ops, 64)?;
             runtime.block_on(writer.commit(&ops))?;
         }
-        rest(&store)?;
+        rest(&store, folder)?;
         drop((writer, reader));
         store.close()?;
         load.heads().to_vec()

@@ -53,7 +53,7 @@ pub(crate) fn through_the_store(
     let (busy, committing) = (begin.elapsed(), process_cpu() - cpu);
     let behind = load::stats(&store)?;
     let resident = resident_of(std::process::id())?;
-    let resting = rest(&store)?;
+    let resting = rest(&store, folder)?;
     let after = load::stats(&store)?;
     let mut figures = figures(threads, process_cpu() - cpu, folder)?;
 
@@ -121,19 +121,31 @@ fn commits(
     Ok(Commits { records: load.written() - before, took: begin.elapsed(), each })
 }
 
-/// Waits until everything is settled and nothing changes any more; returns how long that took.
-pub(crate) fn rest(store: &Store) -> anyhow::Result<Duration> {
+/// Waits until everything is settled and nothing changes any more, on disk neither; returns how long that took.
+pub(crate) fn rest(store: &Store, folder: &Path) -> anyhow::Result<Duration> {
     let begin = Instant::now();
-    let mut still = (load::stats(store)?, Instant::now());
-    while still.0.overlay_commits > 0 || still.1.elapsed() < REST {
-        anyhow::ensure!(begin.elapsed() < PATIENCE, "the store does not come to rest: {:?}", still.0);
+    let look = || anyhow::Ok((load::stats(store)?, disk_now(folder)?));
+    let (mut seen, mut since) = (look()?, Instant::now());
+    while seen.0.overlay_commits > 0 || since.elapsed() < REST {
+        anyhow::ensure!(begin.elapsed() < PATIENCE, "the store does not come to rest: {:?}", seen.0);
         pause(Duration::from_millis(20));
-        let now = load::stats(store)?;
-        if now != still.0 {
-            still = (now, Instant::now());
+        let now = look()?;
+        if now != seen {
+            (seen, since) = (now, Instant::now());
         }
     }
-    Ok(still.1.duration_since(begin))
+    Ok(since.duration_since(begin))
+}
+
+/// Disk use of a folder whose files come and go: looks again when one went while it was looked at.
+pub(crate) fn disk_now(folder: &Path) -> anyhow::Result<u64> {
+    const LOOKS: usize = 100;
+    for _ in 1..LOOKS {
+        if let Ok(bytes) = disk_bytes(folder) {
+            return Ok(bytes);
+        }
+    }
+    Ok(disk_bytes(folder)?)
 }
 
 #[expect(clippy::disallowed_methods, reason = "no runtime waits on this thread")]
