@@ -166,7 +166,8 @@ pub enum ReadError {
     },
 }
 
-/// Why a commit did not happen. None of the batch is acknowledged.
+/// Why a commit did not happen. None of the batch is in the log, and none of it will be: what a file that failed says about it
+/// is void. (Only if the process ends before the shard has recovered may the next start find the batch, whole.)
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommitError {
@@ -178,8 +179,8 @@ pub enum CommitError {
         /// The epoch of the one that has the shard now.
         newest: u64,
     },
-    /// The shard takes no commits: an input/output error, a thread that is gone, or a closed store. Whether the last
-    /// batch is in the log is not known until the store is opened again.
+    /// The shard takes no commits: an input/output error, from which it recovers by itself as soon as the disk works again,
+    /// a thread that is gone, or a closed store. Try again in a moment.
     #[error("the shard is unavailable: {reason}")]
     Unavailable {
         /// Why.
