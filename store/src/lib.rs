@@ -66,7 +66,7 @@ pub use maintain::{
     export::{ExportOptions, ExportReport, ExportTo, Numbers, export},
     import::{ImportOptions, ImportReport, import},
     inspect::{FolderStats, ShardFigures, Tier, inspect},
-    salvage::{Lost, SalvageReport, ShardSalvaged},
+    salvage::{Lost, SalvageReport, ShardSalvaged, salvage},
     verify::{PROBLEMS_MAX, Problem, Repair, ShardVerified, VerifyReport, verify},
 };
 pub use maintain::{

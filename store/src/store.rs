@@ -106,6 +106,10 @@ pub struct StoreOptions {
     pub segment_bytes_max: u64,
     /// Bytes of segments merged per second at most, per shard, while commits go on.
     pub background_bytes_per_second: u64,
+    /// Bytes of segments read again per second, per shard, while there is nothing else to do, to find damage early; 0: never.
+    pub scrub_bytes_per_second: u64,
+    /// Time between two such passes over all segments. The first one begins a minute after the start.
+    pub scrub_every: Duration,
     /// Free bytes of the file system below which commits are refused as [`CommitError::Full`].
     pub reserve_bytes: u64,
     /// Where old records go; `None`: they stay. A folder that has records there can be opened without, and then refuses to
@@ -129,6 +133,8 @@ impl Default for StoreOptions {
             settle_idle: Duration::from_secs(60),
             segment_bytes_max: 1 << 30,
             background_bytes_per_second: 64 << 20,
+            scrub_bytes_per_second: 4 << 20,
+            scrub_every: Duration::from_secs(7 * 24 * 60 * 60),
             reserve_bytes: 64 << 20,
             cold: None,
             trust_copied_index: false,

@@ -80,7 +80,8 @@ pub struct ShardFigures {
     pub log_bytes: u64,
     /// Bytes of the index.
     pub index_bytes: u64,
-    /// Bytes of files that belong to nothing: what an interrupted step left, removed at the next start.
+    /// Bytes of segments the manifest does not name: those being written now, and what an interrupted step left, which the
+    /// next start removes.
     pub leftover_bytes: u64,
     /// What could not be read, if anything.
     pub problem: Option<String>,

@@ -23,6 +23,8 @@ pub(crate) mod inspect;
 mod line;
 pub(crate) mod migrate;
 pub(crate) mod salvage;
+#[cfg(test)]
+mod tests;
 pub(crate) mod truth;
 pub(crate) mod upgrade;
 pub(crate) mod verify;

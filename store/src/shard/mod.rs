@@ -11,6 +11,7 @@ pub(crate) mod index;
 pub(crate) mod journal;
 pub(crate) mod manifest;
 pub(crate) mod overlay;
+mod scrub;
 pub(crate) mod segments;
 pub(crate) mod settler;
 pub(crate) mod tip;
@@ -80,6 +81,9 @@ pub(crate) struct Counts {
     merges: AtomicU64,
     cold_segments: AtomicU64,
     cold_bytes: AtomicU64,
+    scrubs: AtomicU64,
+    scrubbed: AtomicU64,
+    scrub_damage: AtomicU64,
 }
 
 impl Counts {
@@ -128,6 +132,12 @@ pub struct ShardStats {
     pub cold_reads: u64,
     /// Times the cold tier failed: a read, or an attempt to move something there.
     pub cold_failures: u64,
+    /// Times all segments were read again to find damage.
+    pub scrubs: u64,
+    /// Bytes read for that, about.
+    pub scrubbed_bytes: u64,
+    /// Places where that found damage.
+    pub scrub_damage: u64,
     /// Bytes of the log files: what is not settled yet, and what was settled just now.
     pub log_bytes: u64,
     /// Bytes of the engine's files.
@@ -295,6 +305,9 @@ impl Shard {
             merges: get(&counts.merges),
             cold_segments: get(&counts.cold_segments),
             cold_bytes: get(&counts.cold_bytes),
+            scrubs: get(&counts.scrubs),
+            scrubbed_bytes: get(&counts.scrubbed),
+            scrub_damage: get(&counts.scrub_damage),
             cold_reads,
             cold_failures,
             log_bytes,

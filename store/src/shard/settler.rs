@@ -11,7 +11,7 @@
 //! - What fails is tried again with growing pauses, from the layer in memory, into a new file: a file that failed is left
 //!   alone. Commits go on meanwhile until the overlay is at its bound, and are then refused.
 //! - An engine that failed is made again from the segments; nothing it wrote is trusted.
-//! - Merging is done in steps between layers, a layer first.
+//! - Merging is done in steps between layers, a layer first; scrubbing when there is nothing to merge.
 //! - What is old goes to the cold tier as a merge like any other, but on a thread of its own (`cold::freeze`): nothing here waits
 //!   for the object store. Its inputs are left alone until it is done.
 //!
@@ -32,6 +32,7 @@ use super::{
     journal,
     manifest::{Entry, Manifest, ManifestError},
     overlay::{Overlay, full_key},
+    scrub::Scrubber,
 };
 use crate::{
     cold::{
@@ -292,6 +293,7 @@ pub(crate) struct Settler {
     settle_bytes: u64,
     segment_bytes_max: u64,
     background_bytes_per_second: u64,
+    scrubber: Scrubber,
     /// The engine failed and has to be opened again.
     engine_failed: bool,
     merging: Option<Merging>,
@@ -392,6 +394,7 @@ impl Settler {
             settle_bytes: options.settle_bytes as u64,
             segment_bytes_max: options.segment_bytes_max,
             background_bytes_per_second: options.background_bytes_per_second,
+            scrubber: Scrubber::new(options),
             engine_failed: false,
             merging: None,
             written: None,
@@ -467,6 +470,13 @@ impl Settler {
             let began = Instant::now();
             match self.merge_some() {
                 Ok(0) => {
+                    let segments = || self.manifest.segments.iter().map(|entry| entry.id).collect();
+                    if let Some(pause) = self.scrubber.step(&shared, segments) {
+                        if self.pause_unless_layer(pause) {
+                            return;
+                        }
+                        continue;
+                    }
                     let mut state = shared.settling.state();
                     if state.layer.is_none() && !state.stop && !std::mem::take(&mut state.woken) {
                         match self.wait() {
@@ -507,7 +517,7 @@ impl Settler {
             if pause.is_zero() { COLD_LOOK_EVERY } else { pause }
         });
         let merge = self.merge_after.map(|at| at.saturating_duration_since(Instant::now()));
-        look.into_iter().chain(merge).min()
+        look.into_iter().chain(merge).chain(self.scrubber.wait()).min()
     }
 
     /// Waits, and returns whether it is time to stop.
