@@ -22,7 +22,7 @@ use std::{
 
 use bytes::Bytes;
 use fulmar_protocol::id::ShardId;
-use moka::sync::Cache;
+use moka::{policy::EvictionPolicy, sync::Cache};
 
 use crate::{error::OpenError, segment::Frames};
 
@@ -97,7 +97,9 @@ impl ColdOptions {
     }
 
     pub(crate) fn connect_to(&mut self, store: Arc<dyn ColdStore>, folder: String) {
+        // The runs of a frame are read one after the other: the newest frame has to be kept, however rarely it was read before.
         let frames = Cache::builder()
+            .eviction_policy(EvictionPolicy::lru())
             .weigher(|_, frame: &Bytes| u32::try_from(frame.len()).unwrap_or(u32::MAX))
             .max_capacity(self.cache_bytes)
             .build();

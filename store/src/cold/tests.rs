@@ -10,7 +10,11 @@ use crate::{
     Limits, Op, ReadError, Record, StoreOptions,
     conformance::{Open, append, conversation, in_memory, message, seq, shard_id},
     engine::memory::Memory,
-    files::{Files, memory::MemoryFiles},
+    files::{
+        Files,
+        faulty::{Chance, FaultyFiles, Names, Power},
+        memory::MemoryFiles,
+    },
     shard::{ShardStats, manifest::Manifest},
 };
 
@@ -90,14 +94,8 @@ impl World {
         open
     }
 
-    /// All settled records are in objects, and in none of `other`.
     fn is_cold(&self, other: &[String]) -> bool {
-        let segments = self.manifest().segments;
-        let cold = |object: Option<&String>| object.is_some_and(|object| !other.contains(object));
-        segments.iter().any(|entry| entry.cold.is_some())
-            && segments
-                .iter()
-                .all(|entry| entry.replaces.is_empty() && (entry.run_bytes == 0 || cold(entry.cold.as_ref())))
+        is_cold(&self.files, other)
     }
 
     fn manifest(&self) -> Manifest {
@@ -117,6 +115,16 @@ impl World {
             }
         }
     }
+}
+
+/// All settled records are in objects, and in none of `other`.
+fn is_cold(files: &dyn Files, other: &[String]) -> bool {
+    let segments = Manifest::load(files, shard_id()).unwrap().segments;
+    let cold = |object: Option<&String>| object.is_some_and(|object| !other.contains(object));
+    segments.iter().any(|entry| entry.cold.is_some())
+        && segments
+            .iter()
+            .all(|entry| entry.replaces.is_empty() && (entry.run_bytes == 0 || cold(entry.cold.as_ref())))
 }
 
 /// Waits until the figures are as wanted.
@@ -156,6 +164,28 @@ fn old_records_go_cold_and_are_read_as_before() {
     world.check(&open);
     open.close().unwrap();
     assert!(world.is_cold(&[]));
+}
+
+#[test]
+fn a_frame_is_fetched_once_for_all_its_runs() {
+    let world = World::new(400);
+    let mut options = world.cold_options();
+    let cold = options.cold.as_mut().unwrap();
+    // Room for one frame and a little.
+    cold.cache_bytes = 300 << 10;
+    cold.connect_to(Arc::new(world.store.clone()), "f".repeat(32));
+    let open = world.open_with(&options);
+    wait(&open, |_| world.is_cold(&[]));
+    let before = open.shard.stats().cold_reads;
+    let runs: u64 = world.manifest().segments.iter().map(|entry| entry.runs).sum();
+    let frames: u64 = world.manifest().segments.iter().map(|entry| entry.run_bytes.div_ceil(256 << 10)).sum();
+    for local in 1..=CONVERSATIONS {
+        let read = open.reader.records(conversation(local), seq(1), seq(400), ALL).unwrap();
+        assert_eq!(read, expected(local, 1, 400));
+    }
+    let reads = open.shard.stats().cold_reads - before;
+    assert!(reads < runs, "{reads} reads for {runs} runs in {frames} frames");
+    open.close().unwrap();
 }
 
 #[test]
@@ -312,6 +342,50 @@ fn the_object_store_may_fail_at_any_call() {
 }
 
 #[test]
+fn power_may_be_cut_at_any_operation_on_the_way() {
+    let first = World::new(40);
+    let mut chance = Chance::new(7);
+    for operations in 1.. {
+        let files = FaultyFiles::new(Power::of(operations));
+        for (name, bytes) in contents(&first.files) {
+            files.set(&name, bytes);
+        }
+        let world = World { store: MemoryStore::default(), engine: Arc::default(), ..first.clone() };
+        let open = |files: &FaultyFiles, engine: &Arc<Memory>| {
+            Open::over(Arc::new(files.clone()), in_memory(engine), &world.cold_options())
+        };
+        let power = files.power().clone();
+        let mut done = false;
+        // The power may go off while it is opened.
+        if let Ok(open) = open(&files, &world.engine) {
+            let began = Instant::now();
+            while !done && !power.is_off() {
+                assert!(began.elapsed() < Duration::from_secs(60));
+                done = open.shard.stats().cold_segments > 0 && !power.is_off() && is_cold(&files, &[]);
+                std::thread::yield_now();
+            }
+            // Without power nothing is read.
+            if done {
+                world.check(&open);
+            }
+            open.abandon();
+        }
+        // The index is lost, and what was not synced may be.
+        let found = files.after_power_cut(Power::for_ever(), Names::Any, &mut chance);
+        let open = open(&found, &Arc::default()).unwrap();
+        world.check(&open);
+        wait(&open, |_| is_cold(&found, &[]));
+        world.check(&open);
+        open.close().unwrap();
+        assert_eq!(files.broken_promises(), Vec::<String>::new());
+        if done {
+            assert!(operations > 20, "there are more: {operations}");
+            return;
+        }
+    }
+}
+
+#[test]
 fn an_object_that_is_not_what_was_written_is_not_trusted() {
     let world = World::new(60);
     let before = world.manifest().segments;
@@ -344,12 +418,19 @@ fn what_is_new_stays() {
     assert_eq!(world.store.names(), Vec::<String>::new());
 }
 
-fn copy(files: &MemoryFiles) -> MemoryFiles {
-    let copy = MemoryFiles::default();
-    for (name, bytes) in files.list().unwrap() {
+fn contents(files: &MemoryFiles) -> Vec<(String, Vec<u8>)> {
+    let read = |(name, bytes): (String, u64)| {
         let mut buffer = vec![0; usize::try_from(bytes).unwrap()];
         files.open(&name).unwrap().read_exact_at(&mut buffer, 0).unwrap();
-        copy.create(&name).unwrap().append(&buffer).unwrap();
+        (name, buffer)
+    };
+    files.list().unwrap().into_iter().map(read).collect()
+}
+
+fn copy(files: &MemoryFiles) -> MemoryFiles {
+    let copy = MemoryFiles::default();
+    for (name, bytes) in contents(files) {
+        copy.create(&name).unwrap().append(&bytes).unwrap();
     }
     copy
 }
