@@ -67,6 +67,7 @@ pub use maintain::{
     import::{ImportOptions, ImportReport, import},
     inspect::{FolderStats, ShardFigures, Tier, inspect},
     salvage::{Lost, SalvageReport, ShardSalvaged, salvage},
+    scrub::{ScrubReport, scrub},
     verify::{PROBLEMS_MAX, Problem, Repair, ShardVerified, VerifyReport, verify},
 };
 pub use maintain::{

@@ -18,7 +18,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use fulmar_protocol::id::{AppId, ConversationId, DeviceClass, Seq, ShardId, UnixMillis, UserId};
+use fulmar_protocol::id::{AppId, ConversationId, DeviceClass, ShardId, UnixMillis, UserId};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 

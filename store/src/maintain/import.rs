@@ -941,7 +941,7 @@ impl Shard {
         }
         let io = self.io();
         let settled = self.manifest.settled;
-        let mut write = || {
+        let write = || {
             self.files.sync_folder()?;
             self.manifest.store(&self.files, self.id)?;
             let (tip, _) = Tip::open(&self.files)?;

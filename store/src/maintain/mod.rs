@@ -23,6 +23,7 @@ pub(crate) mod inspect;
 mod line;
 pub(crate) mod migrate;
 pub(crate) mod salvage;
+pub(crate) mod scrub;
 #[cfg(test)]
 mod tests;
 pub(crate) mod truth;
