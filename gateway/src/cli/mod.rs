@@ -10,6 +10,7 @@ pub mod completions;
 pub mod demo;
 pub mod inspect;
 pub mod serve;
+pub mod store;
 pub mod token;
 
 use std::ffi::OsString;
@@ -27,6 +28,7 @@ Examples:
   fulmar token --user alice                   a token for it
   fulmar serve --print-config > fulmar.toml   every setting, documented
   fulmar inspect 04 26 01 02 00               what do these bytes say?
+  fulmar store backup /backup/fulmar          a copy of the data, while it runs
 
 Environment:
   FULMAR_<SECTION>_<KEY>   any setting, such as FULMAR_LISTEN_ADDRESS=[::]:443
@@ -37,7 +39,7 @@ Exit codes:
   1   failed; the line on standard error says why and what to do
   2   wrong flags or configuration
   3   a gateway was ended before it had finished leaving: by a second signal,
-      or at the drain's deadline";
+      or at the drain's deadline; of `fulmar store`: damage was found";
 
 /// A realtime messaging gateway for phones on bad networks: QUIC in front, every message in a log on local disk.
 #[derive(Debug, Parser)]
@@ -61,6 +63,8 @@ pub enum Command {
     Token(token::TokenArgs),
     /// Say what frames the given bytes are
     Inspect(inspect::InspectArgs),
+    /// Look after the data folder: figures, proof, backup, export, repair
+    Store(store::StoreArgs),
     /// Print completions for a shell
     Completions(completions::CompletionsArgs),
 }
@@ -111,6 +115,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Chat(args) => chat::run(&args),
         Command::Token(args) => token::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Store(args) => store::run(&args),
         Command::Completions(args) => completions::run(&args),
     };
     match done {

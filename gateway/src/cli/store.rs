@@ -67,10 +67,12 @@ pub enum StoreCommand {
     Export(lines::ExportArgs),
     /// Make a new data folder from an export
     Import(lines::ImportArgs),
-    /// Give back the space of what is gone, and make the index again
+    /// Merge what can be merged, give back the space of what is gone, and make the index again
     Compact(care::CompactArgs),
-    /// Change the engine that keeps the index; can be stopped and goes on when run again
+    /// Change the engine that keeps the index; can be stopped, and goes on when run again
     Migrate(care::MigrateArgs),
+    /// Bring a folder of an older program to the newest format, as the first start would
+    Upgrade(care::UpgradeArgs),
     /// Copy the data folder, also beside a running gateway; again into the same place: only what is new
     Backup(copy::BackupArgs),
     /// Make a new data folder of everything in a damaged one that can be proven
@@ -101,6 +103,7 @@ pub fn run(args: &StoreArgs) -> anyhow::Result<ExitCode> {
         StoreCommand::Import(args) => (lines::import(args), args.folder.json),
         StoreCommand::Compact(args) => (care::compact(args), args.folder.json),
         StoreCommand::Migrate(args) => (care::migrate(args), args.folder.json),
+        StoreCommand::Upgrade(args) => (care::upgrade(args), args.folder.json),
         StoreCommand::Backup(args) => (copy::backup(args), args.folder.json),
         StoreCommand::Salvage(args) => (copy::salvage(args), args.folder.json),
     };
@@ -120,10 +123,9 @@ pub fn run(args: &StoreArgs) -> anyhow::Result<ExitCode> {
 fn is_damage(error: &MaintainError) -> bool {
     match error {
         MaintainError::Damaged { .. } | MaintainError::Read(ReadError::Damaged { .. }) => true,
-        MaintainError::Folder(error) => matches!(
-            error,
-            OpenError::Damaged { .. } | OpenError::Settled { .. } | OpenError::Marker { .. }
-        ),
+        MaintainError::Folder(error) => {
+            matches!(error, OpenError::Damaged { .. } | OpenError::Settled { .. } | OpenError::Marker { .. })
+        }
         _ => false,
     }
 }
@@ -178,7 +180,8 @@ fn report(json: bool, object: &impl Serialize, text: impl FnOnce() -> String) ->
 
 /// Lets the store's warnings through, and only those.
 fn hear_warnings(config: &Config) -> anyhow::Result<()> {
-    let log = crate::config::LogConfig { filter: "error,fulmar_store=error".to_owned(), ..config.log.clone() };
+    let log =
+        crate::config::LogConfig { filter: "error,fulmar_store=error".to_owned(), ..config.log.clone() };
     crate::telemetry::start(&log)?;
     Ok(())
 }

@@ -2,13 +2,15 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::Args;
-use fulmar_store::{FolderStats, Problem, Repair, ShardFigures, VerifyReport};
+use fulmar_store::{EngineKind, FolderStats, Problem, Repair, ShardFigures, VerifyReport};
 
 use super::meter::Meter;
 use super::stop::{self, Then};
 use super::words::{bytes, grouped, many, table, time};
 use super::{DAMAGED, FolderArgs};
+use crate::gateway::store_options;
 
 const STATS_EXAMPLES: &str = "\
 Examples:
@@ -26,6 +28,7 @@ Examples:
 Every byte of log, segments and index is read and compared with its checksums
 and with each other; nothing is changed. What is wrong is listed with its file,
 conversation and records, and whether it can be made right:
+  start   the next start makes it right, nothing is lost
   index   `fulmar store scrub` makes the index again, nothing is lost
   no      restore a backup, or `fulmar store salvage` what can be proven
 The exit code is 0 if nothing is wrong, and 3 if something is.";
@@ -43,18 +46,28 @@ Examples:
   fulmar store compact
   fulmar store compact -d /srv/fulmar --json
 
-Segments are written anew without what retention took, and the index is made
-again. A running gateway does this by itself where it pays; this does it
-everywhere, now. It needs room for the largest shard a second time. It can be
-stopped at any time: what is done stays done.";
+Segments are merged without what retention took and without rows that were
+replaced, and the index is made again from them and compared. A running gateway
+merges by itself where it pays; this does it everywhere, now. It needs room for
+the segments being merged a second time. It can be stopped at any time, and run
+again.";
 
 const MIGRATE_EXAMPLES: &str = "\
 Examples:
   fulmar store migrate --to fjall             then set data.engine = \"fjall\"
   fulmar store migrate --to sled -d /srv/fulmar
 
-The log stays as it is; the index is made again by the other engine and
-compared. It can be stopped at any time, and goes on when it is run again.";
+Log and segments stay as they are; the index is made again by the other engine,
+and every row of it compared. It can be stopped at any time: the folder has the
+old engine until all is done, and running it again goes on where it stopped.";
+
+const UPGRADE_EXAMPLES: &str = "\
+Examples:
+  fulmar store upgrade                        of ./fulmar-data
+  fulmar store upgrade -d /srv/fulmar --json
+
+A gateway does this by itself at its first start; here it can be done before
+that, with progress. A folder that has the newest format is left as it is.";
 
 /// Flags of `fulmar store stats`.
 #[derive(Debug, Args)]
@@ -104,6 +117,15 @@ pub struct MigrateArgs {
     pub folder: FolderArgs,
 }
 
+/// Flags of `fulmar store upgrade`.
+#[derive(Debug, Args)]
+#[command(after_help = UPGRADE_EXAMPLES)]
+pub struct UpgradeArgs {
+    /// Of which folder.
+    #[command(flatten)]
+    pub folder: FolderArgs,
+}
+
 /// Shows the figures.
 pub(super) fn stats(args: &StatsArgs) -> anyhow::Result<ExitCode> {
     let config = args.folder.config.load(Vec::new())?;
@@ -127,7 +149,17 @@ fn shown(folder: &str, stats: &FolderStats) -> String {
         None => text.push_str(", not in use\n\n"),
     }
     let head = [
-        "shard", "commits", "to settle", "segments", "cold", "records", "log", "segments'", "index", "oldest", "newest",
+        "shard",
+        "commits",
+        "to settle",
+        "segments",
+        "cold",
+        "records",
+        "log",
+        "segments'",
+        "index",
+        "oldest",
+        "newest",
     ];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     let row = |name: String, of: &ShardFigures| {
@@ -193,6 +225,33 @@ pub(super) fn verify(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(if found.is_sound() { 0 } else { DAMAGED }))
 }
 
+/// Proves the folder, and makes indexes again.
+pub(super) fn scrub(args: &ScrubArgs) -> anyhow::Result<ExitCode> {
+    let config = args.folder.config.load(Vec::new())?;
+    let folder = super::folder(&config)?;
+    super::hear_warnings(&config)?;
+    stop::watch(Then::End("run it again to go on"))?;
+    let mut meter = Meter::start();
+    let done = fulmar_store::scrub(&folder, &store_options(&config), &mut |told| meter.update(told));
+    drop(meter);
+    let report = done.map_err(super::explained)?;
+    super::report(args.folder.json, &report, || {
+        let folder = folder.display().to_string();
+        let mut text = proven(&folder, &report.found);
+        if let Some(after) = &report.after {
+            if !report.made_again.is_empty() {
+                text.push_str(&format!(
+                    "\nmade again: the index of {}",
+                    many(report.made_again.len() as u64, "shard")
+                ));
+            }
+            text.push_str(&format!("\nafter that: {}", proven(&folder, after)));
+        }
+        text
+    })?;
+    Ok(ExitCode::from(if report.is_sound() { 0 } else { DAMAGED }))
+}
+
 fn proven(folder: &str, found: &VerifyReport) -> String {
     let sum = |of: fn(&fulmar_store::ShardVerified) -> u64| found.shards.iter().map(of).sum::<u64>();
     let mut text = String::new();
@@ -216,7 +275,7 @@ fn proven(folder: &str, found: &VerifyReport) -> String {
         text.push_str("sound");
     } else if found.only_indexes() {
         text.push_str(&format!(
-            "{}, in the index only; nothing is lost: `fulmar store scrub` makes it again",
+            "{}, but nothing is lost: `fulmar store scrub` makes it right",
             many(found.problem_count, "problem")
         ));
     } else {
@@ -241,9 +300,97 @@ fn wrong(problem: &Problem) -> String {
         text.push_str(&format!(", records {first} to {last}"));
     }
     let repair = match problem.repair {
+        Repair::Start => "start",
         Repair::Index => "index",
         Repair::No => "no",
     };
     text.push_str(&format!(": {} [repair: {repair}]", problem.what));
     text
+}
+
+/// Merges segments and makes the index again.
+pub(super) fn compact(args: &CompactArgs) -> anyhow::Result<ExitCode> {
+    let config = args.folder.config.load(Vec::new())?;
+    let folder = super::folder(&config)?;
+    super::hear_warnings(&config)?;
+    stop::watch(Then::End("what is done stays done; run it again to go on"))?;
+    let mut meter = Meter::start();
+    let done = fulmar_store::compact(&folder, &mut |told| meter.update(told));
+    let took = meter.elapsed();
+    drop(meter);
+    let report = done.map_err(super::explained)?;
+    super::report(args.folder.json, &report, || {
+        format!(
+            "{}: {} of {} are now {} of {}; the index had {} and has {}, {} compared; in {:.1} s",
+            folder.display(),
+            many(report.segments_before, "segment"),
+            bytes(report.segment_bytes_before),
+            many(report.segments_after, "segment"),
+            bytes(report.segment_bytes_after),
+            bytes(report.index_bytes_before),
+            bytes(report.index_bytes_after),
+            many(report.rows, "row"),
+            took.as_secs_f64()
+        )
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Changes the engine.
+pub(super) fn migrate(args: &MigrateArgs) -> anyhow::Result<ExitCode> {
+    let engine = EngineKind::from_name(&args.to).context("there is no such engine")?;
+    let config = args.folder.config.load(Vec::new())?;
+    let folder = super::folder(&config)?;
+    super::hear_warnings(&config)?;
+    stop::watch(Then::End("run it again to go on"))?;
+    let mut meter = Meter::start();
+    let done = fulmar_store::migrate(&folder, engine, &mut |told| meter.update(told));
+    let took = meter.elapsed();
+    drop(meter);
+    let report = done.map_err(super::explained)?;
+    super::report(args.folder.json, &report, || {
+        let folder = folder.display();
+        if report.from == report.to {
+            return format!("{folder}: the engine is {} already", report.to);
+        }
+        format!(
+            "{folder}: the engine is {} now, and was {}; {} of index in {}, {} compared; in {:.1} s",
+            report.to,
+            report.from,
+            bytes(report.index_bytes_after),
+            many(u64::from(report.shards), "shard"),
+            many(report.rows, "row"),
+            took.as_secs_f64()
+        )
+    })?;
+    if config.data.engine.word() != report.to {
+        eprintln!("fulmar: set data.engine = {:?} for the gateway that serves it", report.to);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Brings the folder to the newest format.
+pub(super) fn upgrade(args: &UpgradeArgs) -> anyhow::Result<ExitCode> {
+    let config = args.folder.config.load(Vec::new())?;
+    let folder = super::folder(&config)?;
+    super::hear_warnings(&config)?;
+    stop::watch(Then::End("run it again to go on"))?;
+    let mut meter = Meter::start();
+    let done = fulmar_store::upgrade(&folder, &mut |told| meter.update(told));
+    drop(meter);
+    let report = done.map_err(super::explained)?;
+    super::report(args.folder.json, &report, || {
+        let format = fulmar_store::FORMAT_VERSION;
+        if report.from == format {
+            return format!("{}: the format is {format} already", folder.display());
+        }
+        format!(
+            "{}: the format is {format}, and was {}; {} in {}",
+            folder.display(),
+            report.from,
+            many(report.records, "record"),
+            bytes(report.bytes_after)
+        )
+    })?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -71,7 +71,9 @@ pub(super) fn backup(args: &BackupArgs) -> anyhow::Result<ExitCode> {
     let took = meter.elapsed();
     drop(meter);
     let report = done.map_err(super::explained)?;
-    super::report(args.folder.json, &report, || copied(&args.to.display().to_string(), &report, took.as_secs_f64()))?;
+    super::report(args.folder.json, &report, || {
+        copied(&args.to.display().to_string(), &report, took.as_secs_f64())
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -28,7 +28,7 @@ Examples:
 
 One JSON object a line: users, devices, conversations, members, records,
 cursors. Payloads are base64. The last line has the counts and a SHA-256 over
-the lines; docs/storage.md describes every field. The gateway must be stopped;
+the lines; docs/export.md describes every field. The gateway must be stopped;
 or export a backup of its folder (-d). The file is there when it is whole.";
 
 const IMPORT_EXAMPLES: &str = "\
@@ -65,7 +65,9 @@ pub struct ExportArgs {
 
 fn conversation(text: &str) -> Result<ConversationId, String> {
     let number = text.parse().ok().and_then(ConversationId::new);
-    number.filter(|n| n.get() > 0).ok_or_else(|| "expected the number of a conversation, such as 1025".to_owned())
+    number
+        .filter(|n| n.get() > 0)
+        .ok_or_else(|| "expected the number of a conversation, such as 1025".to_owned())
 }
 
 /// Flags of `fulmar store import`.
@@ -94,7 +96,9 @@ pub(super) fn export(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     let config = args.folder.config.load(Vec::new())?;
     let to_stdout = args.to.as_os_str() == "-";
     if to_stdout && args.folder.json {
-        anyhow::bail!("the lines and the report can't both go to standard output: name a file, or leave --json out");
+        anyhow::bail!(
+            "the lines and the report can't both go to standard output: name a file, or leave --json out"
+        );
     }
     let from = super::folder(&config)?;
     super::hear_warnings(&config)?;
@@ -108,7 +112,8 @@ pub(super) fn export(args: &ExportArgs) -> anyhow::Result<ExitCode> {
     let mut meter = Meter::start();
     let mut out = io::stdout().lock();
     let to = if to_stdout { ExportTo::Writer(&mut out) } else { ExportTo::File(&args.to) };
-    let done = fulmar_store::export(&from, &store_options(&config), to, &what, &mut |told| meter.update(told));
+    let done =
+        fulmar_store::export(&from, &store_options(&config), to, &what, &mut |told| meter.update(told));
     let took = meter.elapsed();
     drop(meter);
     drop(out);
@@ -159,6 +164,7 @@ pub(super) fn import(args: &ImportArgs) -> anyhow::Result<ExitCode> {
     let engine = args.engine.as_ref().map(|engine| Assignment::flag("--engine", "data", "engine", engine));
     let config = args.folder.config.load(engine.into_iter().collect())?;
     let data = &config.data.path;
+    let was_there = data.exists();
     let to = super::new_folder(data)?;
     super::hear_warnings(&config)?;
     let stop = stop::watch(Then::Undo)?;
@@ -168,6 +174,10 @@ pub(super) fn import(args: &ImportArgs) -> anyhow::Result<ExitCode> {
     let done = fulmar_store::import(&args.from, &to, &options, &how, &mut |told| meter.update(told));
     let took = meter.elapsed();
     drop(meter);
+    if done.is_err() && !was_there {
+        // Only if it is empty; what else there may be is not ours.
+        let _ = std::fs::remove_dir(data);
+    }
     let report = done.map_err(super::explained)?;
     super::report(args.folder.json, &report, || {
         let mut text = format!(
@@ -183,7 +193,7 @@ pub(super) fn import(args: &ImportArgs) -> anyhow::Result<ExitCode> {
         }
         text
     })?;
-    if report.engine != crate::config::DataConfig::default().engine.name() {
+    if report.engine != crate::config::DataConfig::default().engine.word() {
         eprintln!("fulmar: set data.engine = {:?} for the gateway that serves it", report.engine);
     }
     Ok(ExitCode::SUCCESS)

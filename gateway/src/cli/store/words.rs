@@ -73,7 +73,8 @@ pub(super) fn table(rows: &[Vec<String>]) -> String {
     for row in rows {
         let mut line = String::new();
         for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
-            let _ = if column == 0 { write!(line, "{cell:<width$}") } else { write!(line, "  {cell:>width$}") };
+            let _ =
+                if column == 0 { write!(line, "{cell:<width$}") } else { write!(line, "  {cell:>width$}") };
         }
         text.push_str(line.trim_end());
         text.push('\n');
@@ -98,7 +99,10 @@ mod tests {
             assert_eq!(bytes(number), want);
         }
         assert_eq!((grouped(0).as_str(), grouped(1_234_567).as_str()), ("0", "1 234 567"));
-        assert_eq!((many(1, "record").as_str(), many(2_000, "record").as_str()), ("1 record", "2 000 records"));
+        assert_eq!(
+            (many(1, "record").as_str(), many(2_000, "record").as_str()),
+            ("1 record", "2 000 records")
+        );
     }
 
     #[test]
