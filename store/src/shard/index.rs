@@ -292,7 +292,7 @@ pub(crate) struct Move {
     id: u64,
     /// Runs of the new segment that are to be placed.
     new: Runs,
-    /// Runs of the old segments that are to be looked at, by segment.
+    /// Runs of the old segments that are to be looked at, by segment, the newest segment first.
     old: Vec<(u64, Runs)>,
     old_ids: HashSet<u64>,
     /// The new places are behind a barrier, and the old ones may go.
@@ -304,7 +304,10 @@ impl Move {
         Self {
             id,
             new: segment.runs(),
-            old: from.iter().map(|(id, segment)| (*id, segment.runs())).collect(),
+            // Taken from the end: the oldest segment first. A conversation's old places then go in the order of their records,
+            // and whatever is left of them, between two steps as well, has no gap: before the first old place that is still
+            // there, the new ones hold; after it, all old ones are there.
+            old: from.iter().rev().map(|(id, segment)| (*id, segment.runs())).collect(),
             old_ids: from.iter().map(|(id, _)| *id).collect(),
             placed: false,
         }
