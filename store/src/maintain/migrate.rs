@@ -521,3 +521,116 @@ impl Expected {
         Ok(None)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use fulmar_protocol::id::{DeviceId, Epoch, Pseq, UnixMillis, UserId};
+
+    use super::*;
+    use crate::{
+        Member, Op, Record, RecordKind, Role, Store, StoreOptions,
+        engine::memory::Memory,
+        shard::{index::each_row, view::open_row},
+    };
+
+    fn shard() -> ShardId {
+        ShardId::new(0).unwrap()
+    }
+
+    fn conversation(local: u64) -> ConversationId {
+        ConversationId::new(shard().number(local).unwrap()).unwrap()
+    }
+
+    fn append(local: u64, n: u64) -> Op {
+        let record = Record {
+            seq: Seq::new(n).unwrap(),
+            kind: RecordKind::Message,
+            sender: UserId::new(256).unwrap(),
+            device: DeviceId::FIRST,
+            epoch: Epoch::FIRST,
+            pseq: Pseq::new(n).unwrap(),
+            time: UnixMillis::new(n).unwrap(),
+            count: n,
+            target: None,
+            ttl: None,
+            more: false,
+            silent: false,
+            payload: Bytes::from_static(b"hello"),
+        };
+        Op::Append { conversation: conversation(local), record }
+    }
+
+    /// Some segments, with rows that were replaced, rows that are gone, and records that retention took.
+    fn folder() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let options =
+            StoreOptions { shards: 1, settle_commits: 2, segment_bytes_max: 1, ..StoreOptions::default() };
+        let store = Store::open(folder.path(), &options).unwrap();
+        let (mut writer, _) = store.shard(shard()).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        for n in 1..=12 {
+            let row = Member { role: Role::Member, joined: Seq::FIRST, since: UnixMillis::default() };
+            let member = |user: u64, row| Op::Member {
+                conversation: conversation(1),
+                user: UserId::new(user * 256).unwrap(),
+                row,
+            };
+            let mut batch = vec![append(1, n), append(2, n), member(n, Some(row)), member(99, Some(row))];
+            if n > 6 {
+                batch.push(member(n - 6, None));
+            }
+            if n == 9 {
+                let low = Seq::new(5).unwrap();
+                batch.push(Op::Low { conversation: conversation(2), low, count: 5 });
+            }
+            runtime.block_on(writer.commit(&batch)).unwrap();
+        }
+        store.close().unwrap();
+        folder
+    }
+
+    #[test]
+    fn an_index_is_right_only_with_every_row_and_no_other() {
+        let folder = folder();
+        let made = Made::open(shard(), &folder.path().join("shard-000")).unwrap();
+        assert!(made.manifest.segments.len() > 2);
+        let engine = Memory::default();
+        index::fill(&engine, &made.segments, &made.manifest, |_| {}).unwrap();
+        let rows = compare(&engine, &made, &mut |_| {}).unwrap();
+        index::set_applied(&engine, &made.manifest).unwrap();
+        assert_eq!(compare(&engine, &made, &mut |_| {}).unwrap(), rows, "the mark is no row");
+        let mut seen = 0;
+        for table in Table::ALL.into_iter().filter(|table| *table != Table::Shard) {
+            let mut all = Vec::new();
+            each_row(&engine, table, |key, value| {
+                all.push((key.to_vec(), value.clone()));
+                std::ops::ControlFlow::Continue(())
+            })
+            .unwrap();
+            for (key, value) in &all {
+                seen += 1;
+                let refused = |what: &str| {
+                    let error = compare(&engine, &made, &mut |_| {}).unwrap_err().to_string();
+                    assert!(error.contains(what) && error.contains(table.name()), "{error}");
+                };
+                engine.remove(table, key).unwrap();
+                refused("lacks a row");
+                // Intact, but not what the segments say.
+                let mut row = open_row(table, key, value).unwrap().to_vec();
+                *row.last_mut().unwrap() ^= 1;
+                engine.insert(table, key, &seal_row(table, key, &row)).unwrap();
+                refused("has another row than the segments");
+                engine.insert(table, key, value).unwrap();
+                let mut more = key.clone();
+                more.push(0);
+                engine.insert(table, &more, value).unwrap();
+                refused("has a row that is gone");
+                engine.remove(table, &more).unwrap();
+            }
+        }
+        assert_eq!(seen, rows);
+        engine.insert(Table::Shard, b"else", b"1").unwrap();
+        let error = compare(&engine, &made, &mut |_| {}).unwrap_err().to_string();
+        assert!(error.contains("nobody wrote"), "{error}");
+    }
+}
