@@ -150,10 +150,10 @@ fn message(sender: UserId, n: u64, pseq: u64) -> Record {
         pseq: Pseq::new(pseq).unwrap(),
         time: time(n),
         count: n,
-        target: (n % 7 == 0).then(|| seq(n - 1)),
-        ttl: (n % 5 == 0).then_some(60),
-        more: n % 11 == 0,
-        silent: n % 3 == 0,
+        target: n.is_multiple_of(7).then(|| seq(n - 1)),
+        ttl: n.is_multiple_of(5).then_some(60),
+        more: n.is_multiple_of(11),
+        silent: n.is_multiple_of(3),
         payload: Bytes::from(vec![u8::try_from(n % 251).unwrap(); usize::try_from(n * 37 % 900).unwrap()]),
     }
 }
@@ -173,7 +173,7 @@ async fn made(path: &Path, options: &StoreOptions) -> ConversationId {
             let records = (1..=25u64).map(|i| {
                 let n = batch * 25 + i;
                 let sender = *users.get(usize::try_from(n % 3).unwrap()).unwrap();
-                let pseq = (n + 2) / 3;
+                let pseq = n.div_ceil(3);
                 Op::Append { conversation: group, record: message(sender, n + 5, pseq) }
             });
             world.commit(group.shard(), &records.collect::<Vec<_>>()).await;

@@ -359,11 +359,14 @@ fn named_by(
 ) -> Result<HashSet<UserId>, MaintainError> {
     let mut users = HashSet::new();
     let prefix = Key::conversation(conversation);
-    let of = |key: &[u8]| reader.shared.view.id_at::<UserId>(key, 1);
-    each::<Member>(reader, Table::Member, prefix.as_ref(), |key, _| Ok(drop(users.insert(of(key)?))))?;
-    each::<Number>(reader, Table::Read, prefix.as_ref(), |key, _| Ok(drop(users.insert(of(key)?))))?;
-    each::<LaneState>(reader, Table::Lane, prefix.as_ref(), |key, _| Ok(drop(users.insert(of(key)?))))?;
-    each::<PendingLink>(reader, Table::Link, prefix.as_ref(), |key, _| Ok(drop(users.insert(of(key)?))))?;
+    let mut add = |key: &[u8]| {
+        users.insert(reader.shared.view.id_at::<UserId>(key, 1)?);
+        Ok(())
+    };
+    each::<Member>(reader, Table::Member, prefix.as_ref(), |key, _| add(key))?;
+    each::<Number>(reader, Table::Read, prefix.as_ref(), |key, _| add(key))?;
+    each::<LaneState>(reader, Table::Lane, prefix.as_ref(), |key, _| add(key))?;
+    each::<PendingLink>(reader, Table::Link, prefix.as_ref(), |key, _| add(key))?;
     if let Some(meta) = reader.meta(conversation)? {
         users.insert(meta.creator);
         let mut add = |user| {

@@ -261,6 +261,15 @@ impl Read for Counted {
     }
 }
 
+/// A file that is read line by line.
+struct Opened {
+    lines: Box<dyn BufRead>,
+    /// Bytes of the file read so far.
+    read: Arc<AtomicU64>,
+    /// Bytes of the file.
+    of: u64,
+}
+
 /// What reading the whole file showed.
 struct Checked {
     shards: u16,
@@ -285,7 +294,7 @@ impl Source<'_> {
         MaintainError::Line { path: self.path.to_owned(), line, what }
     }
 
-    fn open(&self) -> Result<(Box<dyn BufRead>, Arc<AtomicU64>, u64), MaintainError> {
+    fn open(&self) -> Result<Opened, MaintainError> {
         let mut file = File::open(self.path).map_err(MaintainError::io("can't open", self.path))?;
         let mut magic = [0; ZSTD_MAGIC.len()];
         let compressed = file.read_exact(&mut magic).is_ok() && magic == ZSTD_MAGIC;
@@ -298,7 +307,7 @@ impl Source<'_> {
         } else {
             Box::new(BufReader::new(counted))
         };
-        Ok((lines, read, of))
+        Ok(Opened { lines, read, of })
     }
 
     /// Calls `each` with the number and the content of every line between the first and the last one. Returns the hash
@@ -309,7 +318,7 @@ impl Source<'_> {
         doing: &'static str,
         mut each: impl FnMut(u64, Line) -> Result<(), MaintainError>,
     ) -> Result<String, MaintainError> {
-        let (mut lines, read, of) = self.open()?;
+        let Opened { mut lines, read, of } = self.open()?;
         let mut told = Progress {
             shard: ShardId::new(0).unwrap_or_else(|| UserId::default().shard()),
             doing,

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// The version of the file format that is written, and the only one that is read.
-pub const EXPORT_VERSION: u64 = 1;
+pub(crate) const EXPORT_VERSION: u64 = 1;
 
 /// Bytes of a line at most; the longest is a record with the largest payload.
 pub(crate) const LINE_BYTES_MAX: usize = RECORD_PAYLOAD_BYTES_MAX * 2 + 4096;
