@@ -2,7 +2,7 @@
 //!
 //! A folder that was closed, or killed, gets one damage in one file: a flipped bit, a lost end, a block of zeros, a block as it
 //! was earlier, a block of another place, or the whole file is missing. A process of its own opens it and reads everything:
-//! every answer is right, or refused with a report. It may refuse to open. It may not crash, hang, or answer wrongly.
+//! every answer is right, or refused with a report. It may refuse to open. It may not crash, hang, or answer wrongly. `verify` looks at a copy, and must notice whatever opening or reading does.
 
 use std::{
     collections::BTreeMap,
@@ -18,6 +18,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
+use fulmar_store::{Problem, Repair};
 
 use crate::{
     chance::Chance,
@@ -79,6 +80,9 @@ pub struct Look {
     /// The data folder
     #[arg(long)]
     pub folder: PathBuf,
+    /// A copy of it, to be verified
+    #[arg(long)]
+    pub copy: Option<PathBuf>,
     /// What was sent
     #[arg(long)]
     pub history: String,
@@ -126,6 +130,8 @@ enum Found {
     WhenRead,
     /// By an opening after further commits.
     Later,
+    /// By `verify`, while all answers were right.
+    ByVerify,
     Nowhere,
 }
 
@@ -139,8 +145,9 @@ struct Original {
     closed: bool,
 }
 
-/// Damages by kind of file: found at open, found when read, found later, all answers right, wrong.
-type Table = BTreeMap<(String, Kind), [u64; 5]>;
+/// Damages by kind of file: found at open, found when read, found later, found by `verify`
+/// only, found nowhere (all answers right), wrong.
+type Table = BTreeMap<(String, Kind), [u64; 6]>;
 
 /// Runs the rig.
 ///
@@ -177,33 +184,35 @@ pub fn run(ask: &Damage) -> anyhow::Result<Outcome> {
     let table = rig.table.into_inner().unwrap_or_else(PoisonError::into_inner);
     say!(
         ask,
-        "    {:<22} {:<26} {:>8} {:>8} {:>8} {:>6}",
+        "    {:<22} {:<26} {:>8} {:>8} {:>8} {:>8} {:>8} {:>6}",
         "file",
         "damage",
         "at open",
         "by read",
+        "later",
+        "verify",
         "unseen",
         "wrong"
     );
-    let mut sum = [0u64; 5];
+    let mut sum = [0u64; 6];
     for ((file, kind), counts) in &table {
-        let [open, read, later, nowhere, wrong] = counts;
+        let [open, read, later, verify, nowhere, wrong] = counts;
         say!(
             ask,
-            "    {file:<22} {:<26} {open:>8} {read:>8} {later:>8} {nowhere:>8} {wrong:>6}",
+            "    {file:<22} {:<26} {open:>8} {read:>8} {later:>8} {verify:>8} {nowhere:>8} {wrong:>6}",
             kind.name()
         );
         for (all, one) in sum.iter_mut().zip(counts) {
             *all += one;
         }
     }
-    let [open, read, later, nowhere, wrong] = sum;
+    let [open, read, later, verify, nowhere, wrong] = sum;
     say!(
         ask,
-        "damage, seed {seed}: found at open {open}, when read {read}, later {later}, nowhere (all answers right) {nowhere}, wrong {wrong}; {:.1} s",
+        "damage, seed {seed}: found at open {open}, when read {read}, later {later}, by verify {verify}, nowhere (all answers right) {nowhere}, wrong {wrong}; {:.1} s",
         began.elapsed().as_secs_f64()
     );
-    Ok(Outcome { passed: open + read + later + nowhere, failed: wrong })
+    Ok(Outcome { passed: open + read + later + verify + nowhere, failed: wrong })
 }
 
 struct Rig<'a> {
@@ -270,6 +279,15 @@ impl Rig<'_> {
             marks.note(line)?;
         }
         let image = read_in(&root)?;
+        let copy = place.join("intact");
+        fs::create_dir(&copy)?;
+        write_out(&image, &copy)?;
+        let report = fulmar_store::verify(copy.join("data"), &mut |_| ())?;
+        ensure!(
+            report.problems.iter().all(|problem| problem.repair == Repair::Start),
+            "verify finds fault with an intact folder: {:?}",
+            report.problems
+        );
         Ok(Original { image, earlier, history, bounds: marks.bounds(), closed })
     }
 
@@ -305,7 +323,10 @@ impl Rig<'_> {
             fs::remove_dir_all(&folder)?;
         }
         fs::create_dir_all(&folder)?;
-        write_out(&damaged, &folder)?;
+        for copy in ["opened", "verified"] {
+            fs::create_dir(folder.join(copy))?;
+            write_out(&damaged, &folder.join(copy))?;
+        }
         let mut bounds = original.bounds.clone();
         if self.ask.plant
             && let (Some(acked), Some(sent)) = (bounds.acked.first_mut(), bounds.sent.first_mut())
@@ -315,19 +336,26 @@ impl Rig<'_> {
             *sent += 2;
         }
         let look = Look {
-            folder: folder.join("data"),
+            folder: folder.join("opened/data"),
+            copy: Some(folder.join("verified/data")),
             history: original.history.to_text(),
             engine: self.ask.engine,
             acked: bounds.acked,
             sent: bounds.sent,
         };
-        let found = self.look(&look)?;
+        let mut found = self.look(&look)?;
+        // A closed folder has no file of these kinds that nobody needs.
+        let needed = [".seg", "/manifest", "/FORMAT"].iter().any(|end| path.ends_with(end));
+        if original.closed && needed && found == Ok(Found::Nowhere) {
+            found = Err("nobody noticed it, not even verify".to_owned());
+        }
         let column = match &found {
             Ok(Found::AtOpen) => 0,
             Ok(Found::WhenRead) => 1,
             Ok(Found::Later) => 2,
-            Ok(Found::Nowhere) => 3,
-            Err(_) => 4,
+            Ok(Found::ByVerify) => 3,
+            Ok(Found::Nowhere) => 4,
+            Err(_) => 5,
         };
         {
             let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
@@ -380,6 +408,7 @@ impl Rig<'_> {
             .arg("look")
             .arg("--folder")
             .arg(&look.folder)
+            .args(look.copy.iter().flat_map(|copy| ["--copy".as_ref(), copy.as_os_str()]))
             .args(["--history", &look.history])
             .args(["--engine", &look.engine.value_name()])
             .args(["--acked", &list(&look.acked), "--sent", &list(&look.sent)])
@@ -408,6 +437,7 @@ impl Rig<'_> {
             ("at-open", _) if status.success() => Ok(Found::AtOpen),
             ("when-read", _) if status.success() => Ok(Found::WhenRead),
             ("later", _) if status.success() => Ok(Found::Later),
+            ("by-verify", _) if status.success() => Ok(Found::ByVerify),
             ("nowhere", _) if status.success() => Ok(Found::Nowhere),
             ("wrong", what) => Err(what.to_owned()),
             _ => Err(format!("the process that looked at it ended with {status}")),
@@ -522,13 +552,38 @@ fn spoil_bytes(
     }
 }
 
-/// Opens a damaged folder and reads everything; the line says what became of the damage.
+/// Opens a damaged folder and reads everything, and verifies a copy of it; the line says what became of the damage.
 ///
 /// # Errors
 /// When the history makes no sense.
 pub fn look(look: &Look) -> anyhow::Result<String> {
     let limit = rustix::process::Rlimit { current: Some(MEMORY), maximum: Some(MEMORY) };
     rustix::process::setrlimit(rustix::process::Resource::As, limit)?;
+    let proven = look.copy.as_ref().map(|copy| match fulmar_store::verify(copy, &mut |_| ()) {
+        // What the next start makes right by itself stands in reports of intact folders as well: it counts for less.
+        Ok(report) => {
+            let harmless = |problem: &&Problem| problem.repair == Repair::Start;
+            let worst =
+                report.problems.iter().find(|problem| !harmless(problem)).or_else(|| report.problems.first());
+            worst.map(|problem| {
+                (problem.repair != Repair::Start, format!("{}: {}", problem.file, problem.what))
+            })
+        }
+        Err(refused) => Some((true, refused.to_string())),
+    });
+    let line = look_inside(look)?;
+    Ok(match (proven, line.split_once(' ').map(|(first, _)| first)) {
+        // What nobody else noticed.
+        (Some(Some((true, problem))), None) if line == "nowhere" => format!("by-verify {problem}"),
+        // What is noticed by opening or reading can't be news to it.
+        (Some(None), Some("at-open" | "when-read")) => {
+            format!("wrong verify found nothing, but the folder is {line}")
+        }
+        _ => line,
+    })
+}
+
+fn look_inside(look: &Look) -> anyhow::Result<String> {
     let history = History::parse(&look.history)?;
     let options = options(look.engine, Level::Power, &history);
     let mut timelines: Vec<Timeline> =
