@@ -8,6 +8,8 @@
 //!   devices have seen are never given again.
 //! - Heads, lanes, counts of members, names and uids are worked out again from what is there where rows are missing.
 //! - Segments of the cold tier are taken over as they are, if their files are whole.
+//! - Of a segment whose header, footer or lists are damaged, the blocks of its index and of its rows are looked for everywhere in
+//!   the file; each proves itself.
 //! - The new folder is one that `verify` finds sound. Where a row's newest version is lost an older one may stand; the report
 //!   names the segment.
 //!
@@ -138,6 +140,7 @@ pub fn salvage(
             target: &at,
             report: &mut report,
             saved: ShardSalvaged { shard: shard.get(), ..ShardSalvaged::default() },
+            rescued: Vec::new(),
             progress,
         };
         if source.is_dir() {
@@ -233,6 +236,8 @@ struct Saving<'a> {
     target: &'a Path,
     report: &'a mut SalvageReport,
     saved: ShardSalvaged,
+    /// Segments beside the new one that hold what was got out of damaged ones, until the new one has it.
+    rescued: Vec<u64>,
     progress: &'a mut dyn FnMut(Progress),
 }
 
@@ -280,10 +285,18 @@ impl Saving<'_> {
         let reached = settled.number.saturating_add(log.commits);
         if reached < self.saved.acknowledged {
             let (first, last) = (reached.saturating_add(1), self.saved.acknowledged);
-            self.damage(format!("commits {first} to {last} were acknowledged, and are not there or can't be proven"));
+            self.damage(format!(
+                "commits {first} to {last} were acknowledged, and are not there or can't be proven"
+            ));
         }
         let plans = self.plan(&parts, &log);
         let (entries, counters) = self.write_segments(&parts, &cold, settled, counters, &plans)?;
+        for id in std::mem::take(&mut self.rescued) {
+            match self.to.remove(&segment::name(id)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(self.writing()(error)),
+                Ok(()) | Err(_) => {}
+            }
+        }
         let written = entries.iter().map(|entry| entry.id).max().unwrap_or(0);
         let manifest = Manifest {
             edition: 1,
@@ -315,9 +328,23 @@ impl Saving<'_> {
             None => there.iter().map(|id| (*id, false)).collect(),
         };
         for (id, cold) in named {
-            match truth::open(&self.from, self.shard, id, cold) {
+            let opened = truth::open(&self.from, self.shard, id, cold);
+            let followed = opened.and_then(|part| {
+                // Only what lists runs and rows is read here.
+                part.segment.runs().try_for_each(|run| run.map(drop))?;
+                part.segment.rows().try_for_each(|row| row.map(drop))?;
+                Ok(part)
+            });
+            match followed {
                 Ok(part) => parts.push(part),
-                Err(error) => self.damage(format!("segment {id:016x}: {error}")),
+                Err(error) => {
+                    self.damage(format!("segment {id:016x}: {error}"));
+                    let entry =
+                        manifest.and_then(|manifest| manifest.segments.iter().find(|entry| entry.id == id));
+                    if !cold {
+                        parts.extend(self.rescue(id, entry));
+                    }
+                }
             }
         }
         if manifest.is_none() {
@@ -326,6 +353,40 @@ impl Saving<'_> {
         }
         let cold = manifest.map_or(&[][..], |manifest| &manifest.segments);
         (parts, cold.iter().filter(|entry| entry.cold.is_some()).cloned().collect())
+    }
+
+    /// What blocks of a damaged segment still tell, in a segment beside those that are made.
+    fn rescue(&mut self, id: u64, entry: Option<&Entry>) -> Option<Part> {
+        let commits = match (entry, truth::open(&self.from, self.shard, id, false)) {
+            (Some(entry), _) => entry.first_commit..=entry.last_commit,
+            (None, Ok(part)) => part.segment.summary().first_commit..=part.segment.summary().last_commit,
+            // When is not known: whatever others say counts instead.
+            (None, Err(_)) => 0..=0,
+        };
+        let mut lost = Vec::new();
+        let rescued = segment::rescue(&self.from, &self.to, self.shard, id, commits, &mut |run, error| {
+            let (conversation, first, last) = (run.conversation, run.first, run.last());
+            lost.push(format!(
+                "segment {id:016x} (conversation {conversation}, seqs {first} to {last}): {error}"
+            ));
+        });
+        for what in lost {
+            self.damage(what);
+        }
+        self.rescued.push(id);
+        match rescued {
+            Ok(summary) => {
+                let (runs, rows) = (summary.runs, summary.rows);
+                self.damage(format!(
+                    "segment {id:016x}: {runs} runs and {rows} rows prove themselves and are kept"
+                ));
+                truth::open(&self.to, self.shard, id, false).ok()
+            }
+            Err(error) => {
+                self.damage(format!("segment {id:016x}: nothing of it can be read: {error}"));
+                None
+            }
+        }
     }
 
     /// Where what is settled ends, as the segments and the log tell it.
@@ -464,7 +525,12 @@ impl Saving<'_> {
             while runs.peek().is_some_and(|run| run.conversation == conversation) {
                 let Some((part, run)) = runs.take() else { break };
                 done += u64::from(run.bytes);
-                (self.progress)(Progress { shard: self.shard, doing: "reading records", done, of: of.max(done) });
+                (self.progress)(Progress {
+                    shard: self.shard,
+                    doing: "reading records",
+                    done,
+                    of: of.max(done),
+                });
                 if let Err(what) = found.add(&part, &run, head.map_or(Seq::ZERO, |head| head.low)) {
                     let (first, last) = (run.first, run.last());
                     self.damage(format!(
@@ -480,7 +546,8 @@ impl Saving<'_> {
                 if row_makes_sense(self.shard, Table::Member, &row).is_ok() {
                     count += 1;
                     let user = id_at::<UserId>(&row.key, 1);
-                    known += u64::from(user.is_some_and(|user| touched.is_some_and(|t| t.contains_key(&user))));
+                    known +=
+                        u64::from(user.is_some_and(|user| touched.is_some_and(|t| t.contains_key(&user))));
                 }
             }
             if touched.is_some() || log.counts.contains_key(&conversation) {
@@ -545,7 +612,9 @@ impl Saving<'_> {
             let first = low_before.saturating_add(1);
             let what = match &found.gap {
                 Some((from, to)) => {
-                    format!("records {from} to {to} can't be read, and a log has no holes: what came before goes with them")
+                    format!(
+                        "records {from} to {to} can't be read, and a log has no holes: what came before goes with them"
+                    )
                 }
                 None => "they can't be read".to_owned(),
             };
@@ -613,7 +682,8 @@ impl Saving<'_> {
             // Nothing was ever settled.
             return Ok((entries, counters.unwrap_or_default()));
         }
-        let id = parts.iter().map(|part| part.id).max().unwrap_or(0).saturating_add(1);
+        let ids = parts.iter().map(|part| part.id).chain(self.rescued.iter().copied());
+        let id = ids.max().unwrap_or(0).saturating_add(1);
         let mut writer = SegmentWriter::create(&self.to, self.shard, id).map_err(self.writing())?;
         self.write_records(parts, plans, &mut writer)?;
         self.write_rows(parts, !entries.is_empty(), rows, &mut writer, &mut counters_found)?;
@@ -893,7 +963,10 @@ fn note(log: &mut LogPart, commit: &Commit) -> Result<(), String> {
             Op::Append { conversation, record } => {
                 let before = last.get(&conversation).or_else(|| log.last.get(&conversation)).copied();
                 if before.is_some_and(|before| before.next() != Some(record.seq)) {
-                    return Err(format!("conversation {conversation}: record {} is out of place", record.seq));
+                    return Err(format!(
+                        "conversation {conversation}: record {} is out of place",
+                        record.seq
+                    ));
                 }
                 last.insert(conversation, record.seq);
                 if before.is_none() {

@@ -27,7 +27,7 @@ use crate::{
     EngineKind, StoreOptions,
     codec::Malformed,
     commit::Commit,
-    engine::{Direction, Engine, EngineError},
+    engine::{Direction, Engine, EngineError, place},
     error::OpenError,
     files::{Files, disk::Disk},
     key::{self, Key, Table},
@@ -45,7 +45,7 @@ use crate::{
         tip::{self, Tip},
         view::{next_key, open_row, seal_row},
     },
-    store::engine_opener,
+    store::open_engine,
 };
 
 /// Rows read from the engine at a time.
@@ -111,8 +111,8 @@ pub struct ShardVerified {
     pub records: u64,
     /// Rows: the newest version of each.
     pub rows: u64,
-    /// The index was compared with them. It is not if it is not there (a backup has none) or lacks the last step, which
-    /// the next start gives it.
+    /// The index was compared with them. It is not if it is not there (a backup has none), was copied here, or lacks the last
+    /// step: the next start makes it, or gives it that.
     pub index_compared: bool,
 }
 
@@ -169,13 +169,14 @@ pub fn verify(
             report.add(Problem::of_folder(&shard_name(shard), "the folder of a shard is missing".to_owned()));
             continue;
         }
+        let index = at.join(crate::store::INDEX);
+        // One that was copied here is not used: the next start makes it again.
+        let usable = engine.filter(|_| place::is_here(&index).unwrap_or(false));
+        let engine =
+            usable.map(|engine| open_engine(engine, &index, StoreOptions::default().engine_cache_bytes));
         let files = Disk::new(&at);
-        let opener = engine.filter(|_| at.join(crate::store::INDEX).is_dir()).map(|engine| {
-            let options = StoreOptions { engine, ..StoreOptions::default() };
-            engine_opener(&at, &options)
-        });
         let mut check = Check::new(shard, &files, &mut report, progress);
-        check.shard(opener.as_ref().map(|open| open(false)))?;
+        check.shard(engine)?;
         let verified = check.verified;
         report.shards.push(verified);
     }
@@ -344,11 +345,11 @@ impl<'a> Check<'a> {
     fn log(&mut self, manifest: &Manifest, tip: crate::CommitId) {
         let mut log = std::mem::take(&mut self.log);
         let mut commits = 0;
-        let mut wrong: Vec<(u64, Option<ConversationId>, Option<(Seq, Seq)>, String)> = Vec::new();
+        let mut wrong: Vec<(u64, Wrong)> = Vec::new();
         let read = journal::Reader::new(self.files, self.shard, tip).read(manifest.settled, |commit| {
             commits += 1;
-            if let Err((conversation, seq, what)) = note_commit(&mut log, &commit) {
-                wrong.push((commit.id.number, conversation, seq.map(|seq| (seq, seq)), what));
+            if let Err(what) = note_commit(&mut log, &commit) {
+                wrong.push((commit.id.number, what));
             }
             Ok(())
         });
@@ -376,7 +377,8 @@ impl<'a> Check<'a> {
             }
             Err(error) => self.problem(&file_of(u64::MAX), error.to_string()),
         }
-        for (commit, conversation, seqs, what) in wrong {
+        for (commit, (conversation, seq, what)) in wrong {
+            let seqs = seq.map(|seq| (seq, seq));
             let what = format!("commit {commit}: {what}");
             self.problem_in(&file_of(commit), conversation, seqs, what, Repair::No);
         }
@@ -1057,6 +1059,7 @@ pub(crate) fn name_of(table: Table, row: &TrueRow) -> Option<(u64, Key)> {
     }
 }
 
+/// Conversation, record, and what is wrong.
 type Wrong = (Option<ConversationId>, Option<Seq>, String);
 
 /// Takes note of what a commit does to conversations.

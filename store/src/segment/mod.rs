@@ -33,6 +33,7 @@ mod frames;
 mod layout;
 mod merge;
 mod reader;
+mod rescue;
 #[cfg(test)]
 mod tests;
 mod verify;
@@ -42,6 +43,7 @@ pub(crate) use self::{
     frames::{FRAME_BYTES, FRAME_COMPRESSED_MAX, FrameWriter, Frames},
     merge::{Change, Changes, Merge, MergeError, Step, changes},
     reader::{Records, Row, Rows, Runs, Segment, records},
+    rescue::rescue,
     verify::{Progress, Verifier},
     writer::SegmentWriter,
 };

@@ -508,7 +508,7 @@ impl Rows {
     }
 }
 
-fn take_row(bytes: &Bytes, at: &mut Cursor<'_>) -> Result<Row, Malformed> {
+pub(super) fn take_row(bytes: &Bytes, at: &mut Cursor<'_>) -> Result<Row, Malformed> {
     let what = "segment rows: row";
     let table = at.u8(what)?;
     let length = at.length(what)?;

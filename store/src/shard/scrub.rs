@@ -67,11 +67,7 @@ impl Scrubber {
     }
 
     /// Looks at a few bytes, if there are any to be looked at now. `segments`: all there are. Returns how long to pause.
-    pub(crate) fn step(
-        &mut self,
-        shared: &Shared,
-        segments: impl FnOnce() -> Vec<u64>,
-    ) -> Option<Duration> {
+    pub(crate) fn step(&mut self, shared: &Shared, segments: impl FnOnce() -> Vec<u64>) -> Option<Duration> {
         if !self.wait()?.is_zero() {
             return None;
         }
@@ -93,12 +89,7 @@ impl Scrubber {
         if self.current.is_none() {
             self.current = self.rest.pop().and_then(|id| {
                 let segment = shared.view.segments().get(id)?;
-                Some(Current {
-                    id,
-                    verifier: segment.verifier(),
-                    bytes: segment.summary().bytes,
-                    counted: 0,
-                })
+                Some(Current { id, verifier: segment.verifier(), bytes: segment.summary().bytes, counted: 0 })
             });
         }
         let Some(current) = &mut self.current else { return 0 };

@@ -60,7 +60,6 @@ fn a_backup_under_a_busy_writer_has_what_was_acknowledged_and_no_hole() {
     while acked.load(Ordering::Acquire) < 30 {
         std::thread::yield_now();
     }
-    let mut kept = 0;
     let mut counts = Vec::new();
     for n in 0..8 {
         // Into one folder again and again, and into a new one.
@@ -68,17 +67,19 @@ fn a_backup_under_a_busy_writer_has_what_was_acknowledged_and_no_hole() {
         let before = acked.load(Ordering::Acquire);
         let report = taken(folder.path(), &to);
         let after = acked.load(Ordering::Acquire);
-        kept += report.shards.iter().map(|shard| shard.kept).sum::<u64>();
         assert!(!sound(&to).shards[1].index_compared);
         // verify has not made it a folder somebody uses.
         let rounds = restored(&to, 1);
-        assert!((before..=after + 1).contains(&rounds), "{before} acknowledged before, {rounds} in it, {after} after");
+        assert!(
+            (before..=after + 1).contains(&rounds),
+            "{before} acknowledged before, {rounds} in it, {after} after"
+        );
         assert_eq!(report.shards[1].last_commit, rounds + 2);
         counts.push(rounds);
     }
     stop.store(true, Ordering::Release);
     let rounds = busy.join().unwrap();
-    assert!(counts.is_sorted() && kept > 0, "{counts:?}, {kept} kept");
+    assert!(counts.is_sorted(), "{counts:?}");
     store.close().unwrap();
     drop(store);
     // When nothing happens, it is everything.

@@ -38,7 +38,10 @@ fn a_flipped_byte_is_found_in_its_file_wherever_it_lies() {
     let original = made(45, false);
     let shard = original.path().join("shard-001");
     let last_log = files_of(&shard, ".log").pop().unwrap();
-    let segments = files_of(&shard, ".seg");
+    // Not those of a merge that was interrupted.
+    let manifest = Manifest::load(&Disk::new(&shard), super::shard(1)).unwrap();
+    let segments: Vec<PathBuf> =
+        manifest.segments.iter().map(|entry| shard.join(segment::name(entry.id))).collect();
     assert!(segments.len() > 1);
     let mut files = vec![shard.join("manifest"), last_log];
     files.extend(segments);
@@ -60,9 +63,11 @@ fn a_flipped_byte_is_found_in_its_file_wherever_it_lies() {
 #[test]
 fn a_damaged_record_is_told_with_its_place_and_nothing_else_is() {
     let original = made(45, true);
-    let segments = files_of(&original.path().join("shard-001"), ".seg");
-    let file = segments.last().unwrap();
-    let found = after(original.path(), |path| flip(&path.join("shard-001").join(file.file_name().unwrap()), 100));
+    let shard = original.path().join("shard-001");
+    let manifest = Manifest::load(&Disk::new(&shard), super::shard(1)).unwrap();
+    let file = &shard.join(segment::name(manifest.segments.last().unwrap().id));
+    let found =
+        after(original.path(), |path| flip(&path.join("shard-001").join(file.file_name().unwrap()), 100));
     let [problem] = found.as_slice() else { panic!("{found:#?}") };
     assert_eq!((problem.file.clone(), problem.conversation), (file_of(file), Some(conversation(1, 1))));
     let (first, last) = problem.seqs.unwrap();
@@ -73,7 +78,8 @@ fn a_damaged_record_is_told_with_its_place_and_nothing_else_is() {
 fn files_that_are_gone_or_cut_off_are_missed() {
     let original = made(45, false);
     let shard = original.path().join("shard-001");
-    let segment = files_of(&shard, ".seg").remove(0);
+    let manifest = Manifest::load(&Disk::new(&shard), super::shard(1)).unwrap();
+    let segment = shard.join(segment::name(manifest.segments[0].id));
     let log = files_of(&shard, ".log").pop().unwrap();
     let gone = |name: &Path| {
         let name = name.file_name().unwrap().to_owned();
@@ -130,19 +136,34 @@ fn an_index_that_is_not_what_it_must_be_is_told_row_by_row() {
         let value = engine.get(Table::Head, head.as_ref()).unwrap().unwrap();
         let row = open_row(Table::Head, head.as_ref(), &value).unwrap();
         let stale = Head { count: 1, ..Head::from_row(&row).unwrap() };
-        engine.insert(Table::Head, head.as_ref(), &seal_row(Table::Head, head.as_ref(), &stale.to_row())).unwrap();
+        engine
+            .insert(Table::Head, head.as_ref(), &seal_row(Table::Head, head.as_ref(), &stale.to_row()))
+            .unwrap();
     });
     index(&found, "head", "not the newest");
     assert_eq!(found[0].conversation, Some(conversation(1, 2)));
     index(&changed(&|engine| engine.remove(Table::Head, head.as_ref()).unwrap()), "head", "missing");
-    index(&changed(&|engine| engine.insert(Table::Head, head.as_ref(), b"xxxxxx").unwrap()), "head", "damaged");
+    index(
+        &changed(&|engine| engine.insert(Table::Head, head.as_ref(), b"xxxxxx").unwrap()),
+        "head",
+        "damaged",
+    );
     let extra = Key::conversation(conversation(1, 77));
-    index(&changed(&|engine| engine.insert(Table::Head, extra.as_ref(), b"x").unwrap()), "head", "must not be");
+    index(
+        &changed(&|engine| engine.insert(Table::Head, extra.as_ref(), b"x").unwrap()),
+        "head",
+        "must not be",
+    );
     let runs = |engine: &dyn Engine| {
-        let all = engine.scan(Table::Run, &[], None, crate::engine::Direction::Ascending, usize::MAX).unwrap();
+        let all =
+            engine.scan(Table::Run, &[], None, crate::engine::Direction::Ascending, usize::MAX).unwrap();
         all.into_iter().next_back().unwrap()
     };
-    index(&changed(&|engine| engine.remove(Table::Run, &runs(engine).0).unwrap()), "run", "no row for the run");
+    index(
+        &changed(&|engine| engine.remove(Table::Run, &runs(engine).0).unwrap()),
+        "run",
+        "no row for the run",
+    );
     let found = changed(&|engine| {
         let (key, value) = runs(engine);
         let row = open_row(Table::Run, &key, &value).unwrap();
@@ -159,6 +180,9 @@ fn an_index_that_is_not_what_it_must_be_is_told_row_by_row() {
     copy(original.path(), folder.path());
     fs::remove_dir_all(folder.path().join("shard-001/index")).unwrap();
     assert!(!sound(folder.path()).shards[1].index_compared);
+    crate::engine::place::forget(&folder.path().join("shard-000/index")).unwrap();
+    assert!(!sound(folder.path()).shards[0].index_compared, "one that was copied is not used");
+    assert!(folder.path().join("shard-000/index/db").exists());
 }
 
 /// A shard of one segment with these records and rows, which need not make sense.
@@ -178,7 +202,8 @@ fn of_one_segment(records: &[u64], rows: &[(Table, Key, Vec<u8>)]) -> tempfile::
         record(c, *n).encode(c, &mut bytes);
         writer.record(c, seq(*n), time(*n), &bytes).unwrap();
     }
-    let mut rows: Vec<_> = rows.iter().map(|(table, key, row)| (*table as u8, key.as_ref().to_vec(), row)).collect();
+    let mut rows: Vec<_> =
+        rows.iter().map(|(table, key, row)| (*table as u8, key.as_ref().to_vec(), row)).collect();
     rows.sort();
     for (table, key, row) in rows {
         writer.row(table, &key, Some(row)).unwrap();
@@ -253,7 +278,9 @@ fn rows_and_records_that_contradict_each_other_are_found() {
     let member = Member { role: Role::Member, joined: seq(1), since: time(1) };
     let row = (Table::Member, Key::conversation_user(c, user(0, 7)), member.to_row());
     one(&nine_with(vec![row]), "0 members, there are 1");
-    let lane = |row: LaneState| nine_with(vec![(Table::Lane, Key::lane(c, user(0, 1), DeviceId::FIRST), row.to_row())]);
+    let lane = |row: LaneState| {
+        nine_with(vec![(Table::Lane, Key::lane(c, user(0, 1), DeviceId::FIRST), row.to_row())])
+    };
     one(&lane(LaneState::default()), "the lane of user");
     sound(lane(LaneState { epoch: Epoch::new(2).unwrap(), ..LaneState::default() }).path());
     let orphan = of_one_segment(&[1, 2, 3], &lane_rows(3));
@@ -285,6 +312,9 @@ fn rows_and_records_that_contradict_each_other_are_found() {
     let elsewhere = (Table::User, Key::user(user(1, 1)), alice.to_row());
     let found = problems(nine_with(vec![elsewhere]).path());
     assert!(found.iter().any(|problem| problem.what.contains("another shard")), "{found:#?}");
-    one(&nine_with(vec![(Table::Read, Key::conversation_user(c, user(0, 1)), vec![9])]), "malformed number row");
+    one(
+        &nine_with(vec![(Table::Read, Key::conversation_user(c, user(0, 1)), vec![9])]),
+        "malformed number row",
+    );
     assert_eq!(segment::name(1), "0000000000000001.seg");
 }
