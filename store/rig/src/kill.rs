@@ -55,14 +55,19 @@ pub const POINTS: &[Point] = &[
     Point { name: "a new file of the engine", operation: "create", path: ENGINE_FILES },
     Point { name: "a name of the engine", operation: "rename", path: ENGINE_FILES },
     Point { name: "a file of the engine removed", operation: "unlink", path: ENGINE_FILES },
-    Point { name: "marker of the data folder", operation: "rename", path: "FORMAT" },
     Point { name: "any write", operation: "write", path: "" },
     Point { name: "any sync", operation: "sync", path: "" },
     Point { name: "any call", operation: "any", path: "" },
 ];
 
+/// Where a data folder becomes one.
+const MARKER: Point = Point { name: "marker of the data folder", operation: "rename", path: "FORMAT" };
+
 /// The folders of the engines.
 const ENGINE_FILES: &str = "/sled/|/fjall/|/index/";
+
+/// In so many rounds every point must have been reached: a name that nothing answers to tries nothing.
+const ROUNDS_FOR_ALL_POINTS: u64 = 200;
 
 /// What is asked for.
 #[derive(Clone, Debug, clap::Args)]
@@ -191,6 +196,14 @@ pub fn run(ask: &Kill) -> anyhow::Result<Outcome> {
     for (name, reach) in &rig.points {
         say!(ask, "    {name:<34} killed {:>5} times, not reached {:>4}", reach.reached, reach.missed);
     }
+    if ask.rounds >= ROUNDS_FOR_ALL_POINTS {
+        for point in POINTS.iter().chain([&MARKER]) {
+            if rig.points.get(point.name).is_none_or(|reach| reach.reached == 0) {
+                say!(ask, "FAILED: nobody was killed at: {}", point.name);
+                outcome.failed += 1;
+            }
+        }
+    }
     say!(
         ask,
         "    {:<34} killed {:>5} times, not reached {:>4}",
@@ -316,11 +329,17 @@ impl Rig<'_> {
         }
         // A point that this folder does not come to lets the process end by itself: then it is the next one's turn.
         for _ in 0..4 * POINTS.len() {
-            self.turn += 1;
-            let point = POINTS.get(self.turn % POINTS.len()).copied().context("there are no points")?;
-            let reach = self.points.entry(point.name).or_insert_with(|| Reach::new(30));
-            let is_first = stay.kills == 0;
-            if reach.seems_absent() && !chance.percent(if is_first { 50 } else { 10 }) {
+            // The marker is written once: only a new folder comes by there.
+            let at_birth = stay.kills == 0 && chance.percent(40);
+            let point = if at_birth {
+                MARKER
+            } else {
+                self.turn += 1;
+                POINTS.get(self.turn % POINTS.len()).copied().context("there are no points")?
+            };
+            let reach =
+                self.points.entry(point.name).or_insert_with(|| Reach::new(if at_birth { 1 } else { 30 }));
+            if reach.seems_absent() && !chance.percent(20) {
                 continue;
             }
             let nth = 1 + chance.below(reach.most);
