@@ -341,6 +341,30 @@ fn damage_has_an_exit_code_and_a_place() {
     assert!(error.contains("is not empty"), "{error}");
 }
 
+#[test]
+fn an_index_that_is_wrong_is_made_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    made(&data);
+    // The index of the other shard: sound in itself, and wrong here.
+    let index = |shard: &str| data.join("store").join(shard).join("index");
+    fs::remove_dir_all(index("shard-000")).unwrap();
+    fs::create_dir(index("shard-000")).unwrap();
+    for file in files(&index("shard-001"), "") {
+        if file.is_file() {
+            fs::copy(&file, index("shard-000").join(file.file_name().unwrap())).unwrap();
+        }
+    }
+    let (code, found) = json(&data, &["verify"]);
+    assert_eq!(code, 3, "{found}");
+    assert_ne!(found["problems"][0]["repair"], "no", "{found}");
+    let (code, report) = json(&data, &["scrub"]);
+    assert_eq!(code, 0, "{report}");
+    assert_eq!(report["after"]["problem_count"], 0, "{report}");
+    let (code, proven) = json(&data, &["verify"]);
+    assert_eq!((code, &proven["problem_count"]), (0, &Value::from(0)), "{proven}");
+}
+
 /// A gateway that is killed when the test ends.
 struct Serving(Child);
 
