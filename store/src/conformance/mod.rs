@@ -93,7 +93,8 @@ impl Machine {
     /// What is found when the process was killed.
     pub(crate) fn after_kill(&self) -> Self {
         let power = Power::for_ever();
-        Self { files: self.files.after_kill(power.clone()), engines: self.engines.after_kill(power) }
+        let (files, engines) = self.files.after_kill(power.clone(), || self.engines.after_kill(power));
+        Self { files, engines }
     }
 
     /// What may be found after a power cut; there is power for so many operations then.
@@ -102,10 +103,10 @@ impl Machine {
         let names = if chance.percent(50) { Names::Prefix } else { Names::Any };
         let fate = [Fate::Whole, Fate::Lost, Fate::Volatile, Fate::Volatile][chance.below(4) as usize];
         assert_eq!(self.files.broken_promises(), Vec::<String>::new());
-        Self {
-            files: self.files.after_power_cut(power.clone(), names, chance),
-            engines: self.engines.after_power_cut(power, fate, chance),
-        }
+        let (files, engines) = self.files.after_power_cut_while(power.clone(), names, chance, |chance| {
+            self.engines.after_power_cut(power, fate, chance)
+        });
+        Self { files, engines }
     }
 }
 

@@ -118,7 +118,7 @@ impl Volatile {
             return before.clone();
         }
         let mut rows = lock(&self.durable).clone();
-        let keep = [0, 30, 70, 95, 100][chance.below(5) as usize];
+        let keep = chance.pick(&[0, 30, 70, 95, 100]);
         for (table, key, value) in lock(&self.since).iter() {
             if chance.percent(keep) {
                 match value {

@@ -14,7 +14,7 @@ use std::{
     io,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicI64, AtomicU64, Ordering},
+        atomic::{AtomicI64, Ordering},
     },
     time::Duration,
 };
@@ -50,6 +50,11 @@ impl Chance {
         (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16) % n
     }
 
+    /// One of several.
+    pub(crate) fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[usize::try_from(self.below(of.len() as u64)).unwrap_or(0)]
+    }
+
     /// True in `percent` of all cases.
     pub(crate) fn percent(&mut self, percent: u64) -> bool {
         self.below(100) < percent
@@ -60,12 +65,11 @@ impl Chance {
 #[derive(Clone, Debug)]
 pub(crate) struct Power {
     left: Arc<AtomicI64>,
-    spent: Arc<AtomicU64>,
 }
 
 impl Power {
     pub(crate) fn of(operations: i64) -> Self {
-        Self { left: Arc::new(AtomicI64::new(operations)), spent: Arc::default() }
+        Self { left: Arc::new(AtomicI64::new(operations)) }
     }
 
     pub(crate) fn for_ever() -> Self {
@@ -81,17 +85,10 @@ impl Power {
         self.left.load(Ordering::SeqCst) <= 0
     }
 
-    /// Operations so far.
-    pub(crate) fn spent(&self) -> u64 {
-        self.spent.load(Ordering::SeqCst)
-    }
-
     /// Takes one operation; false when the power is off.
     pub(crate) fn spend(&self) -> bool {
         let on = self.left.fetch_sub(1, Ordering::SeqCst) > 0;
-        if on {
-            self.spent.fetch_add(1, Ordering::SeqCst);
-        } else {
+        if !on {
             // Far from wrapping, however often it is asked.
             self.left.store(0, Ordering::SeqCst);
         }
@@ -183,7 +180,6 @@ struct World {
     faults: Vec<Fault>,
     failed_calls: u64,
     broken_promises: Vec<String>,
-    free: Option<u64>,
     delay: Duration,
 }
 
@@ -229,11 +225,6 @@ impl FaultyFiles {
     /// Calls that failed on purpose.
     pub(crate) fn failed_calls(&self) -> u64 {
         self.world().failed_calls
-    }
-
-    /// What [`Files::free`] says.
-    pub(crate) fn set_free(&self, bytes: Option<u64>) {
-        self.world().free = bytes;
     }
 
     /// Every changing call takes this long.
@@ -312,17 +303,30 @@ impl FaultyFiles {
         world.durable_names.remove(name);
     }
 
-    /// The same files as they are now, all durable: what is found after the process was killed.
-    pub(crate) fn after_kill(&self, power: Power) -> Self {
+    /// The same files as they are now, all durable: what is found after the process was killed. `meanwhile` runs before
+    /// anything more is done to them.
+    pub(crate) fn after_kill<T>(&self, power: Power, meanwhile: impl FnOnce() -> T) -> (Self, T) {
+        let world = self.world();
         let after = Self::new(power);
-        for name in self.names() {
-            after.set(&name, self.get(&name).unwrap_or_default());
+        for (name, node) in &world.names {
+            after.set(name, world.nodes.get(*node).map(|node| node.now.clone()).unwrap_or_default());
         }
-        after
+        (after, meanwhile())
     }
 
     /// What may be found after the power was cut.
     pub(crate) fn after_power_cut(&self, power: Power, names: Names, chance: &mut Chance) -> Self {
+        self.after_power_cut_while(power, names, chance, |_| ()).0
+    }
+
+    /// What may be found after the power was cut. `meanwhile` runs before anything more is done to the files.
+    pub(crate) fn after_power_cut_while<T>(
+        &self,
+        power: Power,
+        names: Names,
+        chance: &mut Chance,
+        meanwhile: impl FnOnce(&mut Chance) -> T,
+    ) -> (Self, T) {
         let world = self.world();
         let mut found = world.durable_names.clone();
         let kept = chance.below(world.changes.len() as u64 + 1);
@@ -356,7 +360,7 @@ impl FaultyFiles {
                 after.set(&name, node.after_power_cut(chance));
             }
         }
-        after
+        (after, meanwhile(chance))
     }
 }
 
@@ -488,7 +492,7 @@ impl Files for FaultyFiles {
     }
 
     fn free(&self) -> io::Result<Option<u64>> {
-        Ok(self.world().free)
+        Ok(None)
     }
 }
 

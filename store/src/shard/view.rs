@@ -54,6 +54,9 @@ const HEAD_BYTES: u64 = 256;
 /// Rows of the `run` table read at a time.
 const SCAN_ROWS: usize = 8;
 
+/// Runs that can begin within one other: as many as it has records.
+const RUNS_WITHIN_ONE: usize = segment::RUN_BYTES / crate::record::RECORD_BYTES_MIN;
+
 /// How long a read that finds a gap waits for the places of runs to stop changing under it.
 const MOVES_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -585,38 +588,75 @@ impl View {
         next: &mut Seq,
         page: &mut Page,
     ) -> Result<Looked, RunError<ReadError>> {
-        let Some(first) = self.run_at(conversation, *next).map_err(RunError::Failed)? else {
-            return Ok(Looked::Gap);
-        };
-        let mut cursor = Key::run(conversation, first).into_bytes();
         let end = Key::run(conversation, to.saturating_add(1));
-        while *next <= to {
-            let rows = self
-                .engine()
-                .scan(Table::Run, &cursor, Some(end.as_ref()), Direction::Ascending, SCAN_ROWS)
-                .map_err(|error| RunError::Failed(self.failed(error)))?;
-            let Some((last_key, _)) = rows.last() else { return Ok(Looked::Gap) };
-            cursor = next_key(last_key);
-            for (key, value) in rows {
-                let placed = self.placed(conversation, &key, &value).map_err(RunError::Failed)?;
-                if placed.run.last() < *next {
-                    // An earlier run that was merged into the one before reaches no further.
-                    continue;
+        'places: while *next <= to {
+            let from = *next;
+            let Some(first) = self.run_with(conversation, from).map_err(RunError::Failed)? else {
+                return Ok(Looked::Gap);
+            };
+            let mut cursor = Key::run(conversation, first).into_bytes();
+            while *next <= to {
+                let rows = self
+                    .engine()
+                    .scan(Table::Run, &cursor, Some(end.as_ref()), Direction::Ascending, SCAN_ROWS)
+                    .map_err(|error| RunError::Failed(self.failed(error)))?;
+                let last_key = rows.last().map(|(key, _)| next_key(key));
+                for (key, value) in rows {
+                    let placed = self.placed(conversation, &key, &value).map_err(RunError::Failed)?;
+                    if placed.run.last() < *next {
+                        // An earlier run that was merged into the one before reaches no further.
+                        continue;
+                    }
+                    if placed.run.first > *next {
+                        if *next > from {
+                            // What comes next may lie in a merged run that begins further back.
+                            continue 'places;
+                        }
+                        return Ok(Looked::Gap);
+                    }
+                    let from = placed.run.first.max(*next);
+                    let more = self.read_run(&placed, to, next, page).map_err(|error| match error {
+                        RunError::Gone => RunError::Gone,
+                        RunError::Failed(error) => RunError::Failed(self.unreadable(&placed, from, &error)),
+                    })?;
+                    if !more {
+                        return Ok(Looked::Done);
+                    }
                 }
-                if placed.run.first > *next {
-                    return Ok(Looked::Gap);
-                }
-                let from = placed.run.first.max(*next);
-                let more = self.read_run(&placed, to, next, page).map_err(|error| match error {
-                    RunError::Gone => RunError::Gone,
-                    RunError::Failed(error) => RunError::Failed(self.unreadable(&placed, from, &error)),
-                })?;
-                if !more {
-                    return Ok(Looked::Done);
+                match last_key {
+                    Some(last_key) => cursor = last_key,
+                    None if *next > from => continue 'places,
+                    None => return Ok(Looked::Gap),
                 }
             }
         }
         Ok(Looked::Done)
+    }
+
+    /// The first seq of a run that has `seq`. Nearly always that is the last one that begins there or before; while a merge is
+    /// not finished, shorter runs it was made of may begin behind it.
+    fn run_with(&self, conversation: ConversationId, seq: Seq) -> Result<Option<Seq>, ReadError> {
+        let from = Key::run(conversation, Seq::ZERO);
+        let mut to = Key::run(conversation, seq.saturating_add(1)).into_bytes();
+        let mut looked_at = 0;
+        let mut want = 1;
+        while looked_at < RUNS_WITHIN_ONE {
+            let rows = self
+                .engine()
+                .scan(Table::Run, from.as_ref(), Some(&to), Direction::Descending, want)
+                .map_err(|error| self.failed(error))?;
+            for (key, value) in &rows {
+                let placed = self.placed(conversation, key, value)?;
+                if placed.run.last() >= seq {
+                    return Ok(Some(placed.run.first));
+                }
+            }
+            let Some((key, _)) = rows.last() else { return Ok(None) };
+            to.clone_from(key);
+            looked_at += rows.len();
+            want = SCAN_ROWS * 8;
+        }
+        Ok(None)
     }
 
     /// Takes the records `next..=to` of one run. Returns whether to go on with the next run.
