@@ -12,7 +12,7 @@ use crate::{
     error::ReadError,
     key::{Key, Table},
     reader::ShardReader,
-    record::{RECORD_HEADER_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX},
+    record::{RECORD_HEADER_BYTES_MAX, RECORD_PAYLOAD_BYTES_MAX, Record},
     row::ConversationMeta,
     shard::view::{Limits, next_key},
 };
@@ -43,9 +43,6 @@ const LOOKED_AT_MAX: usize = 16_384;
 /// Rows of the index looked at in one answer: pages, and rows of a page.
 const INDEX_PAGES_MAX: usize = 64;
 const INDEX_ROWS: usize = 256;
-
-/// Bytes of a record besides its payload, about.
-const RECORD_BYTES: u64 = 32;
 
 /// Bytes a record has at most.
 const RECORD_BYTES_MAX: u64 = (RECORD_PAYLOAD_BYTES_MAX + RECORD_HEADER_BYTES_MAX) as u64;
@@ -124,7 +121,7 @@ impl ShardReader {
             let Some(newest) = page.last() else { break };
             next = newest.seq.saturating_add(1);
             looked += page.len();
-            bytes += page.iter().map(|record| record.payload.len() as u64 + RECORD_BYTES).sum::<u64>();
+            bytes += page.iter().map(|record| bytes_of(conversation, record)).sum::<u64>();
         }
         Ok(bytes)
     }
@@ -255,7 +252,7 @@ impl ShardReader {
                 if record.seq <= down_to {
                     return Ok(None);
                 }
-                *kept = kept.saturating_add(record.payload.len() as u64 + RECORD_BYTES);
+                *kept = kept.saturating_add(bytes_of(conversation, record));
                 if *kept > keep_bytes {
                     return Ok(Some((record.seq, record.count)));
                 }
@@ -264,6 +261,13 @@ impl ShardReader {
         }
         Ok(None)
     }
+}
+
+/// What a record takes in a run: the same number whether it is settled or not, or marks would jump when it is.
+fn bytes_of(conversation: ConversationId, record: &Record) -> u64 {
+    let mut bytes = Vec::with_capacity(record.payload.len() + RECORD_HEADER_BYTES_MAX);
+    record.encode(conversation, &mut bytes);
+    bytes.len() as u64
 }
 
 #[cfg(test)]

@@ -192,6 +192,7 @@ impl Fjall {
     }
 
     /// Seals the memtable and leaves it to the worker. Waits while too much is on its way already.
+    #[expect(clippy::disallowed_methods, reason = "called by a shard's settling thread, which has nothing else to do")]
     fn put_away(&self) -> Result<(), EngineError> {
         while self.rows.sealed_memtable_count() >= SEALED_MAX {
             self.alive()?;
@@ -443,6 +444,7 @@ mod tests {
         }
     }
 
+    #[expect(clippy::disallowed_methods, reason = "a test waits for another thread")]
     fn wait_for_worker(engine: &Fjall) {
         while engine.rows.sealed_memtable_count() > 0 || engine.database.active_compactions() > 0 {
             std::thread::sleep(POLL);

@@ -9,7 +9,7 @@
 //!
 //! Not here: which segments to merge and when, the manifest, removing the inputs.
 
-use std::{cmp::Reverse, io, sync::Arc};
+use std::{io, sync::Arc};
 
 use bytes::Bytes;
 use fulmar_protocol::id::{ConversationId, Seq};
@@ -357,92 +357,5 @@ impl Merge {
 
     fn out(&mut self) -> Result<&mut SegmentWriter, MergeError> {
         self.out.as_mut().ok_or(MergeError::Inputs("it failed before"))
-    }
-}
-
-/// What a merge means for a table of runs under (conversation, first seq).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Change {
-    /// This run is there, instead of any under the same key.
-    Put(Run),
-    /// No run begins there any more.
-    Remove(ConversationId, Seq),
-}
-
-impl Change {
-    fn place(run: &Run) -> (ConversationId, Seq) {
-        (run.conversation, run.first)
-    }
-}
-
-/// What the merge of `inputs` into `merged` means for a table of runs, in order of keys. Applied twice it changes nothing more.
-pub(crate) fn changes(inputs: &[Arc<Segment>], merged: &Segment) -> Changes {
-    let stream = |segment: &Segment| Stream { runs: segment.runs(), next: None, begun: false };
-    Changes { merged: stream(merged), inputs: inputs.iter().map(|s| stream(s)).collect(), ended: false }
-}
-
-/// See [`changes`]. Ends at the first error.
-#[derive(Debug)]
-pub(crate) struct Changes {
-    merged: Stream,
-    inputs: Vec<Stream>,
-    ended: bool,
-}
-
-#[derive(Debug)]
-struct Stream {
-    runs: Runs,
-    next: Option<Run>,
-    begun: bool,
-}
-
-impl Stream {
-    /// What comes next.
-    fn peek(&mut self) -> Result<Option<Run>, SegmentError> {
-        if !self.begun {
-            self.begun = true;
-            self.next = self.runs.next().transpose()?;
-        }
-        Ok(self.next)
-    }
-
-    fn skip(&mut self) {
-        self.begun = false;
-    }
-}
-
-impl Changes {
-    fn step(&mut self) -> Result<Option<Change>, SegmentError> {
-        let merged = self.merged.peek()?;
-        let mut first = merged.as_ref().map(Change::place).map(Reverse);
-        for input in &mut self.inputs {
-            first = first.max(input.peek()?.as_ref().map(Change::place).map(Reverse));
-        }
-        let Some(Reverse(place)) = first else { return Ok(None) };
-        for input in &mut self.inputs {
-            if input.peek()?.as_ref().map(Change::place) == Some(place) {
-                input.skip();
-            }
-        }
-        Ok(Some(match merged {
-            Some(run) if Change::place(&run) == place => {
-                self.merged.skip();
-                Change::Put(run)
-            }
-            _ => Change::Remove(place.0, place.1),
-        }))
-    }
-}
-
-impl Iterator for Changes {
-    type Item = Result<Change, SegmentError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.ended {
-            return None;
-        }
-        let next = self.step().transpose();
-        self.ended = !matches!(next, Some(Ok(_)));
-        next
     }
 }

@@ -41,8 +41,8 @@ mod writer;
 
 pub(crate) use self::{
     frames::{FRAME_BYTES, FRAME_COMPRESSED_MAX, FrameWriter, Frames},
-    merge::{Change, Changes, Merge, MergeError, Step, changes},
-    reader::{Records, Row, Rows, Runs, Segment, records},
+    merge::{Merge, MergeError, Step},
+    reader::{Row, Rows, Runs, Segment, records},
     rescue::rescue,
     verify::{Progress, Verifier},
     writer::SegmentWriter,

@@ -219,7 +219,7 @@ enum Merging {
     /// It is written, and the manifest is to name it.
     Written { inputs: Vec<u64>, summary: Summary, object: Option<String> },
     /// It is written and named by the manifest; the index is being moved to it.
-    Moving { id: u64, inputs: Vec<u64>, moving: Move },
+    Moving { id: u64, inputs: Vec<u64>, moving: Box<Move> },
 }
 
 impl std::fmt::Debug for Merging {
@@ -837,11 +837,11 @@ impl Settler {
         self.merging = Some(Merging::Moving {
             id: entry.id,
             inputs: entry.replaces.clone(),
-            moving: Move::new(entry.id, &segment, &from),
+            moving: Box::new(Move::new(entry.id, &segment, &from)),
         });
     }
 
-    fn move_on(&mut self, id: u64, inputs: Vec<u64>, mut moving: Move) -> Result<usize, SettleError> {
+    fn move_on(&mut self, id: u64, inputs: Vec<u64>, mut moving: Box<Move>) -> Result<usize, SettleError> {
         let shared = Arc::clone(&self.shared);
         let _moving = shared.view.moving();
         let engine = self.shared.view.engine();

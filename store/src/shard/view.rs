@@ -561,7 +561,7 @@ impl View {
             };
             // The places of runs may have changed behind this look's back. If not, the gap is one.
             let after = self.moves.load(Ordering::Acquire);
-            if before == after && before % 2 == 0 {
+            if before == after && before.is_multiple_of(2) {
                 let what = Malformed("run: its segment is not there");
                 return if gone { Err(self.damaged(Some(conversation), Some(next), what)) } else { Ok(next) };
             }
@@ -569,7 +569,7 @@ impl View {
                 let reason = "the places of its records keep changing; try again".to_owned();
                 return Err(ReadError::Engine { shard: self.shard, reason });
             }
-            std::thread::sleep(LOOK_AGAIN_AFTER);
+            pause();
         }
     }
 
@@ -1013,6 +1013,12 @@ impl Delta<'_> {
         }
         Ok(())
     }
+}
+
+/// Waits a moment for the index to settle.
+#[expect(clippy::disallowed_methods, reason = "a read that goes to the disk is on a thread that may wait")]
+fn pause() {
+    std::thread::sleep(LOOK_AGAIN_AFTER);
 }
 
 /// See [`View::moving`].

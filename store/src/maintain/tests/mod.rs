@@ -178,7 +178,9 @@ pub(super) fn make(path: &Path, engine: EngineKind, rounds: u64, close: bool) {
         }
     }
     if last < rounds {
-        let store = open(path, engine);
+        // Nothing is settled from here on.
+        let options = StoreOptions { settle_bytes: 1 << 30, settle_commits: 1 << 30, ..options(engine) };
+        let store = Store::open(path, &options).unwrap();
         for at in 0..2 {
             let (mut writer, _) = store.shard(shard(at)).unwrap();
             write(&mut writer, &round_of(at, last));
