@@ -192,7 +192,10 @@ impl Fjall {
     }
 
     /// Seals the memtable and leaves it to the worker. Waits while too much is on its way already.
-    #[expect(clippy::disallowed_methods, reason = "called by a shard's settling thread, which has nothing else to do")]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "called by a shard's settling thread, which has nothing else to do"
+    )]
     fn put_away(&self) -> Result<(), EngineError> {
         while self.rows.sealed_memtable_count() >= SEALED_MAX {
             self.alive()?;

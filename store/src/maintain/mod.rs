@@ -26,7 +26,6 @@ pub(crate) mod salvage;
 pub(crate) mod scrub;
 #[cfg(test)]
 mod tests;
-pub(crate) mod truth;
 pub(crate) mod upgrade;
 pub(crate) mod verify;
 

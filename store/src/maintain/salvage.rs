@@ -31,9 +31,9 @@ use serde::Serialize;
 use super::{
     MaintainError, Progress,
     folder::{self, shard_name},
-    truth::{self, AllRuns, Part, TableRows, TrueRow, TrueRows},
     verify::{PROBLEMS_MAX, id_at, name_of, row_makes_sense, segment_id},
 };
+use crate::shard::truth::{self, AllRuns, Part, TableRows, TrueRow, TrueRows};
 use crate::{
     Durability, EngineKind,
     commit::{self, ChainHash, Commit, CommitId},

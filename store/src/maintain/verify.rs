@@ -21,8 +21,8 @@ use serde::Serialize;
 use super::{
     MaintainError, Progress,
     folder::{ReadFolder, shard_name},
-    truth::{self, AllRuns, Part, TableRows, TrueRow, TrueRows},
 };
+use crate::shard::truth::{self, AllRuns, Part, TableRows, TrueRow, TrueRows};
 use crate::{
     EngineKind, StoreOptions,
     codec::Malformed,

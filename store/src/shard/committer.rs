@@ -170,8 +170,7 @@ impl Committer {
             return Err(self.fail(&error));
         }
         if let Err(error) = self.tip.write(id) {
-            // The commit is durable and may stay; what it said is unknown to nobody yet. It is void all the same: a tip that
-            // can't be written proves nothing after a kill.
+            // It is in the log and durable, and void all the same: a tip that can't be written proves nothing after a kill.
             return Err(self.fail(&error));
         }
         self.last = id;
@@ -221,11 +220,17 @@ impl Committer {
         let Log::Failed { pause, .. } = &self.log else { return Ok(()) };
         let pause = (*pause * 2).min(RETRY_MAX);
         let begun = self.settle_all().and_then(|()| {
-            Journal::begin(self.files.as_ref(), self.shared.id, self.options.durability, self.last)
-                .map_err(|error| refusal("a new log file can't be begun", &error))
+            // It may name what is void, and must never contradict what will have the same number.
+            let tip = Tip::begin_again(self.files.as_ref())
+                .map_err(|error| refusal("the tip file can't be made again", &error))?;
+            let journal =
+                Journal::begin(self.files.as_ref(), self.shared.id, self.options.durability, self.last)
+                    .map_err(|error| refusal("a new log file can't be begun", &error))?;
+            Ok((tip, journal))
         });
         match begun {
-            Ok(journal) => {
+            Ok((tip, journal)) => {
+                self.tip = tip;
                 tracing::info!(shard = %self.shared.id, "the log works again");
                 self.log = Log::Open(journal);
                 self.shared.settling.set_log_failing(None);

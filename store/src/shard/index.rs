@@ -5,10 +5,14 @@
 //!   the manifest's edition or one before it. One that stands anywhere else is made again from the segments.
 //! - What is applied is absolute: applied twice it changes nothing.
 //!
+//! - Before an index is used, every row of it is compared with the segments: an engine may lose or mix up versions of rows after
+//!   damage without a word. Places of runs are compared with the heads; each is proven once more when the run is read.
+//!
 //! Not here: when segments are made (`settler`), what a read makes of the rows (`view`).
 
 use std::{
     collections::{HashMap, HashSet},
+    iter::Peekable,
     ops::ControlFlow,
     sync::Arc,
     time::{Duration, Instant},
@@ -20,6 +24,7 @@ use fulmar_protocol::id::{ConversationId, Seq, ShardId};
 use super::{
     manifest::{Entry, Manifest},
     segments::{Placed, Segments},
+    truth::{Part, TrueRows},
     view::{next_key, open_row, seal_row},
 };
 use crate::{
@@ -195,6 +200,101 @@ pub(crate) fn fill(
     Ok(())
 }
 
+/// Whether the engine has exactly the rows the segments say, and places for all records that are settled. What it can't say is
+/// no.
+pub(crate) fn proves(
+    engine: &dyn Engine,
+    segments: &Segments,
+    manifest: &Manifest,
+    mut progress: impl FnMut(u64),
+) -> Result<bool, IndexError> {
+    let mut parts = Vec::with_capacity(manifest.segments.len());
+    for entry in &manifest.segments {
+        parts.push(Part { id: entry.id, segment: open(segments, entry)?, cold: entry.cold.is_some() });
+    }
+    let known: HashSet<u64> = parts.iter().map(|part| part.id).collect();
+    let mut truth = TrueRows::new(&parts);
+    let mut heads = Vec::new();
+    for table in Table::ALL.into_iter().filter(|table| !matches!(table, Table::Shard | Table::Run)) {
+        let mut same = true;
+        each_row(engine, table, |key, value| {
+            let expected = truth.next_up_to(table as u8);
+            same = expected.is_some_and(|row| {
+                row.table == table as u8
+                    && row.key == key
+                    && open_row(table, key, value).is_ok_and(|found| found == row.row)
+            });
+            if !same {
+                return ControlFlow::Break(());
+            }
+            if table == Table::Head {
+                match (
+                    id_at(key, 0),
+                    value.len().checked_sub(4).map(|end| Head::from_row(&value.slice(..end))),
+                ) {
+                    (Ok(conversation), Some(Ok(head))) => heads.push((conversation, head.low, head.seq)),
+                    _ => same = false,
+                }
+            }
+            progress(truth.bytes);
+            ControlFlow::Continue(())
+        })?;
+        if !same || truth.next_up_to(table as u8).is_some() {
+            return Ok(false);
+        }
+    }
+    if !truth.take_broken().is_empty() {
+        return Ok(false);
+    }
+    covers(engine, heads, &known)
+}
+
+/// Whether the places of runs lead to all records of each conversation, and into segments there are.
+fn covers(
+    engine: &dyn Engine,
+    heads: Vec<(ConversationId, Seq, Seq)>,
+    known: &HashSet<u64>,
+) -> Result<bool, IndexError> {
+    let mut heads = heads.into_iter().peekable();
+    let mut next: Option<(ConversationId, Seq)> = None;
+    let mut covered = true;
+    each_row(engine, Table::Run, |key, value| {
+        let Some(placed) = decode(key, value).filter(|placed| known.contains(&placed.segment)) else {
+            covered = false;
+            return ControlFlow::Break(());
+        };
+        let run = placed.run;
+        // Heads of conversations before this run's must be reached already.
+        while let Some((conversation, low, seq)) = heads.peek().copied() {
+            let at = match next {
+                Some((of, at)) if of == conversation => at,
+                Some(_) | None => low.saturating_add(1),
+            };
+            if conversation < run.conversation {
+                if at <= seq {
+                    covered = false;
+                    return ControlFlow::Break(());
+                }
+                heads.next();
+                continue;
+            }
+            if conversation > run.conversation || (run.first > at && at <= seq) {
+                covered = false;
+                return ControlFlow::Break(());
+            }
+            next = Some((conversation, at.max(run.last().saturating_add(1))));
+            return ControlFlow::Continue(());
+        }
+        covered = false;
+        ControlFlow::Break(())
+    })?;
+    let rest = heads.all(|(conversation, low, seq)| match next {
+        Some((of, at)) if of == conversation => at > seq,
+        Some(_) | None => low >= seq,
+    });
+    Ok(covered && rest)
+}
+
 fn open(segments: &Segments, entry: &Entry) -> Result<Arc<Segment>, IndexError> {
     segments.get(entry.id).ok_or(IndexError::Missing(entry.id))
 }
@@ -291,7 +391,7 @@ pub(crate) fn live_bytes(engine: &dyn Engine) -> Result<HashMap<u64, u64>, Engin
 pub(crate) struct Move {
     id: u64,
     /// Runs of the new segment that are to be placed.
-    new: Runs,
+    new: Peekable<Runs>,
     /// Runs of the old segments that are to be looked at, by segment, the newest segment first.
     old: Vec<(u64, Runs)>,
     old_ids: HashSet<u64>,
@@ -303,7 +403,7 @@ impl Move {
     pub(crate) fn new(id: u64, segment: &Segment, from: &[(u64, Arc<Segment>)]) -> Self {
         Self {
             id,
-            new: segment.runs(),
+            new: segment.runs().peekable(),
             // Taken from the end: the oldest segment first. A conversation's old places then go in the order of their records,
             // and whatever is left of them, between two steps as well, has no gap: before the first old place that is still
             // there, the new ones hold; after it, all old ones are there.
@@ -313,17 +413,26 @@ impl Move {
         }
     }
 
-    /// Moves at most `rows` rows; `low` says up to where a conversation's records are gone. Returns whether all are moved.
+    /// Moves about `rows` rows; `low` says up to where a conversation's records are gone. Returns whether all are moved.
     pub(crate) fn step(
         &mut self,
         engine: &dyn Engine,
         rows: usize,
         mut low: impl FnMut(ConversationId) -> Seq,
     ) -> Result<bool, IndexError> {
-        for _ in 0..rows {
+        let mut moved = 0;
+        let mut conversation = None;
+        loop {
+            // Not in the middle of a conversation: a new place may hide an old one that reaches further than it does.
+            let goes_on = matches!(self.new.peek(), Some(Ok(run)) if Some(run.conversation) == conversation);
+            if moved >= rows && !goes_on {
+                return Ok(false);
+            }
+            moved += 1;
             // The new places first: until the old ones are gone, both are right.
             if let Some(run) = self.new.next() {
                 let run = run.map_err(|error| IndexError::Segment { id: self.id, error })?;
+                conversation = Some(run.conversation);
                 if run.last() > low(run.conversation) {
                     place(engine, self.id, run)?;
                 }
@@ -345,7 +454,6 @@ impl Move {
                 return Ok(true);
             }
         }
-        Ok(false)
     }
 }
 

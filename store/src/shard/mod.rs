@@ -15,6 +15,7 @@ mod scrub;
 pub(crate) mod segments;
 pub(crate) mod settler;
 pub(crate) mod tip;
+pub(crate) mod truth;
 pub(crate) mod view;
 
 use std::{
@@ -234,8 +235,7 @@ impl Shard {
         let last = proven.last;
         if acknowledged.number > last.number || (acknowledged.number == last.number && acknowledged != last) {
             // Before the next log file is begun, after which nothing may be lost any more.
-            tip = tip
-                .begin_again(files.as_ref())
+            tip = Tip::begin_again(files.as_ref())
                 .map_err(|error| in_log("the tip file can't be made again", &error))?;
         }
         let log = Journal::begin(files.as_ref(), id, options.durability, last)

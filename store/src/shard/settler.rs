@@ -57,6 +57,9 @@ const MERGE_STEP_BYTES: usize = 1 << 20;
 /// Index rows moved between two looks for a layer to be settled.
 const MOVE_STEP_ROWS: usize = 4_096;
 
+/// Time between two lines of progress.
+const PROGRESS_EVERY: Duration = Duration::from_secs(2);
+
 /// The first pause after a failure; doubled with each one that follows.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 
@@ -358,12 +361,20 @@ impl Settler {
                 Distance::OneStep => index::catch_up(engine.as_ref(), segments, manifest)?,
                 Distance::Far => return Ok(None),
             }
-            Ok(Some(engine))
+            let began = Instant::now();
+            let mut told = began;
+            let right = index::proves(engine.as_ref(), segments, manifest, |bytes| {
+                if told.elapsed() >= PROGRESS_EVERY {
+                    told = Instant::now();
+                    tracing::info!(%shard, bytes, "comparing the index with the segments");
+                }
+            })?;
+            Ok(right.then_some(engine))
         };
         match as_it_is() {
             Ok(Some(engine)) => return Ok(engine),
             Ok(None) => {
-                tracing::warn!(%shard, "the index does not belong to what is settled: making it again")
+                tracing::warn!(%shard, "the index is not what the segments say: making it again")
             }
             // Nothing is gained by a new one where there is no room for it.
             Err(error @ IndexError::Engine(EngineError::Full)) => return Err(error),

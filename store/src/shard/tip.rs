@@ -52,10 +52,11 @@ impl Tip {
 
     /// Begins an empty file in the place of one that names commits which are lost, and were allowed to be: it would contradict
     /// the log for as long as it lies there. The old one is gone for good when this returns.
-    pub(crate) fn begin_again(self, files: &dyn Files) -> io::Result<Self> {
-        drop(self);
-        files.remove(NAME)?;
-        files.sync_folder()?;
+    pub(crate) fn begin_again(files: &dyn Files) -> io::Result<Self> {
+        match files.remove(NAME) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => files.sync_folder()?,
+        }
         Ok(Self { file: files.open_slots(NAME)? })
     }
 

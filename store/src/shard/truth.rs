@@ -3,7 +3,7 @@
 //! - Streams: of each segment one block is in memory.
 //! - A segment whose list of rows or runs can't be followed is told about once, and ends there.
 //!
-//! Not here: whether it makes sense (`verify`), the index of it (`shard::index`).
+//! Not here: whether it makes sense (`maintain::verify`), the index of it (`index`).
 
 use std::sync::Arc;
 
