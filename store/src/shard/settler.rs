@@ -51,6 +51,9 @@ use crate::{
 /// Segments of one tier that are merged into one of the next.
 const MERGE_FAN_IN: usize = 8;
 
+/// Segments above which merging comes before settling: all tiers full, and some.
+const SEGMENTS_PRESSED: usize = 1_024;
+
 /// Bytes merged between two looks for a layer to be settled.
 const MERGE_STEP_BYTES: usize = 1 << 20;
 
@@ -453,6 +456,17 @@ impl Settler {
                 state.layer.clone()
             };
             if let Some(layer) = layer {
+                if self.is_pressed() {
+                    // What was merged so far is not worth another layer on top: the layer waits, and commits for it.
+                    match self.merge_some() {
+                        Ok(0) => {}
+                        Ok(_) => {
+                            self.merge_pause = RETRY_FIRST;
+                            continue;
+                        }
+                        Err(error) => self.merge_failed(&error),
+                    }
+                }
                 match self.settle(&layer) {
                     Ok(()) => {
                         pause = RETRY_FIRST;
@@ -498,26 +512,55 @@ impl Settler {
                 }
                 Ok(bytes) => {
                     self.merge_pause = RETRY_FIRST;
-                    let due = Duration::from_secs_f64(
-                        bytes as f64 / self.background_bytes_per_second.max(1) as f64,
-                    );
+                    let due = if self.is_pressed() {
+                        Duration::ZERO
+                    } else {
+                        Duration::from_secs_f64(bytes as f64 / self.background_bytes_per_second.max(1) as f64)
+                    };
                     if self.pause_unless_layer(due.saturating_sub(began.elapsed())) {
                         return;
                     }
                 }
-                Err(error) => {
-                    // What is merged stays as it is; nothing is lost by trying later.
-                    let pause = self.merge_pause;
-                    tracing::error!(shard = %shared.id, %error, again_in = ?pause, "merging segments failed");
-                    if !matches!(self.merging, Some(Merging::Written { .. })) {
-                        self.merging = None;
-                        self.resume_merging();
-                    }
-                    self.merge_after = Some(Instant::now() + pause);
-                    self.merge_pause = (pause * 2).min(RETRY_MAX);
-                }
+                Err(error) => self.merge_failed(&error),
             }
         }
+    }
+
+    /// What is merged stays as it is; nothing is lost by trying later.
+    fn merge_failed(&mut self, error: &SettleError) {
+        let pause = self.merge_pause;
+        tracing::error!(shard = %self.shared.id, %error, again_in = ?pause, "merging segments failed");
+        if !matches!(self.merging, Some(Merging::Written { .. })) {
+            self.merging = None;
+            self.resume_merging();
+        }
+        self.merge_after = Some(Instant::now() + pause);
+        self.merge_pause = (pause * 2).min(RETRY_MAX);
+    }
+
+    /// Segments take so much more than what is alive in them, or are so many, that merging comes before settling.
+    fn is_pressed(&mut self) -> bool {
+        let here = || self.manifest.segments.iter().filter(|entry| entry.cold.is_none());
+        if here().count() > SEGMENTS_PRESSED {
+            return true;
+        }
+        let bytes: u64 = here().map(|entry| entry.run_bytes).sum();
+        let slack = self.settle_bytes.saturating_mul(MERGE_FAN_IN as u64);
+        if bytes <= slack || self.engine_failed {
+            return false;
+        }
+        if self.live.is_none() {
+            self.live = index::live_bytes(self.shared.view.engine().as_ref()).ok();
+        }
+        let Some(live) = &self.live else { return false };
+        let alive: u64 = self
+            .manifest
+            .segments
+            .iter()
+            .filter(|entry| entry.cold.is_none())
+            .map(|entry| live.get(&entry.id).copied().unwrap_or(0))
+            .sum();
+        bytes > alive.saturating_mul(2).saturating_add(slack)
     }
 
     /// How long there is nothing to do, if nothing happens.
