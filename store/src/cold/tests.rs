@@ -117,9 +117,9 @@ impl World {
     }
 }
 
-/// All settled records are in objects, and in none of `other`.
+/// All settled records are in objects, and in none of `other`. Not if the power is off, which it may be since the caller looked.
 fn is_cold(files: &dyn Files, other: &[String]) -> bool {
-    let segments = Manifest::load(files, shard_id()).unwrap().segments;
+    let Ok(Manifest { segments, .. }) = Manifest::load(files, shard_id()) else { return false };
     let cold = |object: Option<&String>| object.is_some_and(|object| !other.contains(object));
     segments.iter().any(|entry| entry.cold.is_some())
         && segments

@@ -538,14 +538,15 @@ impl Settler {
         self.merge_pause = (pause * 2).min(RETRY_MAX);
     }
 
-    /// Segments take so much more than what is alive in them, or are so many, that merging comes before settling.
+    /// Segments take so much more than what is alive in them (half as much again, and two layers), or are so many, that merging
+    /// comes before settling.
     fn is_pressed(&mut self) -> bool {
         let here = || self.manifest.segments.iter().filter(|entry| entry.cold.is_none());
         if here().count() > SEGMENTS_PRESSED {
             return true;
         }
         let bytes: u64 = here().map(|entry| entry.run_bytes).sum();
-        let slack = self.settle_bytes.saturating_mul(MERGE_FAN_IN as u64);
+        let slack = self.settle_bytes.saturating_mul(2);
         if bytes <= slack || self.engine_failed {
             return false;
         }
@@ -560,7 +561,7 @@ impl Settler {
             .filter(|entry| entry.cold.is_none())
             .map(|entry| live.get(&entry.id).copied().unwrap_or(0))
             .sum();
-        bytes > alive.saturating_mul(2).saturating_add(slack)
+        bytes > alive.saturating_add(alive / 2).saturating_add(slack)
     }
 
     /// How long there is nothing to do, if nothing happens.
