@@ -206,7 +206,7 @@ async fn a_disk_that_fails_now_and_then_loses_and_doubles_nothing() {
     }
     alice.until(all).await;
     bob.until(all).await;
-    assert!(disk.refused() >= 3, "{} commits were refused", disk.refused());
+    assert!(disk.refused() > 0, "no commit was refused: nothing was tried");
     for phone in [&alice, &bob] {
         let from = |prefix: bool| -> Vec<String> {
             let messages = phone.messages(conversation).into_iter();
