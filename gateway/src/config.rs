@@ -202,7 +202,8 @@ section! {
         /// there can only be read while this is set.
         url: String = String::new(),
             Where("empty, \"file:///a/folder\", or with the feature s3 \"s3://bucket/prefix\"", |url: &String| {
-                url.is_empty() || fulmar_store::ColdOptions::check_url(url).is_ok()
+                let place = url.strip_prefix("file:///").or_else(|| url.strip_prefix("s3://"));
+                url.is_empty() || place.is_some_and(|place| !place.is_empty())
             });
         /// Records older than this go there: a number with s, m, h or d.
         after: KeepAge = Keep::at(30 * 86_400_000),

@@ -5,7 +5,7 @@
 //!   minimum, a lone send is committed at once.
 //! - A failed commit is void. Writes it held, and those decided since, are refused as retryable; questions are answered
 //!   again without them; the conversations they touched are loaded again from disk. Until a commit succeeds, writes
-//!   are refused before anything is decided about them, and reads go on ([`super::storage`]).
+//!   are refused before anything is decided about them, and reads go on (`storage`).
 //! - One damaged conversation is refused alone: a batch that trips over it is committed without it.
 //!
 //! Not here: what is decided (`state`, `directory`), how it is stored (`fulmar_store`).
