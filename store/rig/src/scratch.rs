@@ -10,7 +10,10 @@ use anyhow::Context as _;
 /// Findings kept in one folder; they are copies of disks.
 const FINDINGS_MAX: usize = 20;
 
-/// A folder in memory if there is one, else among the temporary files; gone when this is dropped.
+/// Bytes that have to be free in memory for the rigs to work there.
+const ROOM_BYTES: u64 = 2 << 30;
+
+/// A folder in memory if there is one with room, else among the temporary files; gone when this is dropped.
 #[derive(Debug)]
 pub struct Scratch {
     _folder: tempfile::TempDir,
@@ -25,9 +28,12 @@ impl Scratch {
     pub fn new() -> anyhow::Result<Self> {
         let in_memory = Path::new("/dev/shm");
         let builder = tempfile::Builder::new().prefix("fulmar-rig-").to_owned();
+        // In a container it may be as small as 64 MiB.
+        let room =
+            rustix::fs::statvfs(in_memory).map_or(0, |space| space.f_bavail.saturating_mul(space.f_frsize));
         let folder = match builder.tempdir_in(in_memory) {
-            Ok(folder) => folder,
-            Err(_) => builder.tempdir().context("no place for temporary files")?,
+            Ok(folder) if room >= ROOM_BYTES => folder,
+            Ok(_) | Err(_) => builder.tempdir().context("no place for temporary files")?,
         };
         // The preloaded library compares names as they are.
         let path = folder.path().canonicalize()?;
