@@ -553,6 +553,7 @@ fn a_merge_that_is_cut_off_anywhere_is_gone_on_with() {
         }
         operations += 1;
     }
-    assert!(cut > 20, "{cut} operations");
+    // Opening, writing and moving: how many there are in all depends on when the other thread has its turn.
+    assert!(cut > 10, "{cut} operations");
     assert_eq!(shard_id(), machine.open(&merges).unwrap().reader.shard());
 }
