@@ -26,11 +26,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use fulmar_badnet::fault::FaultRates;
+use fulmar_badnet::history::{Conversation, Event};
+use fulmar_badnet::{FaultPlan, Profile, Proxy, Rng, dialogue, proxy};
 use fulmar_client::{Database, Durability, Options, Trust};
 use fulmar_protocol::id::UnixMillis;
-use fulmar_sim::fault::FaultRates;
-use fulmar_sim::history::{Conversation, Event};
-use fulmar_sim::{FaultPlan, Profile, Proxy, Rng, dialogue, proxy};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 

@@ -217,7 +217,8 @@ mod tests {
             ("store/rig/Cargo.toml", "[dependencies]\nfulmar-faultdisk.workspace = true\n"),
             ("gateway/Cargo.toml", "[dependencies]\nfulmar-store-rig.workspace = true\n"),
             ("client-sdk/Cargo.toml", "[dependencies]\nfulmar-store.workspace = true\n"),
-            ("sim/Cargo.toml", "[dependencies]\nfulmar-client.workspace = true\n"),
+            ("sim/badnet/Cargo.toml", "[dependencies]\nfulmar-client.workspace = true\n"),
+            ("gateway/Cargo.toml", "[dependencies]\nfulmar-sim.workspace = true\n"),
             ("gateway/Cargo.toml", "[dependencies]\nsled.workspace = true\n"),
         ] {
             assert!(broken_by(file, text).contains(&(file.to_owned(), 2)), "not found: {file}: {text}");

@@ -74,7 +74,7 @@ const WORLD: &[&str] = &[
 
 /// What wires the stages, and what only the command line uses. Stages are imported by these, never the other way.
 const ABOVE_THE_STAGES: &[&str] =
-    &["crate::*", "crate::cli", "crate::gateway", "fulmar_client", "fulmar_sim"];
+    &["crate::*", "crate::cli", "crate::gateway", "fulmar_client", "fulmar_badnet", "fulmar_sim"];
 
 /// The stages of the gateway, in the order in which a message meets them, and the services beside them.
 const STAGES: &[&str] = &[
@@ -93,13 +93,16 @@ pub(crate) const CRATES: &[CrateRule] = &[
         forbids: &[
             WORLD_CRATES,
             OUTER_CRATES,
-            &["fulmar-store", "fulmar-gateway", "fulmar-client", "fulmar-sim"],
+            &["fulmar-store", "fulmar-gateway", "fulmar-client", "fulmar-badnet", "fulmar-sim"],
         ],
         because: "the protocol knows no runtime, socket, engine or randomness, and no other crate of the project",
     },
     CrateRule {
         folder: "store",
-        forbids: &[OUTER_CRATES, &["fulmar-gateway", "fulmar-client", "fulmar-sim", "quinn", "quinn-proto"]],
+        forbids: &[
+            OUTER_CRATES,
+            &["fulmar-gateway", "fulmar-client", "fulmar-badnet", "fulmar-sim", "quinn", "quinn-proto"],
+        ],
         because: "the store knows ids and its engines; it serves whoever holds it and names none of them",
     },
     CrateRule {
@@ -107,7 +110,14 @@ pub(crate) const CRATES: &[CrateRule] = &[
         forbids: &[
             WORLD_CRATES,
             OUTER_CRATES,
-            &["fulmar-protocol", "fulmar-store", "fulmar-gateway", "fulmar-client", "fulmar-sim"],
+            &[
+                "fulmar-protocol",
+                "fulmar-store",
+                "fulmar-gateway",
+                "fulmar-client",
+                "fulmar-badnet",
+                "fulmar-sim",
+            ],
         ],
         because: "what is preloaded into a process knows nothing of what it runs, and brings nothing along",
     },
@@ -118,6 +128,7 @@ pub(crate) const CRATES: &[CrateRule] = &[
             "fjall",
             "fulmar-gateway",
             "fulmar-client",
+            "fulmar-badnet",
             "fulmar-sim",
             "fulmar-faultdisk",
             "xtask",
@@ -126,17 +137,22 @@ pub(crate) const CRATES: &[CrateRule] = &[
     },
     CrateRule {
         folder: "client-sdk",
-        forbids: &[OUTER_CRATES, &["fulmar-store", "fulmar-gateway", "fulmar-sim", "sled"]],
+        forbids: &[OUTER_CRATES, &["fulmar-store", "fulmar-gateway", "fulmar-badnet", "fulmar-sim", "sled"]],
         because: "the SDK shares only the protocol with the gateway; phones do not carry a server",
     },
     CrateRule {
+        folder: "sim/badnet",
+        forbids: &[OUTER_CRATES, &["fulmar-gateway", "fulmar-store", "fulmar-client", "fulmar-sim"]],
+        because: "bad networks and the checker are pure; the gateway's demo and the world use them, not they these",
+    },
+    CrateRule {
         folder: "sim",
-        forbids: &[OUTER_CRATES, &["fulmar-gateway", "fulmar-store", "fulmar-client"]],
-        because: "the simulator is a network, a clock and a checker; the gateway's demo uses it, not it the gateway",
+        forbids: &[OUTER_CRATES, &["sled", "fjall", "rusqlite"]],
+        because: "the world reaches disks through the gateway and the SDK, and nothing but tests runs in it",
     },
     CrateRule {
         folder: "gateway",
-        forbids: &[OUTER_CRATES, &["sled", "fjall", "rusqlite"]],
+        forbids: &[OUTER_CRATES, &["sled", "fjall", "rusqlite", "fulmar-sim"]],
         because: "the gateway reaches disks through the store, and nothing depends on benches, fuzz or xtask",
     },
 ];

@@ -13,10 +13,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use fulmar_badnet::SimTime;
+use fulmar_badnet::figures::Latencies;
+use fulmar_badnet::history::{Client, Conversation, Digest, Event, History, Tag};
 use fulmar_client::{Received, RecordKind};
-use fulmar_sim::SimTime;
-use fulmar_sim::figures::Latencies;
-use fulmar_sim::history::{Client, Conversation, Digest, Event, History, Tag};
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 

@@ -9,8 +9,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use fulmar_badnet::history::Event;
 use fulmar_client::{Client, ConnectionState, Conversation, Error, Options};
-use fulmar_sim::history::Event;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 

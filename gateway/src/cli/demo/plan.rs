@@ -12,8 +12,8 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, BinaryHeap};
 
-use fulmar_sim::Rng;
-use fulmar_sim::dialogue::{self, Dialogue, Speaker};
+use fulmar_badnet::Rng;
+use fulmar_badnet::dialogue::{self, Dialogue, Speaker};
 
 /// Members of a group, where there are that many phones.
 const GROUP_MEMBERS: usize = 8;

@@ -209,7 +209,7 @@ fn tail(path: &Path) -> std::io::Result<String> {
 fn free_ports() -> anyhow::Result<[SocketAddr; 2]> {
     let mut random = [0; 8];
     getrandom::fill(&mut random).map_err(|error| anyhow!("the system gives no random numbers: {error}"))?;
-    let mut rng = fulmar_sim::Rng::new(u64::from_le_bytes(random));
+    let mut rng = fulmar_badnet::Rng::new(u64::from_le_bytes(random));
     for _ in 0..200 {
         let port = rng.between(PORTS.start.into(), u64::from(PORTS.end) - 2);
         let Ok(port) = u16::try_from(port) else { continue };

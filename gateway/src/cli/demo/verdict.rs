@@ -7,8 +7,8 @@
 
 use std::fmt::Write as _;
 
-use fulmar_sim::checker::{Rules, check};
-use fulmar_sim::figures::Figures;
+use fulmar_badnet::checker::{Rules, check};
+use fulmar_badnet::figures::Figures;
 
 use super::board::Seen;
 use super::plan::Plan;
@@ -235,9 +235,9 @@ pub(super) fn ratio(count: u64, of: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
+    use fulmar_badnet::dialogue;
+    use fulmar_badnet::history::{Conversation, Event};
     use fulmar_client::{ConversationId, Received, RecordKind, Seq, UnixMillis, UserId};
-    use fulmar_sim::dialogue;
-    use fulmar_sim::history::{Conversation, Event};
 
     use super::super::board::{Board, client_of};
     use super::*;

@@ -19,7 +19,7 @@ pub const LATENCY_MAX: Duration = Duration::from_hours(1);
 ///
 /// ```
 /// use std::time::Duration;
-/// use fulmar_sim::figures::Latencies;
+/// use fulmar_badnet::figures::Latencies;
 /// let mut latencies = Latencies::new();
 /// for millis in 1..=1_000 {
 ///     latencies.record(Duration::from_millis(millis));

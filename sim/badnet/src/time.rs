@@ -12,7 +12,7 @@ use std::time::Duration;
 ///
 /// ```
 /// use std::time::Duration;
-/// use fulmar_sim::SimTime;
+/// use fulmar_badnet::SimTime;
 /// let later = SimTime::START + Duration::from_millis(20);
 /// assert_eq!(later.since(SimTime::START), Duration::from_millis(20));
 /// ```

@@ -415,8 +415,8 @@ impl Report {
 /// Judges a history.
 ///
 /// ```
-/// use fulmar_sim::checker::{Rules, check};
-/// use fulmar_sim::history::{Client, Conversation, Digest, Event, History, Tag};
+/// use fulmar_badnet::checker::{Rules, check};
+/// use fulmar_badnet::history::{Client, Conversation, Digest, Event, History, Tag};
 /// let (alice, bob, conversation) = (Client(1), Client(2), Conversation(7));
 /// let tag = Tag { client: alice, counter: 1 };
 /// let digest = Digest::of(b"hello");
@@ -436,7 +436,7 @@ impl Report {
 /// );
 ///
 /// history.record(
-///     fulmar_sim::SimTime::START,
+///     fulmar_badnet::SimTime::START,
 ///     Event::Delivered { client: bob, conversation, seq: 1, sender: alice, tag, digest },
 /// );
 /// assert!(check(&history, &Rules::default()).holds());

@@ -218,8 +218,8 @@ impl Totals {
 /// ```
 /// use std::net::UdpSocket;
 /// use std::time::Duration;
-/// use fulmar_sim::proxy::{Config, Proxy};
-/// use fulmar_sim::Profile;
+/// use fulmar_badnet::proxy::{Config, Proxy};
+/// use fulmar_badnet::Profile;
 ///
 /// let gateway = UdpSocket::bind("127.0.0.1:0")?;
 /// let proxy = Proxy::start(Config::towards(gateway.local_addr()?).seed(42).path(Profile::Clean))?;

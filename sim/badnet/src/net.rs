@@ -193,8 +193,8 @@ pub struct DarkSpells {
 ///
 /// ```
 /// use std::time::Duration;
-/// use fulmar_sim::net::{Delay, Impairment, Loss};
-/// use fulmar_sim::Share;
+/// use fulmar_badnet::net::{Delay, Impairment, Loss};
+/// use fulmar_badnet::Share;
 /// let direction = Impairment {
 ///     delay: Delay::fixed(Duration::from_millis(50)).with_jitter(Duration::from_millis(10)),
 ///     loss: Loss::random(Share::percent(5)),
@@ -276,8 +276,8 @@ pub enum Verdict {
 ///
 /// ```
 /// use std::time::Duration;
-/// use fulmar_sim::net::{Delay, Impairment, Link, Verdict};
-/// use fulmar_sim::{Rng, SimTime};
+/// use fulmar_badnet::net::{Delay, Impairment, Link, Verdict};
+/// use fulmar_badnet::{Rng, SimTime};
 /// let mut link = Link::new(Impairment {
 ///     delay: Delay::fixed(Duration::from_millis(20)),
 ///     ..Impairment::default()

@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use fulmar_sim::Rng;
-use fulmar_sim::Share;
-use fulmar_sim::checker::{Report, Rules, check};
-use fulmar_sim::history::{Client, Conversation, Digest, Event, History, Tag};
+use fulmar_badnet::Rng;
+use fulmar_badnet::Share;
+use fulmar_badnet::checker::{Report, Rules, check};
+use fulmar_badnet::history::{Client, Conversation, Digest, Event, History, Tag};
 use proptest::prelude::{ProptestConfig, prop_assert, proptest};
 
 const ALICE: Client = Client(1);
@@ -322,7 +322,7 @@ fn rules_change_what_is_expected() {
 fn a_history_with_holes_is_no_evidence() {
     let mut history = History::bounded(10);
     for event in good() {
-        history.record(fulmar_sim::SimTime::START, event);
+        history.record(fulmar_badnet::SimTime::START, event);
     }
     let open = Rules { converged: false, ..Rules::default() };
     assert!(check(&history, &open).by_kind.contains_key("incomplete"));
@@ -787,7 +787,7 @@ fn every_mutation_is_met() {
 #[test]
 fn a_million_events_are_judged() {
     let mut history = History::new();
-    let mut record = |event| history.record(fulmar_sim::SimTime::START, event);
+    let mut record = |event| history.record(fulmar_badnet::SimTime::START, event);
     for client in [ALICE, BOB, CAROL] {
         record(joined(client, ROOM));
     }

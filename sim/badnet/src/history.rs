@@ -41,7 +41,7 @@ impl Tag {
     /// A payload that carries the tag before `body`.
     ///
     /// ```
-    /// use fulmar_sim::history::{Client, Tag};
+    /// use fulmar_badnet::history::{Client, Tag};
     /// let tag = Tag { client: Client(3), counter: 17 };
     /// let payload = tag.stamp("hello".as_bytes());
     /// assert_eq!(Tag::read(&payload), Some((tag, "hello".as_bytes())));
@@ -300,8 +300,8 @@ impl FromIterator<Event> for History {
 /// Records from many tasks and threads into one history. Cheap to clone; all clones write the same history.
 ///
 /// ```
-/// use fulmar_sim::SimTime;
-/// use fulmar_sim::history::{Client, Event, Recorder};
+/// use fulmar_badnet::SimTime;
+/// use fulmar_badnet::history::{Client, Event, Recorder};
 /// let recorder = Recorder::new(1_000);
 /// recorder.record(SimTime::START, Event::Connected { client: Client(1) });
 /// assert_eq!(recorder.take().records().len(), 1);

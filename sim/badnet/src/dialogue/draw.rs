@@ -26,9 +26,9 @@ pub const LANGUAGES: [&str; 28] = {
 /// Draws `dialogues` dialogues; equal seeds give equal dialogues.
 ///
 /// ```
-/// let dialogues = fulmar_sim::dialogue::generate(7, 3);
+/// let dialogues = fulmar_badnet::dialogue::generate(7, 3);
 /// assert_eq!(dialogues.len(), 3);
-/// assert_eq!(dialogues, fulmar_sim::dialogue::generate(7, 3));
+/// assert_eq!(dialogues, fulmar_badnet::dialogue::generate(7, 3));
 /// ```
 #[must_use]
 pub fn generate(seed: u64, dialogues: usize) -> Vec<Dialogue> {

@@ -28,11 +28,11 @@ use crate::rng::Share;
 /// A bad network with a name; the numbers are in the table of this module.
 ///
 /// ```
-/// use fulmar_sim::Profile;
+/// use fulmar_badnet::Profile;
 /// let profile: Profile = "rural-edge".parse()?;
 /// assert_eq!(profile, Profile::RuralEdge);
 /// println!("{profile}: {}", profile.summary());
-/// # Ok::<(), fulmar_sim::profile::UnknownProfile>(())
+/// # Ok::<(), fulmar_badnet::profile::UnknownProfile>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]

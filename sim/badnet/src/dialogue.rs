@@ -168,14 +168,14 @@ pub fn read_file(path: impl AsRef<Path>) -> Result<Vec<Dialogue>, Error> {
 /// [`Error`] says which line is wrong, and how.
 ///
 /// ```
-/// use fulmar_sim::dialogue::{Limits, Speaker, read};
+/// use fulmar_badnet::dialogue::{Limits, Speaker, read};
 /// let input = "english\t1\tA\thello\nenglish\t1\tB\thi there\n";
 /// let dialogues = read(input.as_bytes(), "example", &Limits::default())?;
 /// assert_eq!(dialogues[0].lines[1].speaker, Speaker::B);
 ///
 /// let refused = read("english\t1\tC\thello\n".as_bytes(), "example", &Limits::default()).unwrap_err();
 /// assert_eq!(refused.to_string(), "example, line 1: speaker \"C\" is neither A nor B");
-/// # Ok::<(), fulmar_sim::dialogue::Error>(())
+/// # Ok::<(), fulmar_badnet::dialogue::Error>(())
 /// ```
 pub fn read(input: impl BufRead, file: &str, limits: &Limits) -> Result<Vec<Dialogue>, Error> {
     let mut input = input.take(limits.bytes_max.saturating_add(1));

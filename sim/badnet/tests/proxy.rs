@@ -6,10 +6,10 @@ use std::io::ErrorKind;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
-use fulmar_sim::fault::{Fault, Planned, Target};
-use fulmar_sim::net::{Impairment, Loss, Reorder};
-use fulmar_sim::proxy::{Config, Error, Proxy, Totals};
-use fulmar_sim::{FaultPlan, Path, Profile, Share, SimTime};
+use fulmar_badnet::fault::{Fault, Planned, Target};
+use fulmar_badnet::net::{Impairment, Loss, Reorder};
+use fulmar_badnet::proxy::{Config, Error, Proxy, Totals};
+use fulmar_badnet::{FaultPlan, Path, Profile, Share, SimTime};
 
 /// Long enough for any machine; a test that meets it has failed.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -219,7 +219,7 @@ fn order_is_kept_without_reordering_and_lost_with_it() {
     for (share, ordered) in [(Share::NONE, true), (Share::percent(30), false)] {
         let gateway = socket();
         let direction = Impairment {
-            delay: fulmar_sim::net::Delay::fixed(Duration::from_millis(5))
+            delay: fulmar_badnet::net::Delay::fixed(Duration::from_millis(5))
                 .with_jitter(Duration::from_millis(20)),
             reorder: Reorder { share, hold: Duration::from_millis(40) },
             ..Impairment::default()
@@ -258,7 +258,7 @@ fn second_copies_and_damage_come_through() {
 fn bounds_hold() {
     let gateway = socket();
     let slow = Impairment {
-        delay: fulmar_sim::net::Delay::fixed(Duration::from_secs(3_600)),
+        delay: fulmar_badnet::net::Delay::fixed(Duration::from_secs(3_600)),
         ..Impairment::default()
     };
     let mut config = Config::towards(gateway.local_addr().unwrap()).path(Path::symmetric(slow));
@@ -320,7 +320,7 @@ fn a_plan_is_played() {
     let plan = FaultPlan::new(vec![
         Planned { at: at(30), target: Target::Lot(77), fault: Fault::Blackout(Duration::from_secs(60)) },
         Planned { at: at(10), target: Target::Lot(5), fault: Fault::Rebind },
-        Planned { at: at(20), target: Target::Flow(fulmar_sim::FlowId(99)), fault: Fault::Rebind },
+        Planned { at: at(20), target: Target::Flow(fulmar_badnet::FlowId(99)), fault: Fault::Rebind },
     ]);
     proxy.play(plan).unwrap();
     let totals = wait_for(&proxy, "the plan's end", |totals| totals.blackouts == 1);

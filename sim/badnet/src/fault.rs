@@ -73,7 +73,7 @@ pub struct FaultRates {
 ///
 /// ```
 /// use std::time::Duration;
-/// use fulmar_sim::fault::{FaultPlan, FaultRates};
+/// use fulmar_badnet::fault::{FaultPlan, FaultRates};
 /// let rates = FaultRates { rebind_every: Some(Duration::from_millis(500)), ..FaultRates::default() };
 /// let plan = FaultPlan::seeded(42, Duration::from_secs(30), &rates);
 /// assert_eq!(plan, FaultPlan::seeded(42, Duration::from_secs(30), &rates));

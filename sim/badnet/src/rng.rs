@@ -43,7 +43,7 @@ impl Share {
 /// A seeded source of numbers. Cheap to clone; a clone repeats what the original would have drawn.
 ///
 /// ```
-/// use fulmar_sim::Rng;
+/// use fulmar_badnet::Rng;
 /// let (mut a, mut b) = (Rng::new(7), Rng::new(7));
 /// assert_eq!(a.next_u64(), b.next_u64());
 /// assert!(a.below(10) < 10);
