@@ -6,7 +6,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use fulmar_protocol::{
@@ -19,10 +19,7 @@ use fulmar_protocol::{
     },
 };
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::{
-    sync::{Notify, broadcast, mpsc, oneshot, watch},
-    time::Instant,
-};
+use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
 
 use crate::{
     conversation::Conversation,
@@ -32,6 +29,7 @@ use crate::{
     event::{ClientEvent, ConnectionState, OfflineReason},
     messages::{Events, Messages, States},
     options::Options,
+    platform::{Platform, within},
     send::{Handles, OutboxEntry, Progress, SendHandle},
     transport,
 };
@@ -65,6 +63,7 @@ pub struct Client {
 /// What the app's handles share with the driver.
 #[derive(Debug)]
 pub(crate) struct Shared {
+    pub(crate) platform: Arc<dyn Platform>,
     pub(crate) db: Db,
     pub(crate) states: watch::Sender<ConnectionState>,
     pub(crate) closed: watch::Sender<bool>,
@@ -128,15 +127,10 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Milliseconds since 1970 by the device's clock.
-pub(crate) fn wall_clock() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
-}
-
 impl Shared {
-    fn new(db: Db) -> Self {
+    fn new(db: Db, platform: Arc<dyn Platform>) -> Self {
         Self {
+            platform,
             db,
             states: watch::Sender::new(ConnectionState::Offline {
                 reason: OfflineReason::Starting,
@@ -282,23 +276,24 @@ impl Client {
     /// ```
     pub async fn connect(options: Options) -> Result<Self, Error> {
         let tls = transport::client_tls(options.trust.as_ref())?;
-        let db = Db::open(options.database.clone(), options.durability).await?;
-        let shared = Arc::new(Shared::new(db));
+        let db = Db::open(options.database.clone(), options.durability, options.platform.in_place()).await?;
+        let shared = Arc::new(Shared::new(db, Arc::clone(&options.platform)));
+        let now = shared.platform.unix_millis();
         let start = shared
             .db
-            .run(false, |store| {
+            .run(false, move |store| {
                 Ok(driver::Start {
                     identity: store.identity()?,
                     restore: store.restore()?,
                     arrival: store.last_arrival()?,
-                    unacked: store.oldest_waiting(driver::Start::UNACKED_MAX, wall_clock())?,
+                    unacked: store.oldest_waiting(driver::Start::UNACKED_MAX, now)?,
                     waiting: store.waiting_conversations()?,
                 })
             })
             .await?;
         shared.arrivals.send_replace(start.arrival);
         let (requests, inbox) = mpsc::channel(REQUESTS_MAX);
-        tokio::spawn(driver::run(Arc::clone(&shared), options, tls, start, inbox));
+        shared.platform.spawn(Box::pin(driver::run(Arc::clone(&shared), options, tls, start, inbox)));
         Ok(Self { shared, requests })
     }
 
@@ -529,15 +524,16 @@ impl Client {
     pub(crate) async fn request<T>(
         &self,
         timeout: Duration,
-        request: impl FnOnce(oneshot::Sender<Result<T, Error>>, Instant) -> Request,
+        request: impl FnOnce(oneshot::Sender<Result<T, Error>>, Duration) -> Request,
     ) -> Result<T, Error> {
         let (reply, answer) = oneshot::channel();
-        let expires = Instant::now() + timeout;
+        let platform = &*self.shared.platform;
+        let expires = platform.monotonic() + timeout;
         let asked = async {
             self.requests.send(request(reply, expires)).await.map_err(|_| Error::Closed)?;
             answer.await.map_err(|_| Error::Closed)?
         };
-        tokio::time::timeout_at(expires, asked).await.map_err(|_| Error::TimedOut)?
+        within(platform, timeout, asked).await.ok_or(Error::TimedOut)?
     }
 
     /// The app goes to the background: the connection is closed and none is made until [`Client::resume`].

@@ -13,7 +13,7 @@ use fulmar_protocol::{
 };
 
 use crate::{
-    client::{Client, REQUEST_TIMEOUT, wall_clock},
+    client::{Client, REQUEST_TIMEOUT},
     db::Draft,
     driver::Request,
     error::Error,
@@ -142,7 +142,7 @@ impl Conversation {
             silent: options.silent,
             payload,
             piece: SEND_PAYLOAD_BYTES_MAX,
-            created: wall_clock(),
+            created: self.client.shared.platform.unix_millis(),
         };
         let shared = Arc::clone(&self.client.shared);
         if *shared.closed.borrow() {
@@ -213,7 +213,7 @@ impl Conversation {
             conversation: self.resolved().await?,
             kind,
             sender: UserId::default(),
-            number: wall_clock(),
+            number: self.client.shared.platform.unix_millis(),
             ttl_ms: u32::try_from(ttl.as_millis()).unwrap_or(u32::MAX),
             payload,
         };

@@ -26,10 +26,7 @@ use fulmar_protocol::{
     limit::OUTBOX_SENDS_MAX,
     session::client::{Client as Half, ClientConfig, Output, Restored},
 };
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::Instant,
-};
+use tokio::sync::{mpsc, oneshot};
 
 pub(crate) use self::requests::{Call, Request};
 use self::{
@@ -38,11 +35,12 @@ use self::{
     requests::Requests,
 };
 use crate::{
-    client::{Shared, wall_clock},
+    client::Shared,
     db::{Identity, Marker, Own, Restore, WaitingSend},
     error::Error,
     event::{ClientEvent, CloseReason, ConnectionState, OfflineReason},
     options::{BoxFuture, Options, Token},
+    platform::{Platform, within},
     state::{Action, Event, Machine, State},
     transport::{
         Dialer, Tls,
@@ -100,7 +98,8 @@ enum DialError {
 struct Driver {
     shared: Arc<Shared>,
     options: Options,
-    started: Instant,
+    /// By the platform's monotonic clock.
+    started: Duration,
     half: Half,
     machine: Machine,
     dialer: Arc<Dialer>,
@@ -140,9 +139,15 @@ pub(crate) async fn run(
     start: Start,
     mut inbox: mpsc::Receiver<Request>,
 ) {
-    let dialer = Arc::new(Dialer::new(tls, options.address.clone(), options.server_name.clone()));
+    let platform = Arc::clone(&shared.platform);
+    let dialer = Arc::new(Dialer::new(
+        Arc::clone(&platform),
+        tls,
+        options.address.clone(),
+        options.server_name.clone(),
+    ));
     let mut config = ClientConfig::new(start.identity.uid, options.class);
-    config.grease = random();
+    config.grease = platform.random();
     config.hello_timeout = HELLO_TIMEOUT;
     config.keepalive = KEEPALIVE;
     let feed = Feed::new(&start.unacked, start.waiting);
@@ -160,7 +165,7 @@ pub(crate) async fn run(
     let mut driver = Driver {
         ledger: Ledger::default(),
         requests: Requests::default(),
-        started: Instant::now(),
+        started: shared.platform.monotonic(),
         machine: Machine::new(),
         dialing: None,
         dialled: None,
@@ -193,11 +198,6 @@ pub(crate) async fn run(
     }
 }
 
-/// A number nobody can guess; without a source of randomness, one that varies.
-fn random() -> u64 {
-    getrandom::u64().unwrap_or_else(|_| wall_clock())
-}
-
 /// What woke the driver.
 enum Woken {
     Link(LinkEvent),
@@ -211,7 +211,7 @@ enum Woken {
 
 impl Driver {
     fn now(&self) -> Duration {
-        self.started.elapsed()
+        self.shared.platform.monotonic().saturating_sub(self.started)
     }
 
     async fn serve(&mut self, inbox: &mut mpsc::Receiver<Request>) -> Option<oneshot::Sender<()>> {
@@ -266,6 +266,8 @@ impl Driver {
         app: &mut Pin<Box<tokio::sync::futures::Notified<'_>>>,
     ) -> Woken {
         let timeout = self.timeout();
+        let timeout = timeout.map(|at| self.started + at);
+        let platform = Arc::clone(&self.shared.platform);
         let records = self.ledger.has_room();
         let Self { link, dialing, ledger, feed, .. } = self;
         let io = poll_fn(|cx| {
@@ -294,7 +296,7 @@ impl Driver {
             woken = io => woken,
             () = app.as_mut() => Woken::App,
             request = inbox.recv() => Woken::Request(request),
-            () = sleep_until(timeout.map(|at| self.started + at)) => Woken::Time,
+            () = sleep_until(&*platform, timeout) => Woken::Time,
         }
     }
 
@@ -305,7 +307,7 @@ impl Driver {
             self.machine.poll_timeout(),
             self.overdue_at(),
             self.busy_ping_at(),
-            self.feed.poll_timeout(self.now()),
+            self.feed.poll_timeout(self.now(), self.shared.platform.unix_millis()),
             self.ponged_at.map(|at| at + SYNC_MAX),
         ]
         .into_iter()
@@ -318,7 +320,8 @@ impl Driver {
         if self.half.poll_timeout().is_some_and(|at| at <= now) {
             self.half.handle_timeout(now);
         }
-        self.feed.handle_timeout(&mut self.half, now);
+        let wall = self.shared.platform.unix_millis();
+        self.feed.handle_timeout(&mut self.half, now, wall);
         if self.overdue_at().is_some_and(|at| at <= now) && !self.listen() {
             self.step(Event::Overdue);
         }
@@ -372,7 +375,7 @@ impl Driver {
     fn step(&mut self, event: Event) {
         let now = self.now();
         let before = self.machine.state();
-        for action in self.machine.step(event, now, random()) {
+        for action in self.machine.step(event, now, self.shared.platform.random()) {
             match action {
                 Action::Race => self.race(),
                 Action::EndRace => {
@@ -423,12 +426,13 @@ impl Driver {
             self.identity.ticket.as_deref().filter(|_| self.identity.server == self.options.server_name);
         let ticket = ticket.map(AuthProof::ticket);
         let token = self.options.token.clone();
-        let grease = random();
+        let grease = self.shared.platform.random();
+        let platform = Arc::clone(&self.shared.platform);
         self.dialing = Some(Box::pin(async move {
             let proof = async {
                 match ticket {
                     Some(ticket) => Ok(ticket),
-                    None => prove(&token).await.map_err(DialError::NoToken),
+                    None => prove(&*platform, &token).await.map_err(DialError::NoToken),
                 }
             };
             let connection = async { dialer.race().await.map_err(DialError::Unreachable) };
@@ -645,6 +649,7 @@ impl Driver {
             ticket: welcome.ticket.0.clone(),
             server: self.options.server_name.clone(),
             server_time: welcome.server_time,
+            at: self.shared.platform.monotonic(),
         });
         self.step(Event::Welcomed);
         self.half.ping(now);
@@ -784,8 +789,9 @@ impl Driver {
     async fn finish(&mut self) {
         let reason = self.end.take().unwrap_or(CloseReason::Requested);
         if !matches!(reason, CloseReason::Database(_)) {
-            let lingered = tokio::time::timeout(LINGER, self.linger()).await;
-            if lingered.is_err() {
+            let platform = Arc::clone(&self.shared.platform);
+            let lingered = within(&*platform, LINGER, self.linger()).await;
+            if lingered.is_none() {
                 tracing::debug!("not everything was sent before closing");
             }
         }
@@ -849,20 +855,20 @@ impl Driver {
     }
 }
 
-async fn prove(token: &Token) -> Result<AuthProof, String> {
+async fn prove(platform: &dyn Platform, token: &Token) -> Result<AuthProof, String> {
     match token {
         Token::Fixed(token) => Ok(AuthProof::Token(token.clone())),
-        Token::Provider(provider) => match tokio::time::timeout(TOKEN_TIMEOUT, provider()).await {
-            Ok(Ok(token)) => Ok(AuthProof::Token(token)),
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err("the token provider did not answer".to_owned()),
+        Token::Provider(provider) => match within(platform, TOKEN_TIMEOUT, provider()).await {
+            Some(Ok(token)) => Ok(AuthProof::Token(token)),
+            Some(Err(error)) => Err(error.to_string()),
+            None => Err("the token provider did not answer".to_owned()),
         },
     }
 }
 
-async fn sleep_until(at: Option<Instant>) {
+async fn sleep_until(platform: &dyn Platform, at: Option<Duration>) {
     match at {
-        Some(at) => tokio::time::sleep_until(at).await,
+        Some(at) => platform.sleep_until(at).await,
         None => std::future::pending().await,
     }
 }

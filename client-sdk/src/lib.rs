@@ -43,6 +43,7 @@ mod error;
 mod event;
 mod messages;
 mod options;
+mod platform;
 mod send;
 mod state;
 mod transport;
@@ -63,5 +64,6 @@ pub use self::{
     event::{ClientEvent, CloseReason, ConnectionState, EventKind, OfflineReason, Received, RecordKind},
     messages::{Events, Messages, States},
     options::{BoxFuture, Database, Durability, Options, Token, Trust, in_memory},
+    platform::{ByteStream, Platform, System},
     send::{OutboxEntry, SendHandle, SendOptions, SendStatus, SendWatch},
 };

@@ -4,6 +4,8 @@ use std::{future::Future, path::PathBuf, pin::Pin, sync::Arc};
 
 use fulmar_protocol::{frame::NetworkHint, id::DeviceClass};
 
+use crate::platform::{Platform, System};
+
 /// Where the client keeps its outbox, cursors and messages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Database {
@@ -129,6 +131,7 @@ pub struct Options {
     pub(crate) trust: Option<Trust>,
     pub(crate) class: DeviceClass,
     pub(crate) network: NetworkHint,
+    pub(crate) platform: Arc<dyn Platform>,
 }
 
 impl Options {
@@ -149,6 +152,7 @@ impl Options {
             trust: None,
             class: DeviceClass::default(),
             network: NetworkHint::default(),
+            platform: Arc::new(System::default()),
         }
     }
 
@@ -177,6 +181,13 @@ impl Options {
     #[must_use]
     pub const fn network(mut self, network: NetworkHint) -> Self {
         self.network = network;
+        self
+    }
+
+    /// What the client stands on; the operating system unless said.
+    #[must_use]
+    pub fn platform(mut self, platform: Arc<dyn Platform>) -> Self {
+        self.platform = platform;
         self
     }
 }

@@ -3,6 +3,8 @@
 //! - Jobs that wait while a commit is in progress share the next transaction, so a sync to the disk is paid once for
 //!   all of them. Each has a savepoint: one that fails takes nothing of the others with it.
 //! - A job's answer leaves after the commit, never before. A failed commit fails every job of it.
+//! - In a world with one thread ([`crate::Platform::in_place`]) there is no thread: a job is done, and committed, where it is
+//!   brought.
 //! - The file is locked for this process: two processes on one database would number their messages alike.
 //!
 //! Not here: what the jobs do (`store`, and the tables of `schema`).
@@ -15,6 +17,8 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+use std::sync::{Arc, Mutex};
+
 use tokio::sync::{mpsc, oneshot};
 
 pub use self::register::ConversationSummary;
@@ -25,6 +29,7 @@ pub(crate) use self::{
     store::Store,
 };
 use crate::{
+    client::lock,
     error::Error,
     options::{Database, Durability},
 };
@@ -38,10 +43,19 @@ const GROUP_MAX: usize = 128;
 /// Stack of the database's thread: several hundred clients may run in one process.
 const STACK_BYTES: usize = 512 * 1024;
 
-/// A handle to the database's thread, cheap to clone. The thread ends with the last handle.
+/// A handle to the database, cheap to clone. It is closed with the last handle.
 #[derive(Clone, Debug)]
 pub(crate) struct Db {
-    jobs: mpsc::Sender<Job>,
+    worker: Worker,
+}
+
+/// Who does the work.
+#[derive(Clone, Debug)]
+enum Worker {
+    /// The database's thread.
+    Thread(mpsc::Sender<Job>),
+    /// Whoever asks, one after the other.
+    Caller(Arc<Mutex<Store>>),
 }
 
 struct Job {
@@ -93,11 +107,19 @@ where
 }
 
 impl Db {
-    /// Opens the database and starts its thread.
+    /// Opens the database and starts its thread, unless the work is to be done `in_place`.
     ///
     /// # Errors
     /// When it can't be opened, is in use, or was written by a newer version.
-    pub(crate) async fn open(database: Database, durability: Durability) -> Result<Self, Error> {
+    pub(crate) async fn open(
+        database: Database,
+        durability: Durability,
+        in_place: bool,
+    ) -> Result<Self, Error> {
+        if in_place {
+            let store = Store::open(&database, durability)?;
+            return Ok(Self { worker: Worker::Caller(Arc::new(Mutex::new(store))) });
+        }
         let (jobs, inbox) = mpsc::channel(JOBS_MAX);
         let (opened, ready) = oneshot::channel();
         std::thread::Builder::new()
@@ -115,7 +137,7 @@ impl Db {
             })
             .map_err(|error| Error::Database(Box::new(error)))?;
         ready.await.map_err(|_| Error::Closed)??;
-        Ok(Self { jobs })
+        Ok(Self { worker: Worker::Thread(jobs) })
     }
 
     /// Runs `work` and waits for its commit. `durable`: synced to the disk before the answer, where the durability
@@ -138,7 +160,11 @@ impl Db {
     {
         let (reply, answer) = oneshot::channel();
         let work = Box::new(Task { work: Some(work), after, result: None, reply });
-        self.jobs.send(Job { durable, work }).await.map_err(|_| Error::Closed)?;
+        let job = Job { durable, work };
+        match &self.worker {
+            Worker::Thread(jobs) => jobs.send(job).await.map_err(|_| Error::Closed)?,
+            Worker::Caller(store) => commit(&mut lock(store), &mut vec![job]),
+        }
         answer.await.map_err(|_| Error::Closed)?
     }
 
@@ -149,7 +175,14 @@ impl Db {
     {
         let (reply, _) = oneshot::channel();
         let work = Box::new(Task { work: Some(work), after: |_: &mut ()| {}, result: None, reply });
-        self.jobs.try_send(Job { durable: false, work }).is_ok()
+        let job = Job { durable: false, work };
+        match &self.worker {
+            Worker::Thread(jobs) => jobs.try_send(job).is_ok(),
+            Worker::Caller(store) => {
+                commit(&mut lock(store), &mut vec![job]);
+                true
+            }
+        }
     }
 }
 
@@ -161,14 +194,19 @@ fn serve(mut store: Store, mut inbox: mpsc::Receiver<Job>) {
             let Ok(job) = inbox.try_recv() else { break };
             group.push(job);
         }
-        let durable = group.iter().any(|job| job.durable);
-        let committed = transact(&mut store, durable, &mut group).map_err(|error| error.to_string());
-        if let Err(text) = &committed {
-            tracing::error!(error = %text, "the client's database could not commit");
-        }
-        for job in group.drain(..) {
-            job.work.answer(committed.clone());
-        }
+        commit(&mut store, &mut group);
+    }
+}
+
+/// Runs the jobs in one transaction, and answers them.
+fn commit(store: &mut Store, group: &mut Vec<Job>) {
+    let durable = group.iter().any(|job| job.durable);
+    let committed = transact(store, durable, group).map_err(|error| error.to_string());
+    if let Err(text) = &committed {
+        tracing::error!(error = %text, "the client's database could not commit");
+    }
+    for job in group.drain(..) {
+        job.work.answer(committed.clone());
     }
 }
 

@@ -425,7 +425,13 @@ fn newer_foreign_and_used_databases_are_refused_and_left_alone() {
 
 #[tokio::test]
 async fn a_job_that_fails_takes_nothing_of_its_group_with_it() {
-    let db = Db::open(Database::Memory, Durability::PowerLoss).await.unwrap();
+    for in_place in [false, true] {
+        let db = Db::open(Database::Memory, Durability::PowerLoss, in_place).await.unwrap();
+        a_group_with_a_bad_job(&db).await;
+    }
+}
+
+async fn a_group_with_a_bad_job(db: &Db) {
     let good = |text: &'static str| db.run(true, move |store| store.enqueue(&to(7, text)));
     let bad = db.run(true, |store| {
         store.enqueue(&to(7, "never"))?;

@@ -20,7 +20,7 @@ use fulmar_protocol::{
 };
 
 use crate::{
-    client::{Shared, wall_clock},
+    client::Shared,
     db::{Settled, WaitingSend},
     error::Error,
     options::BoxFuture,
@@ -144,11 +144,11 @@ impl Feed {
         }
         let names = std::mem::take(&mut self.names);
         let shared = Arc::clone(shared);
+        let now = shared.platform.unix_millis();
         self.reading = Some(Box::pin(async move {
             shared
                 .db
                 .run(false, move |store| {
-                    let now = wall_clock();
                     let mut fed = Fed::default();
                     for (conversation, after) in wanted {
                         let sends = store.waiting(conversation, after, SENDS_PER_LANE, now)?;
@@ -223,18 +223,17 @@ impl Feed {
         }
     }
 
-    pub(super) fn poll_timeout(&self, now: Duration) -> Option<Duration> {
-        let wall = wall_clock();
+    /// `wall`: milliseconds since 1970.
+    pub(super) fn poll_timeout(&self, now: Duration, wall: u64) -> Option<Duration> {
         let ends = self.ends.first().map(|(at, ..)| now + Duration::from_millis(at.saturating_sub(wall)));
         [ends, self.names_at].into_iter().flatten().min()
     }
 
-    pub(super) fn handle_timeout(&mut self, half: &mut Half, now: Duration) {
+    pub(super) fn handle_timeout(&mut self, half: &mut Half, now: Duration, wall: u64) {
         if self.names_at.is_some_and(|at| at <= now) {
             self.names_at = None;
             self.names = true;
         }
-        let wall = wall_clock();
         while let Some(&(at, conversation, pseq)) = self.ends.first() {
             if at > wall {
                 break;

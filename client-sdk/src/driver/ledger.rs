@@ -6,7 +6,7 @@ use std::{
     collections::HashMap,
     sync::Arc,
     task::{Context, Poll},
-    time::Instant,
+    time::Duration,
 };
 
 use fulmar_protocol::{
@@ -17,10 +17,11 @@ use fulmar_protocol::{
 use tokio::sync::oneshot;
 
 use crate::{
-    client::{Shared, wall_clock},
+    client::Shared,
     db::{Delivered, Marker, Own, Store},
     error::Error,
     options::BoxFuture,
+    platform::Platform,
 };
 
 /// Changes and bytes that may wait for the commit before records are not read any more.
@@ -41,7 +42,15 @@ pub(super) enum Change {
     Heads(Vec<Head>),
     Receipts(Vec<Receipt>),
     Names(Vec<(UserId, String)>),
-    Welcomed { user: UserId, device: DeviceId, ticket: Vec<u8>, server: String, server_time: UnixMillis },
+    Welcomed {
+        user: UserId,
+        device: DeviceId,
+        ticket: Vec<u8>,
+        server: String,
+        server_time: UnixMillis,
+        /// When, by the platform's monotonic clock.
+        at: Duration,
+    },
 }
 
 /// Answers that wait for the commit.
@@ -79,8 +88,8 @@ pub(super) struct Ledger {
     committing: Option<BoxFuture<Result<Committed, Error>>>,
     /// Conversations known to have more than is committed here, and their heads.
     behind: HashMap<ConversationId, Seq>,
-    /// The gateway's clock at some moment.
-    clock: Option<(UnixMillis, Instant)>,
+    /// The gateway's clock at some moment of the platform's.
+    clock: Option<(UnixMillis, Duration)>,
 }
 
 impl Ledger {
@@ -88,8 +97,8 @@ impl Ledger {
         if let Change::Marker(Marker::Record(record)) = &change {
             self.bytes += record.payload.len();
         }
-        if let Change::Welcomed { server_time, .. } = &change {
-            self.clock = Some((*server_time, Instant::now()));
+        if let Change::Welcomed { server_time, at, .. } = &change {
+            self.clock = Some((*server_time, *at));
         }
         self.pending.push(change);
     }
@@ -129,7 +138,7 @@ impl Ledger {
         self.bytes = 0;
         // What is acknowledged afterwards has to be on the disk; the rest would come again.
         let durable = changes.iter().any(|change| matches!(change, Change::Marker(_) | Change::Resolved(..)));
-        let now = self.server_time();
+        let now = self.server_time(&*shared.platform);
         let shared = Arc::clone(shared);
         self.committing = Some(Box::pin(async move {
             shared.db.run(durable, move |store| apply(store, changes, now, own)).await
@@ -143,12 +152,13 @@ impl Ledger {
         Poll::Ready(committed)
     }
 
-    fn server_time(&self) -> UnixMillis {
+    fn server_time(&self, platform: &dyn Platform) -> UnixMillis {
         let now = match self.clock {
             Some((time, at)) => {
-                time.get().saturating_add(u64::try_from(at.elapsed().as_millis()).unwrap_or(0))
+                let since = platform.monotonic().saturating_sub(at);
+                time.get().saturating_add(u64::try_from(since.as_millis()).unwrap_or(0))
             }
-            None => wall_clock(),
+            None => platform.unix_millis(),
         };
         UnixMillis::new(now).unwrap_or_default()
     }

@@ -2,7 +2,10 @@
 //!
 //! Not here: repeating OPENs and bounding what is in flight (the session half does).
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use fulmar_protocol::{
@@ -11,7 +14,7 @@ use fulmar_protocol::{
     id::{RequestId, ServiceId, UserId},
     service::{self, Method, Names, NamesFound, PAGE_MAX},
 };
-use tokio::{sync::oneshot, time::Instant};
+use tokio::sync::oneshot;
 
 use super::{
     Driver,
@@ -46,7 +49,8 @@ pub(crate) struct Call {
     pub(crate) service: ServiceId,
     pub(crate) method: u32,
     pub(crate) body: Bytes,
-    pub(crate) expires: Instant,
+    /// By the platform's monotonic clock.
+    pub(crate) expires: Duration,
     pub(crate) reply: oneshot::Sender<Result<Bytes, Error>>,
 }
 
@@ -102,7 +106,7 @@ impl Driver {
     }
 
     fn call(&mut self, call: Call) {
-        let left = call.expires.saturating_duration_since(Instant::now());
+        let left = call.expires.saturating_sub(self.shared.platform.monotonic());
         if call.reply.is_closed() || left.is_zero() {
             return;
         }
@@ -154,7 +158,7 @@ impl Driver {
             self.ledger.push(Change::Unresolvable(opening.target, error.code));
         } else {
             // What waits for the name is looked at again.
-            self.feed.look_again(self.started.elapsed());
+            self.feed.look_again(self.now());
         }
         for reply in opening.replies {
             let _ = reply.send(Err(Error::Refused { code: error.code, text: error.text.clone() }));

@@ -3,25 +3,31 @@
 //! TLS 1.3 only, one ALPN. Session tickets are kept per client, so that a later connection can resume.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex},
     time::Duration,
 };
 
+use crate::{
+    client::lock,
+    error::Error,
+    options::Trust,
+    platform::{Platform, within},
+};
 use fulmar_protocol::{
     limit::{ADDRESSES_MAX, LANES_MAX},
     version::ALPN,
 };
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use quinn::{Connecting, Connection, Endpoint, TransportConfig, VarInt, crypto::rustls::QuicClientConfig};
+use quinn::{
+    Connecting, Connection, Endpoint, EndpointConfig, TransportConfig, VarInt,
+    crypto::rustls::QuicClientConfig,
+};
 use rustls::{
     RootCertStore,
     client::Resumption,
     pki_types::{CertificateDer, pem::PemObject},
 };
-use tokio::time::Instant;
-
-use crate::{client::lock, error::Error, options::Trust};
 
 /// TLS sessions kept for resumption: a client talks to one gateway.
 const SESSIONS_KEPT: usize = 8;
@@ -102,6 +108,7 @@ const DATAGRAM_BUFFER: usize = 32 * 1024;
 /// The socket of a client, and how it reaches a gateway.
 #[derive(Debug)]
 pub(crate) struct Dialer {
+    platform: Arc<dyn Platform>,
     config: quinn::ClientConfig,
     address: String,
     server_name: String,
@@ -110,7 +117,7 @@ pub(crate) struct Dialer {
 }
 
 impl Dialer {
-    pub(crate) fn new(tls: Tls, address: String, server_name: String) -> Self {
+    pub(crate) fn new(platform: Arc<dyn Platform>, tls: Tls, address: String, server_name: String) -> Self {
         let mut transport = TransportConfig::default();
         transport
             .max_concurrent_bidi_streams(0u8.into())
@@ -126,7 +133,7 @@ impl Dialer {
             .datagram_send_buffer_size(DATAGRAM_BUFFER);
         let mut config = quinn::ClientConfig::new(tls.0);
         config.transport_config(Arc::new(transport));
-        Self { config, address, server_name, sockets: Mutex::default() }
+        Self { platform, config, address, server_name, sockets: Mutex::default() }
     }
 
     /// The next race gets new sockets; connections that are up keep theirs.
@@ -138,11 +145,22 @@ impl Dialer {
     pub(crate) fn rebind(&self) {
         for (v6, endpoint) in [false, true].into_iter().zip(lock(&self.sockets).iter()) {
             let Some(endpoint) = endpoint else { continue };
-            let moved = UdpSocket::bind(any(v6)).and_then(|socket| endpoint.rebind(socket));
+            let moved = self.platform.udp(any(v6)).and_then(|socket| endpoint.rebind_abstract(socket));
             if let Err(error) = moved {
                 tracing::debug!(%error, "no new socket; the old one is kept");
             }
         }
+    }
+
+    fn endpoint(&self, v6: bool) -> std::io::Result<Endpoint> {
+        let mut config = EndpointConfig::default();
+        let mut seed = [0; 32];
+        for part in seed.chunks_exact_mut(8) {
+            part.copy_from_slice(&self.platform.random().to_le_bytes());
+        }
+        config.rng_seed(Some(seed));
+        let socket = self.platform.udp(any(v6))?;
+        Endpoint::new_with_abstract_socket(config, None, socket, self.platform.quic_runtime())
     }
 
     fn connecting(&self, address: SocketAddr) -> Result<Connecting, String> {
@@ -152,7 +170,7 @@ impl Dialer {
         let slot = if v6 { six } else { four };
         let endpoint = match slot {
             Some(endpoint) => endpoint,
-            None => slot.insert(Endpoint::client(any(v6)).map_err(|error| format!("no socket: {error}"))?),
+            None => slot.insert(self.endpoint(v6).map_err(|error| format!("no socket: {error}"))?),
         };
         endpoint
             .connect_with(self.config.clone(), address, &self.server_name)
@@ -162,35 +180,39 @@ impl Dialer {
     /// Looks the address up and races for a connection: attempts begin 250 ms apart, or when the one before failed; the
     /// first that succeeds wins and ends the others. The text of an error is for people.
     pub(crate) async fn race(&self) -> Result<Connection, String> {
-        let found = tokio::net::lookup_host(&self.address).await;
-        let addresses: Vec<SocketAddr> =
-            found.map_err(|error| format!("{}: {error}", self.address))?.take(ADDRESSES_MAX).collect();
+        let found = self.platform.resolve(&self.address).await;
+        let mut addresses = found.map_err(|error| format!("{}: {error}", self.address))?;
+        addresses.truncate(ADDRESSES_MAX);
         let mut attempts = FuturesUnordered::new();
         let mut last_error = format!("{}: no address", self.address);
         let mut begun = 0;
-        let started = Instant::now();
+        let started = self.platform.monotonic();
         let mut next = addresses.first();
         loop {
             if let Some(&address) = next.take() {
                 begun += 1;
                 match self.connecting(address) {
                     Ok(connecting) => attempts.push(async move {
-                        match tokio::time::timeout(HANDSHAKE_TIMEOUT, connecting).await {
-                            Ok(Ok(connection)) => Ok(connection),
-                            Ok(Err(error)) => Err(format!("{address}: {error}")),
-                            Err(_) => Err(format!("{address}: no answer")),
+                        match within(&*self.platform, HANDSHAKE_TIMEOUT, connecting).await {
+                            Some(Ok(connection)) => Ok(connection),
+                            Some(Err(error)) => Err(format!("{address}: {error}")),
+                            None => Err(format!("{address}: no answer")),
                         }
                     }),
                     Err(error) => last_error = error,
                 }
             }
             let untried = begun < addresses.len();
-            let may_start = untried || !attempts.is_empty() && started.elapsed() < HANDSHAKE_TIMEOUT;
+            let may_start = untried
+                || !attempts.is_empty()
+                    && self.platform.monotonic().saturating_sub(started) < HANDSHAKE_TIMEOUT;
             if attempts.is_empty() && !may_start {
                 return Err(last_error);
             }
             let stagger = if untried { STAGGER } else { STAGGER_AGAIN };
+            let now = self.platform.monotonic();
             tokio::select! {
+                biased;
                 Some(attempt) = attempts.next(), if !attempts.is_empty() => match attempt {
                     Ok(connection) => return Ok(connection),
                     Err(error) => {
@@ -198,7 +220,7 @@ impl Dialer {
                         next = addresses.get(begun);
                     }
                 },
-                () = tokio::time::sleep(stagger), if may_start && attempts.len() < ATTEMPTS_MAX => {
+                () = self.platform.sleep_until(now + stagger), if may_start && attempts.len() < ATTEMPTS_MAX => {
                     next = addresses.get(begun % addresses.len().max(1));
                 }
             }
