@@ -14,9 +14,11 @@ use std::{
 use anyhow::Context as _;
 use fulmar_protocol::id::ShardId;
 use fulmar_store::{
-    ColdOptions, CommitError, OpenError, ShardError, ShardReader, ShardWriter, Store, StoreOptions,
+    ColdOptions, CommitError, MemoryDisk, OpenError, ShardError, ShardReader, ShardWriter, Store,
+    StoreOptions,
 };
 use futures_util::FutureExt;
+use quinn::{AsyncUdpSocket, Runtime, TokioRuntime};
 use tokio::{sync::watch, task::JoinSet};
 use tracing::{info, warn};
 
@@ -34,6 +36,7 @@ use crate::{
     data_folder::{DataFolder, FolderLock},
     drain::Drain,
     fanout::ring::RingLimits,
+    ground::{blocking, is_simulated},
     http::{Canary, HttpServer, Pages, cannot_listen},
     identity::{ticket::Tickets, token::Verifier},
     metrics::Metrics,
@@ -47,6 +50,17 @@ const LOADED_MAX: usize = 50_000;
 
 /// Members a group may have.
 const MEMBERS_MAX: usize = 100_000;
+
+/// What a gateway is reached through.
+#[derive(Debug)]
+pub struct Sockets {
+    /// QUIC's socket.
+    pub udp: Arc<dyn AsyncUdpSocket>,
+    /// What quinn runs on.
+    pub runtime: Arc<dyn Runtime>,
+    /// Seeds what quinn leaves to chance; `None`: the system does.
+    pub rng_seed: Option<[u8; 32]>,
+}
 
 /// A gateway that listens.
 #[derive(Debug)]
@@ -82,6 +96,27 @@ impl Gateway {
         config: Config,
         wrap: impl Fn(ShardId, ShardWriter) -> W,
     ) -> anyhow::Result<Self> {
+        // A mistake in the configuration is told before anything takes long.
+        let address = config.listen.address;
+        let sockets = std::net::UdpSocket::bind(address)
+            .and_then(|socket| TokioRuntime.wrap_udp_socket(socket))
+            .map(|udp| Sockets { udp, runtime: Arc::new(TokioRuntime), rng_seed: None })
+            .map_err(|error| anyhow::anyhow!(cannot_listen("listen.address", "--listen", address, &error)))?;
+        Self::start_on(config, sockets, None, wrap).await
+    }
+
+    /// Starts on sockets that are there already, `memory` being the disk of a store in memory. In a simulated world
+    /// ([`crate::ground::simulate`]) nothing of it leaves the calling thread, which must be inside a tokio `LocalSet`; then
+    /// there are no pages and the certificate is not looked at again.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_on<W: CommitLog>(
+        config: Config,
+        sockets: Sockets,
+        memory: Option<MemoryDisk>,
+        wrap: impl Fn(ShardId, ShardWriter) -> W,
+    ) -> anyhow::Result<Self> {
         let open_files = open_files::raise(config.limits.open_files);
         if let Some(warning) = open_files.warning() {
             warn!("{warning}");
@@ -102,18 +137,14 @@ impl Gateway {
             &config.transport,
             &config.limits,
         )?;
-        // Addresses are taken before the store is opened: a mistake in the configuration is told at once.
-        let address = config.listen.address;
-        let socket = std::net::UdpSocket::bind(address)
-            .map_err(|error| anyhow::anyhow!(cannot_listen("listen.address", "--listen", address, &error)))?;
-        let http = match config.listen.http_address {
+        let http = match config.listen.http_address.filter(|_| !is_simulated()) {
             Some(address) => Some(HttpServer::bind(address).await?),
             None => None,
         };
 
-        let options = store_options(&config);
+        let options = StoreOptions { memory, ..store_options(&config) };
         let path = folder.store();
-        let opened = tokio::task::spawn_blocking(move || open_store(&path, &options)).await;
+        let opened = blocking(move || open_store(&path, &options)).await;
         let (store, taken) = opened.context("opening the log panicked")??;
         let limits = shard_limits(&config);
         let (mut shards, mut threads) = (Vec::new(), Vec::new());
@@ -121,16 +152,14 @@ impl Gateway {
             let (handle, thread) = shard::start(id, wrap(id, writer), reader, limits, metrics.clone())
                 .context("a shard's thread can't start")?;
             shards.push(handle);
-            threads.push(thread);
+            threads.extend(thread);
         }
 
-        let endpoint = quinn::Endpoint::new(
-            endpoint_config(&folder.endpoint_keys, &config.transport),
-            Some(quic),
-            socket,
-            Arc::new(quinn::TokioRuntime),
-        )
-        .context("the QUIC endpoint can't start")?;
+        let mut endpoint = endpoint_config(&folder.endpoint_keys, &config.transport);
+        endpoint.rng_seed(sockets.rng_seed);
+        let endpoint =
+            quinn::Endpoint::new_with_abstract_socket(endpoint, Some(quic), sockets.udp, sockets.runtime)
+                .context("the QUIC endpoint can't start")?;
         Ok(Self { config, folder, _lock: lock, certificate, endpoint, http, store, shards, threads, metrics })
     }
 
@@ -192,7 +221,12 @@ impl Gateway {
             config,
         });
         repair_links(&context.shards, route).await;
-        let repairing = tokio::spawn(repair_after_recovery(Arc::downgrade(&context), route));
+        // Ends when this does, however it does.
+        let mut housekeeping = JoinSet::new();
+        housekeeping.spawn(repair_after_recovery(Arc::downgrade(&context), route));
+        if !is_simulated() {
+            housekeeping.spawn(reload_certificate(certificate, reload));
+        }
 
         let policy = Arc::new(Policy::new(&context.config.retention, &context.config.apps));
         let mut sweeping = JoinSet::new();
@@ -221,7 +255,6 @@ impl Gateway {
             let mut stop = drain.clone();
             tokio::spawn(server.serve(pages, async move { stop.deadline().await }))
         });
-        let reloading = tokio::spawn(reload_certificate(certificate, reload));
         started.send_replace(true);
 
         accept(&endpoint, &context, drain.clone()).await;
@@ -231,16 +264,14 @@ impl Gateway {
         // The last CLOSE frames leave, and the port with them.
         let _ = tokio::time::timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
         drop(endpoint);
-        reloading.abort();
-        repairing.abort();
         if let Some(pages) = pages {
             pages.abort();
         }
-        let _ = repairing.await;
+        housekeeping.shutdown().await;
         sweeping.shutdown().await;
         // The shards end when nobody can ask them any more.
         drop(context);
-        let ended = tokio::task::spawn_blocking(move || {
+        let ended = blocking(move || {
             let panicked = threads.into_iter().map(JoinHandle::join).filter(Result::is_err).count();
             (panicked, store.close())
         });
@@ -405,12 +436,13 @@ async fn reload_certificate(certificate: Arc<Certificate>, every_s: u64) {
             }
         };
         tokio::select! {
+            biased;
             _ = hangup.recv() => {}
             () = tick => {}
         }
         let path: PathBuf = certificate.path().to_owned();
         let certificate = Arc::clone(&certificate);
-        match tokio::task::spawn_blocking(move || certificate.reload()).await {
+        match blocking(move || certificate.reload()).await {
             Ok(Ok(true)) => info!(path = %path.display(), "a new certificate is presented from now on"),
             Ok(Ok(false)) | Err(_) => {}
             Ok(Err(error)) => warn!(%error, "the new certificate can't be used; the old one stays"),

@@ -10,7 +10,7 @@
 //! 5. [`connection`] again: its writer gathers what is owed and writes it.
 //! 6. [`receipt`]: cursors come back; who missed something catches up from the log.
 //!
-//! Besides: [`service`] answers calls, [`context`] is what they share, [`gateway`] wires everything, [`cli`] is the binary `fulmar`.
+//! Besides: [`service`] answers calls, [`context`] is what they share, [`ground`] is what they stand on, [`gateway`] wires everything, [`cli`] is the binary `fulmar`.
 //!
 //! Not here: what the bytes mean (`fulmar_protocol`), how they are kept (`fulmar_store`).
 
@@ -24,6 +24,7 @@ pub mod data_folder;
 pub mod drain;
 pub mod fanout;
 pub mod gateway;
+pub mod ground;
 pub mod http;
 pub mod identity;
 pub mod metrics;

@@ -58,6 +58,7 @@ pub use codec::Malformed;
 pub use cold::ColdOptions;
 pub use commit::{ChainHash, Commit, CommitId};
 pub use error::{CommitError, OpenError, ReadError};
+pub use files::memory::MemoryDisk;
 pub use format::FORMAT_VERSION;
 pub use log::{Log, Writer};
 pub use maintain::{

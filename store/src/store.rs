@@ -22,7 +22,11 @@ use crate::{
     commit::Commit,
     engine::{Engine, EngineError, fjall::Fjall, memory::Memory, place, sled::Sled},
     error::{CommitError, OpenError, ReadError},
-    files::{Files, disk::Disk, memory::MemoryFiles},
+    files::{
+        Files,
+        disk::Disk,
+        memory::{MemoryDisk, MemoryFiles},
+    },
     format::Folder,
     key,
     log::Log,
@@ -47,7 +51,8 @@ pub enum EngineKind {
     Sled,
     /// fjall 3: on disk.
     Fjall,
-    /// In memory, log and all: gone when the store is dropped. The path is not touched.
+    /// In memory, log and all: gone when the store is dropped, unless it was opened on a [`MemoryDisk`]. The path is not
+    /// touched.
     Memory,
 }
 
@@ -118,6 +123,8 @@ pub struct StoreOptions {
     /// Uses an index that was copied to where it is, which is right only if nothing had the folder open while it was copied.
     /// Otherwise the index of a copied folder is made again from the segments.
     pub trust_copied_index: bool,
+    /// Where a store in memory keeps its files; `None`: somewhere of its own.
+    pub memory: Option<MemoryDisk>,
 }
 
 impl Default for StoreOptions {
@@ -138,6 +145,7 @@ impl Default for StoreOptions {
             reserve_bytes: 64 << 20,
             cold: None,
             trust_copied_index: false,
+            memory: None,
         }
     }
 }
@@ -194,7 +202,8 @@ impl Store {
                 }
                 let shards = shard_ids(options.shards)
                     .map(|id| {
-                        let files = Arc::new(MemoryFiles::default());
+                        let disk = options.memory.as_ref();
+                        let files = Arc::new(disk.map_or_else(MemoryFiles::default, |disk| disk.shard(id)));
                         Shard::open(id, files, memory_opener(), None, options, options.shards)
                     })
                     .collect::<Result<_, _>>()?;

@@ -78,21 +78,23 @@ pub async fn accept(endpoint: &quinn::Endpoint, context: &Arc<Context>, mut drai
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
-            incoming = endpoint.accept() => match incoming {
-                Some(incoming) => attempt(incoming, context, &counts, &mut connections),
-                None => break,
-            },
+            biased;
+            _ = drain.started() => break,
             Some(ended) = connections.join_next(), if !connections.is_empty() => {
                 if let Err(error) = ended && error.is_panic() {
                     warn!(%error, "a connection's task panicked; the others go on");
                 }
             }
-            _ = drain.started() => break,
+            incoming = endpoint.accept() => match incoming {
+                Some(incoming) => attempt(incoming, context, &counts, &mut connections),
+                None => break,
+            },
         }
     }
     let mut left = drain.clone();
     loop {
         tokio::select! {
+            biased;
             ended = connections.join_next() => if ended.is_none() { break },
             // Who comes now is told to go elsewhere.
             Some(incoming) = endpoint.accept() => incoming.refuse(),
@@ -140,7 +142,7 @@ fn attempt(
         }
         Verdict::Refuse(why) => {
             metrics.turned_away(why.label());
-            if let Some(suppressed) = context.complaints.due(why.label(), std::time::Instant::now()) {
+            if let Some(suppressed) = context.complaints.due(why.label(), crate::ground::now()) {
                 warn!(why = why.label(), suppressed, "connection attempts are refused");
             }
             incoming.refuse();

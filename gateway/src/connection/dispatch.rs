@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     sync::{Arc, atomic::Ordering},
-    time::Instant,
 };
 
 use fulmar_protocol::{
@@ -22,12 +21,11 @@ use tracing::{Span, debug, debug_span, warn};
 use super::driver::{Connection, End, Peer, describe};
 use crate::{
     conversation::{
-        Command, ConversationClass, DirectRequest, Found, LoggedIn, LoginRequest, Refusal,
-        route::Named,
-        shard::{carry_link, unix_now},
-        state::direct_peer,
+        Command, ConversationClass, DirectRequest, Found, LoggedIn, LoginRequest, Refusal, route::Named,
+        shard::carry_link, state::direct_peer,
     },
     fanout::owed::Owed,
+    ground::{blocking, now as monotonic_now, unix_now},
     identity::ticket::Ticket,
     receipt::{catchup, resume},
     service,
@@ -162,7 +160,7 @@ impl Connection {
             Ok((proven, login)) => self.welcome(&hello, proven, login).await,
             Err((refusal, text)) => {
                 self.context.metrics.auth_refused(refusal.code.name());
-                if let Some(suppressed) = self.context.complaints.due(refusal.code.name(), Instant::now()) {
+                if let Some(suppressed) = self.context.complaints.due(refusal.code.name(), monotonic_now()) {
                     warn!(reason = text, suppressed, "a client was not let in");
                 }
                 let error = frame::Error { text, ..error_frame(RequestId::ZERO, refusal) };
@@ -361,7 +359,7 @@ impl Connection {
         let peer = self.peer()?;
         let user = peer.producer.user;
         let context = Arc::clone(&self.context);
-        let found = tokio::task::spawn_blocking(move || {
+        let found = blocking(move || {
             let Ok(shard) = context.user(user) else { return Ok(Vec::new()) };
             let shard_of = |conversation| Some(context.conversation(conversation).ok()?.reader.clone());
             resume::missed(&shard.reader, shard_of, user, &cursors)

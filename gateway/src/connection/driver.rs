@@ -6,7 +6,7 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::BytesMut;
@@ -88,7 +88,7 @@ pub(super) struct Connection {
     /// Set once what the device missed is owed: the writers may start.
     pub(super) ready: watch::Sender<bool>,
     session: Mutex<Session>,
-    started: Instant,
+    started: tokio::time::Instant,
     /// Held while frames of one channel are taken in and carried out, so that their order is kept.
     pub(super) order: AsyncMutex<()>,
     control: Mutex<VecDeque<Frame>>,
@@ -122,7 +122,7 @@ pub async fn serve(quic: quinn::Connection, context: Arc<Context>) {
         quic,
         peer: OnceLock::new(),
         ready: watch::channel(false).0,
-        started: Instant::now(),
+        started: tokio::time::Instant::now(),
         order: AsyncMutex::new(()),
         control: Mutex::new(VecDeque::new()),
         stash: Mutex::new(VecDeque::new()),
@@ -254,7 +254,7 @@ impl Connection {
             let now = self.now();
             let session_due = self.session().poll_timeout();
             let auth_ends = UnixMillis::new(self.auth_ends.load(Ordering::Relaxed)).unwrap_or_default();
-            let auth_left = auth_ends.get().saturating_sub(crate::conversation::shard::unix_now().get());
+            let auth_left = auth_ends.get().saturating_sub(crate::ground::unix_now().get());
             if auth_ends.get() != 0 && auth_left == 0 {
                 return Err(End::Close(CloseCode::AuthExpired, "the token expired".to_owned()));
             }
@@ -263,6 +263,7 @@ impl Connection {
                 .min(Duration::from_millis(auth_left.clamp(1, 60_000)))
                 .max(Duration::from_millis(1));
             tokio::select! {
+                biased;
                 () = tokio::time::sleep(wait) => {
                     let now = self.now();
                     self.session().handle_timeout(now);
@@ -299,7 +300,7 @@ impl Connection {
             End::Violation(violation) => {
                 let code = violation.close_code();
                 self.context.metrics.violation(code.name());
-                if let Some(suppressed) = self.context.complaints.due(code.name(), Instant::now()) {
+                if let Some(suppressed) = self.context.complaints.due(code.name(), crate::ground::now()) {
                     warn!(%violation, suppressed, "a client broke the protocol; the connection is closed");
                 }
                 (code, violation.to_string())

@@ -21,6 +21,7 @@ impl Connection {
     pub(super) async fn read_uplink(self: &Arc<Self>) -> Result<Infallible, End> {
         let stream = self.quic.accept_uni().await?;
         tokio::select! {
+            biased;
             end = self.read_stream(stream, Channel::Uplink) => end,
             second = self.quic.accept_uni() => {
                 second?;

@@ -17,8 +17,9 @@ use tracing::{debug, debug_span, warn};
 
 use super::driver::{Connection, End};
 use crate::{
-    conversation::{Refusal, shard::unix_now},
+    conversation::Refusal,
     fanout::owed::{ControlDue, Ending, Settled},
+    ground::{blocking, unix_now},
     receipt::{
         self,
         catchup::{self, BlockRequest},
@@ -60,6 +61,7 @@ impl Connection {
             }
             match &owed {
                 Some(owed) => tokio::select! {
+                    biased;
                     () = self.control_wake.notified() => {}
                     () = owed.control.notified() => {}
                 },
@@ -146,6 +148,7 @@ impl Connection {
             }
             if gathered == 0 {
                 tokio::select! {
+                    biased;
                     () = peer.owed.lanes.notified() => {}
                     _ = remind.tick() => peer.owed.remind_heads(&mut told),
                 }
@@ -189,6 +192,7 @@ impl Connection {
                 self.catch_up(&mut stream, conversation, from, to).await?;
             } else {
                 tokio::select! {
+                    biased;
                     () = owed.backlog.notified() => {}
                     () = self.pulls_wake.notified() => {}
                 }
@@ -279,7 +283,7 @@ impl Connection {
         let reader = self.context.conversation(conversation)?.reader.clone();
         let (app, user) = (peer.app, peer.producer.user);
         let request = BlockRequest { pull, conversation, user, from, to };
-        let read = tokio::task::spawn_blocking(move || match reader.meta(conversation)? {
+        let read = blocking(move || match reader.meta(conversation)? {
             Some(meta) if meta.app == app => catchup::block(&reader, request),
             _ => Ok(None),
         });

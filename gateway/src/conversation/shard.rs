@@ -27,7 +27,7 @@ use std::{
 use fulmar_protocol::{
     close::{CloseCode, RefusalCode},
     frame::{self, WireTime},
-    id::{AppId, ConversationId, DeviceId, Producer, Pseq, Seq, ShardId, UnixMillis, UserId},
+    id::{AppId, ConversationId, DeviceId, Producer, Pseq, Seq, ShardId, UserId},
 };
 use fulmar_store::{CommitError, ConversationClass, Op, ReadError, ShardReader, ShardWriter};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -47,6 +47,7 @@ use crate::{
         ring::{Ring, RingLimits},
         roster::Roster,
     },
+    ground::{is_simulated, now, unix_now},
     metrics::Metrics,
     record,
 };
@@ -149,7 +150,8 @@ impl ShardHandle {
     }
 }
 
-/// Starts the shard's thread. It ends when every handle is gone, after its last commit.
+/// Starts the shard on a thread of its own (in a simulated world: as a task of this thread's `LocalSet`). It ends when
+/// every handle is gone, after its last commit.
 ///
 /// # Errors
 /// The thread can't be started.
@@ -159,35 +161,38 @@ pub fn start<W: CommitLog>(
     reader: ShardReader,
     limits: ShardLimits,
     metrics: Metrics,
-) -> std::io::Result<(ShardHandle, std::thread::JoinHandle<()>)> {
+) -> std::io::Result<(ShardHandle, Option<std::thread::JoinHandle<()>>)> {
     let (commands, queue) = mpsc::channel(QUEUE_MAX);
     let directory = Directory::new(reader.clone());
     let (fault_told, fault) = watch::channel(None);
     let handle = ShardHandle { commands, fault, reader: reader.clone() };
     metrics.storage_writable(shard, true);
+    let name = format!("shard-{shard}");
+    let shard = move || Shard {
+        id: shard,
+        reader,
+        directory,
+        limits,
+        metrics,
+        loaded: HashMap::new(),
+        roster: Roster::default(),
+        batch: Batch::default(),
+        cursors: HashMap::new(),
+        reads: HashMap::new(),
+        cursors_since: None,
+        tick: 0,
+        storage: Storage::default(),
+        fault: fault_told,
+        damaged_told: HashSet::new(),
+        unreadable_told: None,
+    };
+    if is_simulated() {
+        tokio::task::spawn_local(shard().run(writer, queue));
+        return Ok((handle, None));
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-    let thread = std::thread::Builder::new().name(format!("shard-{shard}")).spawn(move || {
-        let shard = Shard {
-            id: shard,
-            reader,
-            directory,
-            limits,
-            metrics,
-            loaded: HashMap::new(),
-            roster: Roster::default(),
-            batch: Batch::default(),
-            cursors: HashMap::new(),
-            reads: HashMap::new(),
-            cursors_since: None,
-            tick: 0,
-            storage: Storage::default(),
-            fault: fault_told,
-            damaged_told: HashSet::new(),
-            unreadable_told: None,
-        };
-        runtime.block_on(shard.run(writer, queue));
-    })?;
-    Ok((handle, thread))
+    let run = move || runtime.block_on(shard().run(writer, queue));
+    Ok((handle, Some(std::thread::Builder::new().name(name).spawn(run)?)))
 }
 
 #[derive(Debug)]
@@ -271,7 +276,7 @@ impl Shard {
                     }
                 },
                 _ = timer.tick(), if open => {
-                    if self.cursors_since.is_some_and(|since| since.elapsed() >= self.limits.cursor_delay) {
+                    if self.cursors_since.is_some_and(|since| now().saturating_duration_since(since) >= self.limits.cursor_delay) {
                         self.add_cursors(true);
                     }
                     self.probe();
@@ -517,8 +522,9 @@ impl Shard {
 
     /// Logs now and then that the engine can't read.
     fn tell_unreadable(&mut self, error: &ReadError) {
-        if self.unreadable_told.is_none_or(|at| at.elapsed() >= UNREADABLE_TOLD_EVERY) {
-            self.unreadable_told = Some(Instant::now());
+        if self.unreadable_told.is_none_or(|at| now().saturating_duration_since(at) >= UNREADABLE_TOLD_EVERY)
+        {
+            self.unreadable_told = Some(now());
             error!(shard = %self.id, %error, "reading the log failed");
         }
     }
@@ -575,7 +581,7 @@ impl Shard {
     fn send(&mut self, session: Arc<Owed>, app: AppId, producer: Producer, send: &frame::Send) {
         let (conversation, pseq) = (send.conversation, send.pseq);
         let _span = debug_span!("append", conversation = conversation.get()).entered();
-        let closed = self.storage.admits(self.batch.ops.is_empty(), Instant::now());
+        let closed = self.storage.admits(self.batch.ops.is_empty(), now());
         let verdict = self.decide(app, producer, send, closed.err().map(|refusal| refusal.code));
         let now = unix_now();
         match verdict {
@@ -718,10 +724,3 @@ impl Shard {
 
 /// Asks again what was asked in a batch that failed.
 type Again<T> = Box<dyn FnOnce(Answer<T>) -> Command + Send>;
-
-/// The gateway's clock.
-#[must_use]
-pub fn unix_now() -> UnixMillis {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_millis()).ok().and_then(UnixMillis::new).unwrap_or_default()
-}

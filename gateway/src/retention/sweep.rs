@@ -23,8 +23,9 @@ use crate::{
     config::RetentionConfig,
     conversation::{
         Command, Refusal,
-        shard::{QUEUE_MAX, ShardHandle, unix_now},
+        shard::{QUEUE_MAX, ShardHandle},
     },
+    ground::{blocking, now, unix_now},
     metrics::Metrics,
 };
 
@@ -150,12 +151,16 @@ impl Sweeper {
     pub async fn run(mut self, shard: ShardHandle) {
         let id = shard.reader.shard();
         loop {
-            let started = Instant::now();
+            let started = now();
             match self.sweep(&shard.reader, &shard).await {
                 Ok(swept) => self.tell(id, swept, started),
                 Err(error) => warn!(shard = %id, %error, "a retention sweep was broken off"),
             }
-            while let Some(rest) = self.every.checked_sub(started.elapsed()).filter(|rest| !rest.is_zero()) {
+            while let Some(rest) = self
+                .every
+                .checked_sub(now().saturating_duration_since(started))
+                .filter(|rest| !rest.is_zero())
+            {
                 tokio::time::sleep(rest.min(LOOK_EVERY)).await;
                 self.look();
             }
@@ -165,7 +170,7 @@ impl Sweeper {
     fn tell(&self, shard: ShardId, swept: Swept, started: Instant) {
         self.metrics.retention_swept(shard, unix_now().get() / 1_000);
         let Swept { conversations, records, unreadable } = swept;
-        let took = started.elapsed();
+        let took = now().saturating_duration_since(started);
         if records > 0 {
             info!(%shard, conversations, records, ?took, "retention took records away");
         } else {
@@ -177,7 +182,7 @@ impl Sweeper {
     }
 
     fn look(&mut self) -> Option<UnixMillis> {
-        self.clock.look(unix_now(), Instant::now())
+        self.clock.look(unix_now(), now())
     }
 
     /// Looks at every conversation once.
@@ -188,7 +193,7 @@ impl Sweeper {
             while shard.is_busy() {
                 tokio::time::sleep(REST).await;
             }
-            let began = Instant::now();
+            let began = now();
             let time = self.look();
             let Some((last, looked, page)) = self.page(ground, after, time).await? else { return Ok(swept) };
             after = Some(last);
@@ -208,7 +213,7 @@ impl Sweeper {
                 }
             }
             let pace = Duration::from_secs_f64(looked as f64 / f64::from(self.per_second));
-            tokio::time::sleep(pace.saturating_sub(began.elapsed())).await;
+            tokio::time::sleep(pace.saturating_sub(now().saturating_duration_since(began))).await;
         }
     }
 
@@ -221,7 +226,7 @@ impl Sweeper {
     ) -> Result<Option<(ConversationId, u64, Vec<Found>)>, ReadError> {
         let (ground, policy) = (ground.clone(), Arc::clone(&self.policy));
         let limit = PAGE.min(usize::try_from(self.per_second).unwrap_or(PAGE)).max(1);
-        let read = tokio::task::spawn_blocking(move || {
+        let read = blocking(move || {
             let page = ground.conversations(after, limit)?;
             let Some((last, _)) = page.last() else { return Ok(None) };
             let (last, looked) = (*last, page.len() as u64);
@@ -260,7 +265,7 @@ impl Sweeper {
                 }
             }
             let ground = ground.clone();
-            let next = tokio::task::spawn_blocking(move || ground.mark(conversation, limits));
+            let next = blocking(move || ground.mark(conversation, limits));
             mark = next.await.unwrap_or(Ok(None));
         }
         Ok(records)

@@ -23,6 +23,7 @@ use crate::{
     conversation::{
         Command, GroupRequest, MembersRequest, Refusal, route::Named, shard::carry_link, state::direct_peer,
     },
+    ground,
     receipt::{catchup, refusal_code, unread::unread},
 };
 
@@ -119,7 +120,7 @@ async fn change_members(
 async fn blocking<T: Send + 'static>(
     read: impl FnOnce() -> Result<T, ReadError> + Send + 'static,
 ) -> Result<T, Refusal> {
-    match tokio::task::spawn_blocking(read).await {
+    match ground::blocking(read).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(unreadable(&error)),
         Err(_) => Err(RefusalCode::StorageUnavailable.into()),

@@ -10,6 +10,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
 };
 
+use fulmar_protocol::id::ShardId;
+
 use super::{Append, Files, ReadAt, Slots};
 
 /// The bytes of one file, shared by all who have it open.
@@ -19,6 +21,19 @@ type Content = Arc<RwLock<Vec<u8>>>;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct MemoryFiles {
     files: Arc<Mutex<BTreeMap<String, Content>>>,
+}
+
+/// The folders of all shards, in memory: what a store with [`crate::EngineKind::Memory`] writes can be opened again for as long
+/// as a clone of this lives, as after a crash of its process.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryDisk {
+    shards: Arc<Mutex<BTreeMap<ShardId, MemoryFiles>>>,
+}
+
+impl MemoryDisk {
+    pub(crate) fn shard(&self, id: ShardId) -> MemoryFiles {
+        self.shards.lock().unwrap_or_else(PoisonError::into_inner).entry(id).or_default().clone()
+    }
 }
 
 #[derive(Debug)]

@@ -4,7 +4,7 @@
 //!
 //! Not here: what a device lacks (`receipt`).
 
-use std::{collections::HashMap, time::Instant};
+use std::collections::HashMap;
 
 use fulmar_protocol::{
     frame::Receipt,
@@ -13,13 +13,13 @@ use fulmar_protocol::{
 use fulmar_store::Op;
 
 use super::{CURSORS_WAITING_MAX, Shard};
-use crate::conversation::state::Progress;
+use crate::{conversation::state::Progress, ground::now};
 
 impl Shard {
     /// Puts cursors that wait into the batch: all of them when they are due, else only if there is room to spare.
     pub(super) fn add_cursors(&mut self, due: bool) {
         let enough = self.cursors.len() + self.reads.len() >= CURSORS_WAITING_MAX;
-        if !(due || enough) || self.storage.admits(self.batch.ops.is_empty(), Instant::now()).is_err() {
+        if !(due || enough) || self.storage.admits(self.batch.ops.is_empty(), now()).is_err() {
             return;
         }
         for ((conversation, user), seq) in std::mem::take(&mut self.reads) {
@@ -33,7 +33,7 @@ impl Shard {
                 rest.insert((user, device, conversation), seq);
             }
         }
-        self.cursors_since = if rest.is_empty() { None } else { Some(Instant::now()) };
+        self.cursors_since = if rest.is_empty() { None } else { Some(now()) };
         self.cursors = rest;
     }
 
@@ -52,7 +52,7 @@ impl Shard {
         }
         let known = self.cursors.entry(key).or_default();
         *known = (*known).max(seq);
-        self.cursors_since.get_or_insert_with(Instant::now);
+        self.cursors_since.get_or_insert_with(now);
     }
 
     /// A read-cursor waits for a commit, within the same bound.
@@ -63,7 +63,7 @@ impl Shard {
         }
         let known = self.reads.entry(key).or_default();
         *known = (*known).max(seq);
-        self.cursors_since.get_or_insert_with(Instant::now);
+        self.cursors_since.get_or_insert_with(now);
     }
 
     /// Whether a device's cursor is worth keeping: for the conversations of its user, and those it once was in. What

@@ -5,8 +5,6 @@
 //!
 //! Not here: who may write while the disk fails ([`crate::conversation::storage`]).
 
-use std::time::Instant;
-
 use fulmar_protocol::{
     close::RefusalCode,
     frame,
@@ -23,6 +21,7 @@ use crate::{
         storage::Failure,
     },
     fanout::owed::Settled,
+    ground::now,
 };
 
 impl Shard {
@@ -30,7 +29,7 @@ impl Shard {
         if !batch.ops.is_empty() {
             self.storage.began();
         }
-        let started = Instant::now();
+        let started = now();
         let records = batch.ops.iter().filter(|op| matches!(op, Op::Append { .. })).count();
         let metrics = self.metrics.clone();
         Box::pin(async move {
@@ -41,7 +40,7 @@ impl Shard {
             if result.is_ok() {
                 metrics.commits.inc();
                 metrics.commit_records.observe(records as f64);
-                metrics.commit_duration.observe(started.elapsed().as_secs_f64());
+                metrics.commit_duration.observe(now().saturating_duration_since(started).as_secs_f64());
             } else {
                 metrics.commits_failed.inc();
             }
@@ -54,7 +53,7 @@ impl Shard {
         match result {
             Ok(()) => {
                 if !batch.ops.is_empty()
-                    && let Some(after) = self.storage.committed(Instant::now())
+                    && let Some(after) = self.storage.committed(now())
                 {
                     info!(shard = %self.id, ?after, "the log can be written again");
                     self.metrics.storage_writable(self.id, true);
@@ -83,7 +82,7 @@ impl Shard {
     pub(super) fn without(&mut self, conversation: ConversationId, mut batch: Batch) -> Option<Batch> {
         self.tell_damaged(conversation, "writing to it");
         // If it was a trial, it says nothing about the disk.
-        let _ = self.storage.failed(Failure::Batch, Instant::now());
+        let _ = self.storage.failed(Failure::Batch, now());
         let out = batch.take_out(conversation);
         let since = self.batch.take_out(conversation);
         self.directory.forget(conversation);
@@ -104,7 +103,7 @@ impl Shard {
     /// A batch is void, and with it everything decided since.
     pub(super) fn failed(&mut self, batch: Batch, error: &CommitError) {
         let failure = Failure::of(error);
-        if self.storage.failed(failure, Instant::now()) {
+        if self.storage.failed(failure, now()) {
             match failure {
                 Failure::Storage(_) => {
                     error!(shard = %self.id, %error, "the log can't be written: writes are refused until it can, reads go on");
@@ -173,13 +172,13 @@ impl Shard {
 
     /// Whether something may be decided that has to be written.
     pub(super) fn writable(&self) -> Result<(), Refusal> {
-        let admitted = self.storage.admits(self.batch.ops.is_empty(), Instant::now());
+        let admitted = self.storage.admits(self.batch.ops.is_empty(), now());
         admitted.inspect_err(|refusal| self.metrics.storage_refused(refusal.code.name()))
     }
 
     /// Finds out whether the log can be written again when nobody asks for it.
     pub(super) fn probe(&mut self) {
-        if !self.storage.wants_probe(Instant::now()) || !self.batch.ops.is_empty() {
+        if !self.storage.wants_probe(now()) || !self.batch.ops.is_empty() {
             return;
         }
         if let Some(conversation) = self.id.number(0).and_then(ConversationId::new) {

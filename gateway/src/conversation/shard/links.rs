@@ -7,9 +7,12 @@ use fulmar_store::PendingLink;
 use tracing::warn;
 
 use super::ShardHandle;
-use crate::conversation::{
-    command::{Command, Refusal},
-    route::Route,
+use crate::{
+    conversation::{
+        command::{Command, Refusal},
+        route::Route,
+    },
+    ground::blocking,
 };
 
 /// Links the repair asks for at a time.
@@ -22,7 +25,7 @@ pub async fn repair_links(shards: &[ShardHandle], route: Route) {
         let mut after = None;
         loop {
             let reader = shard.reader.clone();
-            let pending = tokio::task::spawn_blocking(move || reader.pending_links(after, LINKS_PAGE)).await;
+            let pending = blocking(move || reader.pending_links(after, LINKS_PAGE)).await;
             let pending = match pending {
                 Ok(Ok(pending)) => pending,
                 Ok(Err(error)) => {

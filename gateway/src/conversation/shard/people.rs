@@ -12,7 +12,7 @@ use fulmar_protocol::{
 };
 use fulmar_store::{ConversationClass, Device, Op, PendingLink, User};
 
-use super::{Loaded, Shard, unix_now};
+use super::{Loaded, Shard};
 use crate::{
     conversation::{
         command::{DirectRequest, Found, GroupRequest, LoggedIn, LoginRequest, MembersRequest, Refusal},
@@ -20,6 +20,7 @@ use crate::{
         state::{self, MembersChange, State},
     },
     fanout::ring::Ring,
+    ground::unix_now,
 };
 
 impl Shard {
