@@ -1,5 +1,7 @@
 //! Who this device is, and what it knows of conversations, users and their receipts.
 
+use std::time::Duration;
+
 use fulmar_protocol::{
     frame::{Head, Receipt},
     id::{ConversationId, DeviceId, DeviceUid, Epoch, Seq, UnixMillis, UserId},
@@ -23,6 +25,18 @@ pub(crate) struct Identity {
     pub(crate) ticket: Option<Vec<u8>>,
     /// The gateway the ticket and the numbers are of.
     pub(crate) server: String,
+}
+
+/// Names a gateway's data folder; all numbers in the database are of this one.
+pub(crate) type FolderId = [u8; 16];
+
+/// Both clocks of the device at one moment: how long it slept, or was switched off, shows when they are read again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Clocks {
+    /// Since the device was started, sleep included.
+    pub(crate) boot: Duration,
+    /// Since 1970.
+    pub(crate) wall: Duration,
 }
 
 /// What the protocol half starts with.
@@ -272,5 +286,65 @@ impl Store {
             .query_row([int(conversation)], |row| Ok((row.get::<_, i64>(0)? == DIRECT, row.get(1)?)))
             .optional()?;
         Ok(row)
+    }
+}
+
+#[cfg_attr(not(test), allow(dead_code, reason = "the driver takes it over next"))]
+impl Store {
+    /// The data folder the gateway works on. A database belongs to one for good: in another one the same numbers are other
+    /// conversations, its cursors skip what it should receive, and its sends go to strangers.
+    ///
+    /// # Errors
+    /// [`Error::DatabaseForeign`] when it belongs to another folder already.
+    pub(crate) fn belongs_to(&self, folder: &FolderId) -> Result<(), Error> {
+        match self.folder()? {
+            Some(known) if known == *folder => Ok(()),
+            Some(_) => {
+                let why = "it belongs to another gateway, or the gateway lost its data folder and began anew";
+                Err(Error::DatabaseForeign(why.to_owned()))
+            }
+            None => {
+                self.sql.execute("UPDATE device SET folder = ?1", [&folder[..]])?;
+                Ok(())
+            }
+        }
+    }
+
+    /// The folder this database belongs to; `None` until a gateway named its own.
+    pub(crate) fn folder(&self) -> Result<Option<FolderId>, Error> {
+        let folder: Option<Vec<u8>> =
+            self.sql.query_row("SELECT folder FROM device", [], |row| row.get(0))?;
+        let damaged = |_| Error::DatabaseForeign("the name of its gateway is damaged".to_owned());
+        folder.map(|folder| folder.try_into().map_err(damaged)).transpose()
+    }
+
+    /// What is known of networks, as it was kept.
+    pub(crate) fn networks(&self) -> Result<Option<Vec<u8>>, Error> {
+        Ok(self.sql.query_row("SELECT networks FROM device", [], |row| row.get(0))?)
+    }
+
+    /// Keeps what is known of networks.
+    pub(crate) fn keep_networks(&self, blob: &[u8]) -> Result<(), Error> {
+        self.sql.prepare_cached("UPDATE device SET networks = ?1")?.execute([blob])?;
+        Ok(())
+    }
+
+    /// The clocks that were kept last.
+    pub(crate) fn clocks(&self) -> Result<Option<Clocks>, Error> {
+        let clocks = self.sql.query_row("SELECT boot_ms, wall_ms FROM device", [], |row| {
+            let clocks = maybe(row, 0)?.zip(maybe(row, 1)?);
+            let time = Duration::from_millis;
+            Ok(clocks.map(|(boot, wall)| Clocks { boot: time(boot), wall: time(wall) }))
+        })?;
+        Ok(clocks)
+    }
+
+    /// Keeps both clocks.
+    pub(crate) fn keep_clocks(&self, clocks: Clocks) -> Result<(), Error> {
+        let millis = |time: Duration| int(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
+        self.sql
+            .prepare_cached("UPDATE device SET boot_ms = ?1, wall_ms = ?2")?
+            .execute([millis(clocks.boot), millis(clocks.wall)])?;
+        Ok(())
     }
 }

@@ -8,13 +8,15 @@ use rusqlite::Connection;
 use crate::error::Error;
 
 /// The format this version writes.
-pub(crate) const VERSION: i64 = 1;
+pub(crate) const VERSION: i64 = 2;
 
 /// "Fulm" in `application_id`: says whose file it is.
 const APPLICATION: i64 = 0x4675_6c6d;
 
 /// Step `n` brings format `n` to `n + 1`.
-const STEPS: [&str; 1] = ["
+const STEPS: [&str; 2] = [FIRST, FOLDER_AND_NETWORKS];
+
+const FIRST: &str = "
 CREATE TABLE device (
     one INTEGER PRIMARY KEY CHECK (one = 1),
     uid BLOB NOT NULL,
@@ -92,7 +94,15 @@ CREATE TABLE receipts (
     read INTEGER NOT NULL,
     PRIMARY KEY (conversation, user)
 ) WITHOUT ROWID;
-"];
+";
+
+/// The gateway's data folder, what is known of networks, and the clocks of the last run.
+const FOLDER_AND_NETWORKS: &str = "
+ALTER TABLE device ADD COLUMN folder BLOB;
+ALTER TABLE device ADD COLUMN networks BLOB;
+ALTER TABLE device ADD COLUMN boot_ms INTEGER;
+ALTER TABLE device ADD COLUMN wall_ms INTEGER;
+";
 
 /// Brings the file to [`VERSION`].
 ///

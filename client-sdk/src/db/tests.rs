@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -15,7 +16,7 @@ use fulmar_protocol::{
 };
 use proptest::prelude::*;
 
-use super::{Db, Delivered, Draft, Marker, Outcome, Own, Store, schema};
+use super::{Db, Delivered, Draft, Marker, Outcome, Own, Store, register::Clocks, schema};
 use crate::{
     error::Error,
     options::{Database, Durability},
@@ -401,6 +402,74 @@ fn what_was_killed_is_found_again() {
     assert_eq!(page(&found), [(7, 2, "not taken".to_owned())]);
 }
 
+/// A file that the version with format 1 wrote (and SQLite's VACUUM made small): every table that had a row then.
+const FORMAT_1: &[u8] = include_bytes!("format-1.db");
+
+#[test]
+fn a_database_of_format_1_is_brought_up_and_nothing_is_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("old.db");
+    std::fs::write(&path, FORMAT_1).unwrap();
+    for _ in 0..2 {
+        let store = file(&path);
+        let version: i64 = store.sql.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
+        assert_eq!(version, schema::VERSION);
+        assert_eq!(store.uid().unwrap().0[..4], *b"z\xa0\x04l");
+        let identity = store.identity().unwrap();
+        assert_eq!(
+            (identity.user, identity.device, identity.epoch),
+            (Some(user(1)), Some(device(1)), epoch(1))
+        );
+        assert_eq!(
+            (identity.ticket, identity.server.as_str()),
+            (Some(b"a ticket".to_vec()), "gateway.example")
+        );
+        let own = |lane: &[(u64, &str)]| lane.iter().map(|(p, t)| (*p, (*t).to_owned())).collect::<Vec<_>>();
+        assert_eq!(lane(&store, 7), own(&[(1, "one"), (2, "two")]));
+        assert_eq!(lane(&store, 8), own(&[(1, "thre"), (2, "e")]));
+        assert_eq!(page(&store), [(7, 2, "not taken".to_owned())]);
+        let restore = store.restore().unwrap();
+        assert_eq!((restore.cursors, restore.marks), (vec![(c(7), s(2))], vec![(c(7), s(1))]));
+        assert_eq!(store.user_name(user(2)).unwrap().as_deref(), Some("bob"));
+        // What format 2 added is not known yet.
+        assert_eq!(
+            (store.folder().unwrap(), store.networks().unwrap(), store.clocks().unwrap()),
+            (None, None, None)
+        );
+    }
+    file(&path).belongs_to(&[7; 16]).unwrap();
+    assert_eq!(file(&path).folder().unwrap(), Some([7; 16]));
+}
+
+#[test]
+fn a_database_belongs_to_one_data_folder() {
+    let store = memory();
+    store.belongs_to(&[1; 16]).unwrap();
+    store.belongs_to(&[1; 16]).unwrap();
+    assert!(matches!(store.belongs_to(&[2; 16]), Err(Error::DatabaseForeign(_))));
+    assert_eq!(store.folder().unwrap(), Some([1; 16]));
+    store.sql.execute("UPDATE device SET folder = x'00'", []).unwrap();
+    assert!(matches!(store.belongs_to(&[1; 16]), Err(Error::DatabaseForeign(_))), "damaged");
+}
+
+#[test]
+fn networks_and_clocks_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let (first, second) = (folder.path().join("a.db"), folder.path().join("b.db"));
+    let store = file(&first);
+    let clocks = |boot, wall| Clocks { boot: Duration::from_millis(boot), wall: Duration::from_millis(wall) };
+    for (blob, kept) in [(&[1, 2, 3][..], clocks(5, 1_700_000_000_000)), (&[][..], clocks(0, 0))] {
+        store.keep_networks(blob).unwrap();
+        store.keep_clocks(kept).unwrap();
+        assert_eq!((store.networks().unwrap().as_deref(), store.clocks().unwrap()), (Some(blob), Some(kept)));
+    }
+    let found = crashed(&first, &second);
+    assert_eq!((found.networks().unwrap(), found.clocks().unwrap()), (Some(Vec::new()), Some(clocks(0, 0))));
+    // Longer than any clock runs: kept as the longest there is.
+    found.keep_clocks(Clocks { boot: Duration::MAX, wall: Duration::ZERO }).unwrap();
+    assert!(found.clocks().unwrap().unwrap().boot > Duration::from_secs(1 << 50));
+}
+
 #[test]
 fn newer_foreign_and_used_databases_are_refused_and_left_alone() {
     let folder = tempfile::tempdir().unwrap();
@@ -412,7 +481,9 @@ fn newer_foreign_and_used_databases_are_refused_and_left_alone() {
     drop(store);
     let before = std::fs::read(&path).unwrap();
     match open(&path) {
-        Err(Error::DatabaseNewer { found, known }) => assert_eq!((found, known), (2, 1)),
+        Err(Error::DatabaseNewer { found, known }) => {
+            assert_eq!((found, known), (schema::VERSION + 1, schema::VERSION));
+        }
         other => panic!("{other:?}"),
     }
     assert_eq!(std::fs::read(&path).unwrap(), before);
