@@ -15,7 +15,7 @@ use tokio::task::JoinSet;
 use tracing::{Instrument, debug, warn};
 
 use super::admission::{Load, Verdict, admit};
-use crate::{connection::serve, context::Context, drain::Drain};
+use crate::{connection::serve, context::Context, drain::Drain, metrics::Metrics};
 
 #[derive(Debug, Default)]
 struct Counts {
@@ -107,6 +107,44 @@ pub async fn accept(endpoint: &quinn::Endpoint, context: &Arc<Context>, mut drai
     }
 }
 
+/// Counts a handshake while it goes on, and its connection afterwards.
+#[derive(Debug)]
+struct Handshake<'a> {
+    metrics: &'a Metrics,
+    going_on: bool,
+    connected: bool,
+}
+
+impl<'a> Handshake<'a> {
+    fn begin(metrics: &'a Metrics) -> Self {
+        metrics.handshakes.inc();
+        Self { metrics, going_on: true, connected: false }
+    }
+
+    fn end(&mut self, up: bool) {
+        if !std::mem::take(&mut self.going_on) {
+            return;
+        }
+        self.metrics.handshakes.dec();
+        if up {
+            self.connected = true;
+            self.metrics.connections_accepted.inc();
+            self.metrics.connections.inc();
+        } else {
+            self.metrics.handshakes_failed.inc();
+        }
+    }
+}
+
+impl Drop for Handshake<'_> {
+    fn drop(&mut self) {
+        self.end(false);
+        if self.connected {
+            self.metrics.connections.dec();
+        }
+    }
+}
+
 fn attempt(
     incoming: quinn::Incoming,
     context: &Arc<Context>,
@@ -153,29 +191,34 @@ fn attempt(
     let context = Arc::clone(context);
     let timeout = Duration::from_millis(context.config.limits.hello_timeout_ms);
     let task = async move {
-        context.metrics.handshakes.inc();
-        let handshake = match incoming.accept() {
-            Ok(connecting) => tokio::time::timeout(timeout, connecting).await,
-            Err(error) => Ok(Err(error)),
-        };
-        context.metrics.handshakes.dec();
-        match handshake {
-            Ok(Ok(quic)) => {
-                counted.connected();
-                context.metrics.connections_accepted.inc();
-                context.metrics.connections.inc();
-                serve(quic, Arc::clone(&context)).await;
-                context.metrics.connections.dec();
-            }
-            Ok(Err(error)) => {
+        // A server always has the keys for its half of a round trip: what comes in early data is served at once.
+        let early = match incoming.accept().map(quinn::Connecting::into_0rtt) {
+            Ok(Ok(early)) => early,
+            Ok(Err(_)) => return,
+            Err(error) => {
                 context.metrics.handshakes_failed.inc();
                 debug!(%error, "a handshake failed");
+                return;
             }
-            Err(_) => {
-                context.metrics.handshakes_failed.inc();
-                debug!("a handshake took too long");
+        };
+        let (quic, completed) = early;
+        let metrics = context.metrics.clone();
+        let mut handshake = Handshake::begin(&metrics);
+        let watched = quic.clone();
+        let confirmed = async {
+            let completed = tokio::time::timeout(timeout, completed).await;
+            // What is resolved says whether early data was taken, not whether there is a connection.
+            let up = completed.is_ok() && watched.close_reason().is_none();
+            drop(watched);
+            handshake.end(up);
+            if up {
+                counted.connected();
+            } else {
+                debug!(in_time = completed.is_ok(), "a handshake failed");
             }
-        }
+            up
+        };
+        serve(quic, confirmed, context).await;
     };
     connections.spawn(task.in_current_span());
 }

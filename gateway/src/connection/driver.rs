@@ -87,6 +87,8 @@ pub(super) struct Connection {
     pub(super) peer: OnceLock<Peer>,
     /// Set once what the device missed is owed: the writers may start.
     pub(super) ready: watch::Sender<bool>,
+    /// The handshake is complete.
+    confirmed: watch::Sender<bool>,
     session: Mutex<Session>,
     started: tokio::time::Instant,
     /// Held while frames of one channel are taken in and carried out, so that their order is kept.
@@ -108,7 +110,9 @@ pub(super) struct Connection {
 }
 
 /// Serves a connection until it ends. What it had sent and was not acked, its client sends again elsewhere.
-pub async fn serve(quic: quinn::Connection, context: Arc<Context>) {
+///
+/// It may have spoken in early data already; `confirmed` ends when its handshake does, with whether it is complete.
+pub async fn serve(quic: quinn::Connection, confirmed: impl Future<Output = bool>, context: Arc<Context>) {
     let number = context.number();
     let span = info_span!("connection", connection = number, remote = %quic.remote_address(), user = tracing::field::Empty);
     let config = GatewayConfig {
@@ -122,6 +126,7 @@ pub async fn serve(quic: quinn::Connection, context: Arc<Context>) {
         quic,
         peer: OnceLock::new(),
         ready: watch::channel(false).0,
+        confirmed: watch::channel(false).0,
         started: tokio::time::Instant::now(),
         order: AsyncMutex::new(()),
         control: Mutex::new(VecDeque::new()),
@@ -137,7 +142,7 @@ pub async fn serve(quic: quinn::Connection, context: Arc<Context>) {
         context,
     });
     async move {
-        let end = connection.run().await;
+        let end = connection.run(confirmed).await;
         connection.leave(end).await;
     }
     .instrument(span)
@@ -145,13 +150,58 @@ pub async fn serve(quic: quinn::Connection, context: Arc<Context>) {
 }
 
 impl Connection {
-    async fn run(self: &Arc<Self>) -> End {
+    async fn run(self: &Arc<Self>, confirmed: impl Future<Output = bool>) -> End {
+        tokio::select! {
+            biased;
+            end = self.confirm(confirmed) => end,
+            end = self.converse() => end,
+        }
+    }
+
+    /// Waits for the end of the handshake, then for ever, unless it fails.
+    async fn confirm(self: &Arc<Self>, confirmed: impl Future<Output = bool>) -> End {
+        if !confirmed.await {
+            return End::Lost("the handshake was not completed".to_owned());
+        }
+        self.confirmed.send_replace(true);
+        self.tell_confirmed().await;
+        std::future::pending().await
+    }
+
+    /// Whether the handshake is complete: until then, what comes may be a copy of an earlier first flight.
+    pub(super) fn is_confirmed(&self) -> bool {
+        *self.confirmed.borrow()
+    }
+
+    /// The session counts for others from now on.
+    pub(super) async fn tell_confirmed(&self) {
+        let Some(peer) = self.peer.get() else { return };
+        if peer.owed.is_confirmed() {
+            return;
+        }
+        peer.owed.confirm();
+        if let Ok(shard) = self.context.user(peer.producer.user) {
+            // A shard that is gone has no older connection either.
+            let _ = shard.send(Command::Confirm(Arc::clone(&peer.owed))).await;
+        }
+    }
+
+    async fn converse(self: &Arc<Self>) -> End {
         let hello = Duration::from_millis(self.context.config.limits.hello_timeout_ms);
-        let control = match tokio::time::timeout(hello, self.quic.accept_bi()).await {
-            Ok(Ok(streams)) => streams,
-            Ok(Err(error)) => return error.into(),
-            Err(_) => return End::Close(CloseCode::HelloTimeout, "no control stream in time".to_owned()),
+        let late = async {
+            // The handshake has a limit of its own.
+            let _ = self.confirmed.subscribe().wait_for(|confirmed| *confirmed).await;
+            tokio::time::sleep(hello).await;
         };
+        let control = tokio::select! {
+            biased;
+            opened = self.quic.accept_bi() => match opened {
+                Ok(streams) => streams,
+                Err(error) => return error.into(),
+            },
+            () = late => return End::Close(CloseCode::HelloTimeout, "no control stream in time".to_owned()),
+        };
+        self.session().began(self.now());
         // Whoever opens a stream says what it is: the answering half starts with the first frame.
         let (control_out, control_in) = control;
         let _ = control_out.set_priority(3);

@@ -201,6 +201,9 @@ pub enum Command {
     },
     /// A session arrived. On its user's shard an older connection of the same device is ended.
     Arrive(Arc<Owed>, oneshot::Sender<()>),
+    /// The handshake of a session that arrived in early data is complete: on its user's shard an older connection of the
+    /// same device is ended now.
+    Confirm(Arc<Owed>),
     /// A session left.
     Depart(Arc<Owed>),
     /// A device has committed records (user's shard keeps the cursor).

@@ -427,6 +427,7 @@ impl Shard {
                 self.arrive(&session);
                 let _ = answer.send(());
             }
+            Command::Confirm(session) => self.take_over(&session),
             Command::Depart(session) => self.roster.depart(&session),
             Command::Cursors { user, device, entries } => {
                 for (conversation, seq) in entries {
@@ -447,11 +448,20 @@ impl Shard {
             Command::Mark { app, user, conversation, read } => self.mark(app, user, conversation, read),
             Command::Event { app, event } => self.event(app, event),
             Command::Online(users, answer) => {
-                let online = users.iter().map(|user| !self.roster.sessions(*user).is_empty()).collect();
+                let online = users
+                    .iter()
+                    .map(|user| self.roster.sessions(*user).iter().any(|session| session.is_confirmed()))
+                    .collect();
                 let _ = answer.send(online);
             }
             Command::DevicesHere(user, answer) => {
-                let here = self.roster.sessions(user).iter().map(|session| session.device).collect();
+                let here = self
+                    .roster
+                    .sessions(user)
+                    .iter()
+                    .filter(|session| session.is_confirmed())
+                    .map(|session| session.device)
+                    .collect();
                 let _ = answer.send(here);
             }
             Command::Flush(answer) => {
@@ -695,7 +705,13 @@ impl Shard {
     }
 
     fn arrive(&mut self, session: &Arc<Owed>) {
-        if session.user.shard() == self.id {
+        self.take_over(session);
+        self.roster.arrive(session);
+    }
+
+    /// Ends older connections of a device, once it is known that the newer one is no copy of an earlier first flight.
+    fn take_over(&self, session: &Owed) {
+        if session.user.shard() == self.id && session.is_confirmed() {
             for other in self.roster.sessions(session.user) {
                 if other.device == session.device && other.connection != session.connection {
                     other.end(Ending::Close(
@@ -705,7 +721,6 @@ impl Shard {
                 }
             }
         }
-        self.roster.arrive(session);
     }
 
     fn event(&mut self, app: AppId, event: frame::Event) {

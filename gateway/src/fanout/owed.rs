@@ -10,7 +10,10 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use fulmar_protocol::{
@@ -112,6 +115,8 @@ pub struct Owed {
     pub device: DeviceId,
     /// Tells two connections of one device apart.
     pub connection: u64,
+    /// The handshake is complete: whoever is at the other end is there now, and not a copy of an earlier first flight.
+    confirmed: AtomicBool,
     inner: Mutex<Inner>,
     /// Woken when a lane has something to write.
     pub lanes: Notify,
@@ -145,12 +150,31 @@ impl Owed {
             user,
             device,
             connection,
+            confirmed: AtomicBool::new(true),
             inner: Mutex::new(Inner::default()),
             lanes: Notify::new(),
             backlog: Notify::new(),
             control: Notify::new(),
             backlog_max,
         }
+    }
+
+    /// The connection spoke in early data, which may be a copy: until [`Self::confirm`] it counts for nobody else.
+    #[must_use]
+    pub fn unconfirmed(self) -> Self {
+        self.confirmed.store(false, Ordering::Relaxed);
+        self
+    }
+
+    /// The handshake is complete.
+    pub fn confirm(&self) {
+        self.confirmed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the handshake is complete.
+    #[must_use]
+    pub fn is_confirmed(&self) -> bool {
+        self.confirmed.load(Ordering::Relaxed)
     }
 
     /// A record was committed and is in `ring`.

@@ -148,6 +148,13 @@ impl Gateway {
         self.state
     }
 
+    /// The client has opened its control stream: the time for the HELLO runs from here.
+    pub fn began(&mut self, now: Duration) {
+        if self.state == GatewayState::Opening {
+            self.timers.set(Timer::Hello, now + self.config.hello_timeout);
+        }
+    }
+
     /// Takes a frame of the client.
     ///
     /// # Errors
