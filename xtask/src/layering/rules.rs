@@ -136,6 +136,14 @@ pub(crate) const CRATES: &[CrateRule] = &[
         because: "the rigs try the store from outside: through its public names and its files",
     },
     CrateRule {
+        folder: "transport",
+        forbids: &[
+            OUTER_CRATES,
+            &["fulmar-protocol", "fulmar-store", "fulmar-gateway", "fulmar-client", "fulmar-sim", "fulmar-badnet"],
+        ],
+        because: "the transport carries bytes; gateway and SDK say what they mean",
+    },
+    CrateRule {
         folder: "client-sdk",
         forbids: &[OUTER_CRATES, &["fulmar-store", "fulmar-gateway", "fulmar-badnet", "fulmar-sim", "sled"]],
         because: "the SDK shares only the protocol with the gateway; phones do not carry a server",
@@ -164,6 +172,12 @@ pub(crate) const SOURCES: &[SourceRule] = &[
         forbids: &[WORLD],
         but: &[],
         because: "the protocol is a state machine: time, bytes and randomness come in as arguments",
+    },
+    SourceRule {
+        within: &["transport/src/qmux/"],
+        forbids: &[WORLD, &["tokio_rustls", "tokio_tungstenite", "crate::*", "crate::connection"]],
+        but: &[],
+        because: "the multiplexer turns bytes into streams and back; who reads, writes and waits stands around it",
     },
     SourceRule {
         within: &["gateway/src/config.rs", "gateway/src/config/"],

@@ -1,0 +1,19 @@
+//! How bytes get from one end to the other: QUIC, and where UDP is blocked the same streams and datagrams over TLS on TCP,
+//! or inside a WebSocket.
+//!
+//! - [`Connection`], [`SendStream`] and [`RecvStream`] are one set of types for all three. They look like quinn's.
+//! - Over a byte stream, [`qmux`] makes streams and datagrams of it: pure, without input or output; one task per
+//!   connection does those.
+//!
+//! Not here: what the streams carry, who may connect, and which way is tried first.
+
+mod connection;
+mod error;
+mod muxed;
+pub mod qmux;
+pub mod tcp;
+
+pub use self::{
+    connection::{Connection, Kind, RecvStream, SendStream, Setup, Stats},
+    error::{ApplicationClose, ClosedStream, ConnectionError, ReadError, SendDatagramError, WriteError},
+};
