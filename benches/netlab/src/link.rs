@@ -373,7 +373,7 @@ mod tests {
     fn loss_begins_when_it_turns_bad() {
         let condition = Condition::named("loss-10").unwrap();
         let mut direction = direction();
-        let mut offer_all = |direction: &mut Direction, from: u64| {
+        let offer_all = |direction: &mut Direction, from: u64| {
             for ms in from..from + 10_000 {
                 direction.offer(SimTime::from_millis(ms), vec![0; 1]);
                 while direction.arrived(SimTime::from_millis(ms)).is_some() {}

@@ -49,7 +49,7 @@ const WORLD_CRATES: &[&str] = &[
 
 /// Packages that only run or test the others.
 const OUTER_CRATES: &[&str] =
-    &["fulmar-benches", "fulmar-fuzz", "fulmar-faultdisk", "fulmar-store-rig", "xtask"];
+    &["fulmar-benches", "fulmar-netlab", "fulmar-fuzz", "fulmar-faultdisk", "fulmar-store-rig", "xtask"];
 
 /// Everything by which a file stops being pure: runtimes, transports, engines, clocks, dice, sockets, files, threads.
 /// Addresses (`std::net::IpAddr`) and durations are values and stay allowed.
