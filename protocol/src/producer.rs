@@ -249,6 +249,11 @@ impl<T> Parked<T> {
         self.waiting.values().map(|(until, _)| *until).min()
     }
 
+    /// What waits, in order.
+    pub fn iter(&self) -> impl Iterator<Item = &T> + '_ {
+        self.waiting.values().map(|(_, send)| send)
+    }
+
     /// How many wait.
     #[must_use]
     pub fn len(&self) -> usize {

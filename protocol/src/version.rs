@@ -45,6 +45,12 @@ impl Features {
         Self(self.0 | other.0)
     }
 
+    /// `self` without what is in `other`.
+    #[must_use]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+
     /// Whether all of `other` is in `self`.
     #[must_use]
     pub const fn has(self, other: Self) -> bool {

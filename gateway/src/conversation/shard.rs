@@ -13,6 +13,7 @@
 mod cursors;
 mod fate;
 mod links;
+mod parking;
 mod people;
 
 pub use self::links::{carry_link, repair_links};
@@ -33,6 +34,7 @@ use fulmar_store::{CommitError, ConversationClass, Op, ReadError, ShardReader, S
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, debug_span, error};
 
+use self::parking::Parking;
 use super::{
     command::{Answer, Command, Refusal},
     commit::{Batch, Effect},
@@ -182,6 +184,7 @@ pub fn start<W: CommitLog>(
         cursors_since: None,
         tick: 0,
         storage: Storage::default(),
+        parking: Parking::default(),
         fault: fault_told,
         damaged_told: HashSet::new(),
         unreadable_told: None,
@@ -227,6 +230,8 @@ struct Shard {
     cursors_since: Option<Instant>,
     tick: u64,
     storage: Storage,
+    /// Sends whose predecessors are missing.
+    parking: Parking,
     fault: watch::Sender<Option<String>>,
     /// Damaged conversations that were logged.
     damaged_told: HashSet<ConversationId>,
@@ -250,6 +255,7 @@ impl Shard {
                     in_flight = Some(self.commit(writer, batch));
                 }
             }
+            let parked = self.parking.next_expiry();
             tokio::select! {
                 biased;
                 done = async { match in_flight.as_mut() { Some(commit) => commit.await, None => std::future::pending().await } },
@@ -275,6 +281,7 @@ impl Shard {
                         self.add_cursors(true);
                     }
                 },
+                () = tokio::time::sleep(parked.unwrap_or_default()), if open && parked.is_some() && self.batch.has_room() => self.refuse_expired(),
                 _ = timer.tick(), if open => {
                     if self.cursors_since.is_some_and(|since| now().saturating_duration_since(since) >= self.limits.cursor_delay) {
                         self.add_cursors(true);
@@ -589,6 +596,12 @@ impl Shard {
     }
 
     fn send(&mut self, session: Arc<Owed>, app: AppId, producer: Producer, send: &frame::Send) {
+        self.offer(session, app, producer, send);
+        self.unpark(send.conversation, producer);
+    }
+
+    /// Decides about one send.
+    fn offer(&mut self, session: Arc<Owed>, app: AppId, producer: Producer, send: &frame::Send) {
         let (conversation, pseq) = (send.conversation, send.pseq);
         let _span = debug_span!("append", conversation = conversation.get()).entered();
         let closed = self.storage.admits(self.batch.ops.is_empty(), now());
@@ -621,9 +634,7 @@ impl Shard {
                 self.batch.push(op);
                 self.batch.refused(session, conversation, pseq, code.into(), pseq.saturating_add(1));
             }
-            Ok(Verdict::Early { expected }) => {
-                self.batch.refused(session, conversation, pseq, RefusalCode::OutOfOrder.into(), expected);
-            }
+            Ok(Verdict::Early { expected }) => self.park(session, app, producer, send, expected),
             Ok(Verdict::Refused { code, expected }) => {
                 // Because the log can't be written: that says how long to wait as well.
                 let refusal = closed.err().filter(|closed| closed.code == code);
