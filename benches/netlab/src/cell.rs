@@ -27,6 +27,9 @@ const BREATH: Duration = Duration::from_millis(500);
 /// How often it is looked whether everything has come.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// How often it is tried to remove the server's folder.
+const REMOVALS_MAX: u32 = 10;
+
 /// What is to be measured.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Spec {
@@ -79,9 +82,12 @@ pub(crate) struct Outcome {
 /// The lab could not be set up, or a client failed.
 pub(crate) fn run(argument: &str) -> anyhow::Result<()> {
     let spec: Spec = serde_json::from_str(argument)?;
-    // Whoever started this holds the other end; when it is gone, nobody waits for the figures.
-    std::thread::spawn(|| {
+    // Whoever started this holds the other end; when it is gone, nobody waits for the figures or tidies up.
+    let folder = spec.folder.clone();
+    std::thread::spawn(move || {
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        // The server still runs and may make a file meanwhile.
+        let _ = (0..REMOVALS_MAX).find(|_| std::fs::remove_dir_all(&folder).is_ok());
         std::process::exit(1);
     });
     if let Some(filter) = &spec.trace {
