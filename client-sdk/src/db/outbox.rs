@@ -5,6 +5,7 @@
 //! - The pseqs of a lane's unsettled rows have no holes: an expired row stays as a tombstone until its number is
 //!   consumed.
 //! - A body larger than a SEND is several rows with consecutive pseqs; the last one carries the outcome.
+//! - The pieces of a body keep their payloads until its last one is settled: what the app is shown is the whole of it.
 //! - A settled row stays, without its payload, until the app was told ([`Store::told`]), over restarts.
 
 use bytes::Bytes;
@@ -89,6 +90,14 @@ pub(crate) struct Cancelled {
     pub(crate) settled: Option<Settled>,
     /// Its sends that have numbers, to be consumed by tombstones.
     pub(crate) numbered: Vec<(ConversationId, Pseq)>,
+}
+
+/// A row that was settled.
+struct Piece {
+    id: u64,
+    /// Its body's first row, when that is another one.
+    body: Option<u64>,
+    flags: i64,
 }
 
 /// A body the app was not told the end of.
@@ -373,21 +382,22 @@ impl Store {
         seq: Seq,
     ) -> Result<Option<Settled>, Error> {
         let mut update = self.sql.prepare_cached(
-            "UPDATE outbox SET payload = NULL, seq = ?3,
+            "UPDATE outbox SET payload = iif(flags & 1, payload, NULL), seq = ?3,
                  state = CASE WHEN code IS NULL THEN 1 ELSE 2 END
                  WHERE conversation = ?1 AND pseq = ?2 AND state = 0
-                 RETURNING coalesce(body, id), flags, state, code",
+                 RETURNING id, body, flags, state, code",
         )?;
         let row = update
             .query_row(params![int(conversation), int(pseq), int(seq)], |row| {
-                Ok((number::<u64>(row, 0)?, row.get::<_, i64>(1)?, row.get::<_, i64>(2)?, row.get(3)?))
+                let piece = Piece { id: number(row, 0)?, body: maybe(row, 1)?, flags: row.get(2)? };
+                Ok((piece, row.get::<_, i64>(3)?, row.get::<_, Option<u32>>(4)?))
             })
             .optional()?;
-        let Some((id, flags, state, code)) = row else { return Ok(None) };
-        let code: Option<u32> = code;
-        if flags & MORE != 0 {
+        let Some((piece, state, code)) = row else { return Ok(None) };
+        if piece.flags & MORE != 0 {
             return Ok(None);
         }
+        let id = self.whole(piece)?;
         let outcome = outcome(state, Some(seq), code);
         Ok(outcome.map(|outcome| Settled { id, conversation: Some(conversation), outcome }))
     }
@@ -400,20 +410,31 @@ impl Store {
         code: RefusalCode,
     ) -> Result<Option<Settled>, Error> {
         let mut update = self.sql.prepare_cached(
-            "UPDATE outbox SET payload = NULL, state = 2, code = coalesce(code, ?3)
-                 WHERE conversation = ?1 AND pseq = ?2 AND state = 0 RETURNING coalesce(body, id), flags, code",
+            "UPDATE outbox SET payload = iif(flags & 1, payload, NULL), state = 2, code = coalesce(code, ?3)
+                 WHERE conversation = ?1 AND pseq = ?2 AND state = 0 RETURNING id, body, flags, code",
         )?;
         let row = update
             .query_row(params![int(conversation), int(pseq), code.code()], |row| {
-                Ok((number::<u64>(row, 0)?, row.get::<_, i64>(1)?, row.get::<_, u32>(2)?))
+                let piece = Piece { id: number(row, 0)?, body: maybe(row, 1)?, flags: row.get(2)? };
+                Ok((piece, row.get::<_, u32>(3)?))
             })
             .optional()?;
-        let Some((id, flags, code)) = row else { return Ok(None) };
-        if flags & MORE != 0 {
-            self.spoil(id, code)?;
+        let Some((piece, code)) = row else { return Ok(None) };
+        if piece.flags & MORE != 0 {
+            self.spoil(piece.body.unwrap_or(piece.id), code)?;
             return Ok(None);
         }
+        let id = self.whole(piece)?;
         Ok(Some(Settled { id, conversation: Some(conversation), outcome: refusal(code) }))
+    }
+
+    /// The last piece of a body is settled: its payload is of no use any more. Gives the body's id.
+    fn whole(&self, last: Piece) -> Result<u64, Error> {
+        let Some(body) = last.body else { return Ok(last.id) };
+        self.sql
+            .prepare_cached("UPDATE outbox SET payload = NULL WHERE id = ?1 OR body = ?1")?
+            .execute([int(body)])?;
+        Ok(body)
     }
 
     /// A piece of a body will never be stored: the whole body ends as refused, when its last piece is settled.

@@ -206,6 +206,39 @@ fn a_name_that_is_refused_ends_what_waits_for_it() {
 }
 
 #[test]
+fn a_body_is_shown_whole_until_its_last_piece_is_settled() {
+    for refused in [false, true] {
+        let store = memory();
+        store.enqueue(&to(7, "before")).unwrap();
+        let id = store.enqueue(&to(7, "0123456789")).unwrap().id;
+        let shown = |store: &Store| {
+            let list = store.unsettled(10).unwrap();
+            let found = list.into_iter().find(|entry| entry.id == id).unwrap();
+            (String::from_utf8(found.payload.to_vec()).unwrap(), found.outcome)
+        };
+        let payloads = |store: &Store| -> i64 {
+            let count = "SELECT count(payload) FROM outbox WHERE id = ?1 OR body = ?1";
+            store.sql.query_row(count, [super::store::int(id)], |row| row.get(0)).unwrap()
+        };
+        for pseq in 1..=4 {
+            // "before" takes two numbers.
+            store.acked(c(7), p(pseq), s(pseq)).unwrap();
+            assert_eq!(shown(&store), ("0123456789".to_owned(), None), "{pseq} are settled");
+        }
+        assert_eq!(payloads(&store), 3);
+        let (settled, outcome) = if refused {
+            let code = RefusalCode::NotAMember;
+            (store.refused(c(7), p(5), code).unwrap(), Outcome::Refused(code))
+        } else {
+            (store.acked(c(7), p(5), s(5)).unwrap(), Outcome::Acked(s(5)))
+        };
+        assert_eq!(settled.map(|settled| (settled.id, settled.outcome)), Some((id, outcome)));
+        assert_eq!(shown(&store), (String::new(), Some(outcome)));
+        assert_eq!(payloads(&store), 0, "nothing is kept for nobody");
+    }
+}
+
+#[test]
 fn a_send_is_settled_once_and_listed_until_the_app_was_told() {
     let store = memory();
     let id = store.enqueue(&to(7, "a")).unwrap().id;
