@@ -67,7 +67,7 @@ pub use self::{
     conversation::Conversation,
     db::ConversationSummary,
     error::{Error, SendError},
-    event::{ClientEvent, CloseReason, ConnectionState, EventKind, OfflineReason, Received, RecordKind},
+    event::{Attempt, AttemptOutcome, TransportKind, ClientEvent, CloseReason, ConnectionState, EventKind, OfflineReason, Received, RecordKind},
     messages::{Events, Messages, States},
     options::{BoxFuture, Database, Durability, Options, Token, Trust, in_memory},
     platform::{ByteStream, Platform, System},
