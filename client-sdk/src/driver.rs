@@ -383,7 +383,7 @@ impl Driver {
                     self.dialled = None;
                 }
                 Action::Adopt => self.adopt(),
-                Action::Nudge => self.half.nudge(now),
+                Action::Nudge => self.half.nudge(false, now),
                 Action::Drop => self.drop_link(CloseCode::Done),
                 Action::NewSocket => self.dialer.forget_sockets(),
             }

@@ -1,7 +1,8 @@
 //! Bodies of the fuzz targets: functions of a string of bytes that panic when a promise is broken.
 //!
 //! The targets in `fuzz_targets/` call them; `tests/corpus.rs` replays the committed seeds on every toolchain.
-//! What the bytes mean is decided by the same code the property tests of `fulmar-protocol` use (`world`).
+//! What the bytes mean is decided by the same code the property tests of `fulmar-protocol` (`world`) and of
+//! `fulmar-transport` (`streams`) use.
 
 #![expect(
     clippy::unwrap_used,
@@ -14,6 +15,9 @@
 #[path = "../../protocol/tests/world/mod.rs"]
 #[expect(dead_code, reason = "the planted faults are for the property tests")]
 mod world;
+
+#[path = "../../transport/tests/world/mod.rs"]
+mod streams;
 
 mod session;
 
@@ -127,4 +131,10 @@ pub fn replay(target: fn(&[u8])) -> std::io::Result<()> {
         target(&std::fs::read(path)?);
     }
     Ok(())
+}
+
+/// Choices for two halves of a connection over a byte stream, or for one half and a peer that sends anything: everything
+/// arrives once and in order, windows and bounds hold, and whoever breaks a rule is closed with its code.
+pub fn qmux(bytes: &[u8]) {
+    streams::qmux(bytes);
 }

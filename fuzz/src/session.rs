@@ -222,7 +222,7 @@ impl ClientRun {
             }
             22 => match s.below(3) {
                 0 => half.ping(now),
-                1 => half.nudge(now),
+                1 => half.nudge(false, now),
                 _ => half.event(frames::event(s), now),
             },
             _ => {

@@ -37,3 +37,8 @@ fn session_ops() {
 fn session_pair() {
     replay("session_pair", fulmar_fuzz::session_pair);
 }
+
+#[test]
+fn qmux() {
+    replay("qmux", fulmar_fuzz::qmux);
+}

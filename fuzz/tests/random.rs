@@ -35,3 +35,8 @@ fn session_ops() {
 fn session_pair() {
     walk(fulmar_fuzz::session_pair, 100, 2_000);
 }
+
+#[test]
+fn qmux() {
+    walk(fulmar_fuzz::qmux, 2_000, 2_000);
+}

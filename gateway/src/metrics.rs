@@ -53,6 +53,13 @@ pub struct Level {
     pub level: &'static str,
 }
 
+/// Which copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Direction {
+    /// `up`: sends that came in datagrams; `down`: records that left in datagrams; `ack`: acks that did.
+    pub direction: &'static str,
+}
+
 macro_rules! metrics {
     ($(
         #[doc = $help:literal]
@@ -140,6 +147,8 @@ metrics! {
     delivery_batch: Histogram = sizes(), None;
     /// Records read from the log for catch-up and history.
     backlog_records: Counter = Counter::default(), None;
+    /// Copies in datagrams of what seemed to be lost, by direction.
+    hedges: Family<Direction, Counter> = Family::default(), None;
     /// Times a connection fell behind a ring and was turned over to the log.
     fell_behind: Counter = Counter::default(), None;
     /// Ephemeral events dropped because they were stale or their queue was full.
@@ -224,6 +233,11 @@ impl Metrics {
         self.protocol_violations.get_or_create(&Code { code }).inc();
     }
 
+    /// Counts a copy in a datagram.
+    pub fn hedged(&self, direction: &'static str) {
+        self.hedges.get_or_create(&Direction { direction }).inc();
+    }
+
     /// Counts work that found a queue full.
     pub fn full(&self, queue: &'static str) {
         self.queue_full.get_or_create(&Queue { queue }).inc();
@@ -253,6 +267,7 @@ mod tests {
         metrics.auth_refused("expired");
         metrics.violation("malformed");
         metrics.full("shard");
+        metrics.hedged("up");
         metrics.bytes_in(10);
         metrics.bytes_out(20);
         metrics.commit_duration.observe(0.000_3);
@@ -266,6 +281,7 @@ mod tests {
             "fulmar_auth_refusals_total{reason=\"expired\"} 2",
             "fulmar_protocol_violations_total{code=\"malformed\"} 1",
             "fulmar_queue_full_total{queue=\"shard\"} 1",
+            "fulmar_hedges_total{direction=\"up\"} 1",
             "fulmar_received_bytes_total 10",
             "fulmar_sent_bytes_total 20",
             "fulmar_commit_duration_seconds_bucket{le=\"0.0004\"} 1",

@@ -73,7 +73,7 @@ struct Case {
 
 fn cases(token: &str) -> Vec<Case> {
     let good = hello(token).to_bytes();
-    let ping = Frame::Ping(Ping { id: 1, time_ms: 1, flags: 0 }).to_bytes();
+    let ping = Frame::Ping(Ping { id: 1, time_ms: 1, flags: 0, padding: 0 }).to_bytes();
     let pong = Frame::Pong(Pong { id: 1, time_ms: 1, server_time: Default::default() }).to_bytes();
     let sized = |len: u64| {
         let mut out = BytesMut::new();

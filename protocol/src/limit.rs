@@ -38,6 +38,9 @@ pub const BODY_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// Payload bytes of an EVENT; with its header it fits a datagram on any path QUIC runs on (1200-byte packets).
 pub const EVENT_PAYLOAD_BYTES_MAX: usize = 1_000;
 
+/// Bytes of padding a PING may carry.
+pub const PING_PADDING_BYTES_MAX: usize = 1_000;
+
 /// Bytes of a datagram frame.
 pub const DATAGRAM_BYTES_MAX: usize = 1_150;
 

@@ -21,7 +21,7 @@ pub struct Features(pub u64);
 impl Features {
     /// The peer understands EVENT in datagrams.
     pub const DATAGRAM_EVENTS: Self = Self(1);
-    /// The peer understands a hedged copy of a SEND or DELIVER in a datagram.
+    /// The peer understands copies of SEND, SEND_ACK and DELIVER in datagrams.
     pub const HEDGE: Self = Self(1 << 1);
     /// The peer wants RECEIPT frames.
     pub const RECEIPTS: Self = Self(1 << 2);
@@ -31,7 +31,7 @@ impl Features {
     pub const GREASE: Self = Self(0x3f << 56);
 
     /// What this code can do.
-    pub const OURS: Self = Self(Self::DATAGRAM_EVENTS.0 | Self::RECEIPTS.0);
+    pub const OURS: Self = Self(Self::DATAGRAM_EVENTS.0 | Self::HEDGE.0 | Self::RECEIPTS.0);
 
     /// What both can do.
     #[must_use]

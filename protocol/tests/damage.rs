@@ -197,7 +197,7 @@ fn every_frame_on_every_side_and_channel() {
         ("Open", &[(C, Control)]),
         ("Opened", &[(G, Control)]),
         ("Send", &[(C, Uplink), (C, Datagram)]),
-        ("SendAck", &[(G, Control)]),
+        ("SendAck", &[(G, Control), (G, Datagram)]),
         ("SendRefused", &[(G, Control)]),
         ("Deliver", &[(G, Lane(1)), (G, Backlog), (G, Datagram)]),
         ("Block", &[(G, Backlog)]),

@@ -297,8 +297,13 @@ fn golden() -> Vec<(&'static str, Frame, &'static str)> {
         ),
         (
             "length | type | id 1 | time 1000 | flag: nudge",
-            Frame::Ping(Ping { id: 1, time_ms: 1_000, flags: 1 }),
+            Frame::Ping(Ping { id: 1, time_ms: 1_000, flags: 1, padding: 0 }),
             "05 26 01 43e8 01",
+        ),
+        (
+            "length | type | id 2 | time 1000 | flag: nudge | three bytes of padding",
+            Frame::Ping(Ping { id: 2, time_ms: 1_000, flags: 1, padding: 3 }),
+            "08 26 02 43e8 01 000000",
         ),
         (
             "length | type | id 1 | time 1000 | server time",

@@ -18,6 +18,7 @@ use fulmar_protocol::{
         gateway::{self, Gateway, GatewayConfig},
         state::{ClientState, GatewayState},
     },
+    version::Features,
 };
 
 const NOW: Duration = Duration::from_secs(10);
@@ -179,7 +180,7 @@ fn a_stranger_makes_the_gateway_hold_no_more_than_a_first_flight() {
 fn what_may_not_be_replayed_waits_for_the_welcome() {
     let mut half = Gateway::new(GatewayConfig::default(), NOW);
     half.handle(Channel::Control, Frame::Hello(hello(1)), NOW).unwrap();
-    let ping = Frame::Ping(Ping { id: 1, time_ms: 0, flags: 0 });
+    let ping = Frame::Ping(Ping { id: 1, time_ms: 0, flags: 0, padding: 0 });
     let violation = half.handle(Channel::Control, ping, NOW).unwrap_err();
     assert_eq!(violation, Violation::OutOfState { frame: "Ping", state: "authenticating" });
     assert!(matches!(
@@ -235,11 +236,32 @@ fn acks_between_two_polls_leave_together_and_after_what_was_refused_before_them(
 }
 
 #[test]
+fn the_answer_to_a_copy_leaves_in_a_datagram_too() {
+    let mut half = active(2);
+    half.handle(Channel::Datagram, Frame::Send(send(1)), NOW).unwrap();
+    half.handle(Channel::Uplink, Frame::Send(send(1)), NOW).unwrap();
+    assert_eq!(said(&mut half), [gateway::Output::Send(send(1)), gateway::Output::Send(send(1))]);
+    half.acked(n(300), n(1), n(9), n(TIME));
+    half.acked(n(300), n(1), n(9), n(TIME));
+    let frame = Frame::SendAck(ack(1, 9));
+    let want = [gateway::Output::Datagram(frame.clone()), gateway::Output::Transmit(frame)];
+    assert_eq!(said(&mut half), want, "once each");
+    // What has no record may have been refused: the control stream says why.
+    half.handle(Channel::Datagram, Frame::Send(send(2)), NOW).unwrap();
+    half.acked(n(300), n(2), n(0), n(TIME));
+    assert_eq!(
+        said(&mut half),
+        [gateway::Output::Send(send(2)), gateway::Output::Transmit(Frame::SendAck(ack(2, 0)))]
+    );
+}
+
+#[test]
 fn a_pong_follows_what_came_before_its_ping() {
     let mut half = active(2);
     half.handle(Channel::Control, Frame::Ack(Ack { entries: vec![(n(300), n(4))] }), NOW).unwrap();
     let later = NOW + Duration::from_millis(1_500);
-    half.handle(Channel::Control, Frame::Ping(Ping { id: 7, time_ms: 3, flags: 1 }), later).unwrap();
+    half.handle(Channel::Control, Frame::Ping(Ping { id: 7, time_ms: 3, flags: 1, padding: 0 }), later)
+        .unwrap();
     let out = said(&mut half);
     let pong = Pong { id: 7, time_ms: 3, server_time: n(TIME + 1_500) };
     assert!(matches!(&out[0], gateway::Output::Ack(_)), "{out:?}");
@@ -369,7 +391,6 @@ fn a_cursor_is_dirty_until_something_sent_after_its_ack_is_answered() {
     half.committed(n(300), n(1), NOW);
     take(&mut half, Frame::Pong(Pong { id: 1, time_ms: 0, server_time: UnixMillis::default() }));
     assert_eq!(half.dirty().count(), 1, "that PING was before the ACK");
-    half.handle_timeout(NOW + Duration::from_millis(100));
     assert_eq!(left(&mut half), ["Ping", "Ack"]);
     half.ping(NOW);
     take(&mut half, Frame::Pong(Pong { id: 2, time_ms: 0, server_time: UnixMillis::default() }));
@@ -407,15 +428,167 @@ fn too_many_changed_cursors_stay_at_home_until_they_are_asked_for() {
 }
 
 #[test]
-fn an_ack_leaves_after_enough_commits_or_with_the_next_send() {
+fn a_lone_record_is_acknowledged_at_once_and_what_keeps_coming_together() {
     let mut half = live();
-    half.committed(n(300), n(15), NOW);
-    assert!(left(&mut half).is_empty());
-    half.committed(n(300), n(16), NOW);
+    let at = |n| NOW + ms(n);
+    half.committed(n(300), n(1), NOW);
     assert_eq!(left(&mut half), ["Ack"]);
-    half.committed(n(300), n(17), NOW);
-    half.send(send(1), NOW).unwrap();
+    half.committed(n(300), n(2), at(10));
+    half.committed(n(300), n(16), at(20));
+    assert!(left(&mut half).is_empty());
+    assert_eq!(half.poll_timeout(), Some(at(100)), "100 ms after the last one");
+    half.committed(n(300), n(17), at(30));
+    assert_eq!(left(&mut half), ["Ack"], "sixteen records");
+    half.committed(n(300), n(18), at(40));
+    half.send(send(1), at(50)).unwrap();
     assert_eq!(left(&mut half), ["Ack", "Send"]);
+    half.committed(n(300), n(19), at(60));
+    half.handle_timeout(at(150));
+    assert_eq!(left(&mut half), ["Ack"]);
+    half.committed(n(300), n(20), at(250));
+    assert_eq!(left(&mut half), ["Ack"], "a pause is over");
+}
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// A client whose gateway takes copies, and which knows that an answer takes 100 ms.
+fn hedging() -> Client {
+    let config = ClientConfig {
+        initial_rtt: Some(ms(100)),
+        ..ClientConfig::new(DeviceUid([1; 16]), DeviceClass::Phone)
+    };
+    let restored = Restored { epoch: Epoch::FIRST, device: Some(n(1)), ..Restored::default() };
+    let mut half = Client::new(config, restored);
+    connect(&mut half);
+    take(
+        &mut half,
+        Frame::Welcome(Welcome { features: Features::OURS.0, ..welcome(1, Resumption::Resumed) }),
+    );
+    put_out(&mut half);
+    half
+}
+
+/// Frames a half sends in datagrams.
+fn datagrams(half: &mut Client) -> Vec<Frame> {
+    let datagram = |output| match output {
+        client::Output::Transmit(Channel::Datagram, frame) => Some(frame),
+        _ => None,
+    };
+    put_out(half).into_iter().filter_map(datagram).collect()
+}
+
+fn ack(pseq: u64, seq: u64) -> SendAck {
+    SendAck {
+        conversation: n(300),
+        up_to: n(pseq),
+        time: n(TIME),
+        runs: vec![AckRun { count: 1, base: n(seq) }],
+    }
+}
+
+#[test]
+fn a_lone_send_whose_answer_is_overdue_leaves_twice_more_in_datagrams() {
+    let mut half = hedging();
+    assert_eq!((half.rtt(), half.overdue_after()), (Some(ms(100)), Some(ms(150))));
+    half.send(send(1), NOW).unwrap();
+    assert_eq!(datagrams(&mut half), []);
+    for (at, want) in
+        [(149, vec![]), (150, vec![send(1)]), (299, vec![]), (300, vec![send(1)]), (900, vec![])]
+    {
+        half.handle_timeout(NOW + ms(at));
+        let want: Vec<_> = want.into_iter().map(Frame::Send).collect();
+        assert_eq!(datagrams(&mut half), want, "after {at} ms");
+    }
+    take(&mut half, Frame::SendAck(ack(1, 9)));
+    assert_eq!((half.unacked(), half.hedged()), (0, 2));
+}
+
+#[test]
+fn a_send_is_not_hedged_when_it_was_answered_or_refused_or_the_gateway_or_a_datagram_does_not_take_it() {
+    let busy = SendRefused {
+        conversation: n(300),
+        pseq: n(1),
+        code: RefusalCode::Busy,
+        expected: n(1),
+        retry_after_ms: 5_000,
+    };
+    let origin = Origin { device: n(1), epoch: n(1), pseq: n(1) };
+    let large = Send { payload: vec![0; 1_150].into(), ..send(1) };
+    for (send, answer) in [
+        (send(1), Some((Channel::Control, Frame::SendAck(ack(1, 9))))),
+        (send(1), Some((Channel::Datagram, Frame::SendAck(ack(1, 9))))),
+        (send(1), Some((Channel::Control, Frame::SendRefused(busy)))),
+        (send(1), Some((Channel::Lane(0), deliver(1, Some(origin))))),
+        (large, None),
+    ] {
+        let mut half = hedging();
+        half.send(send, NOW).unwrap();
+        let what = format!("{answer:?}");
+        if let Some((channel, frame)) = answer {
+            half.handle(channel, frame, NOW + ms(100)).unwrap();
+        }
+        half.handle_timeout(NOW + ms(1_000));
+        assert_eq!(datagrams(&mut half), [], "{what}");
+    }
+    let mut old = live();
+    old.send(send(1), NOW).unwrap();
+    old.handle_timeout(NOW + ms(9_000));
+    assert_eq!(datagrams(&mut old), [], "this gateway did not say that it takes copies");
+}
+
+#[test]
+fn an_ack_that_overtakes_settles_only_what_it_names() {
+    let mut half = hedging();
+    for pseq in 1..=3 {
+        half.send(send(pseq), NOW).unwrap();
+    }
+    put_out(&mut half);
+    half.handle(Channel::Datagram, Frame::SendAck(ack(3, 9)), NOW + ms(100)).unwrap();
+    assert_eq!(half.unacked(), 2);
+    assert_eq!(left(&mut half), [""; 0], "the acks of 1 and 2 are on their way");
+    assert!(half.overdue_after() <= Some(ms(150)));
+    half.handle(Channel::Control, Frame::SendAck(SendAck { up_to: n(2), ..ack(2, 8) }), NOW + ms(110))
+        .unwrap();
+    half.handle_timeout(NOW + ms(180));
+    assert!(left(&mut half).contains(&"Send"), "1 is covered and not named: it asks again");
+}
+
+#[test]
+fn a_record_in_a_datagram_is_handed_out_once_and_in_its_place() {
+    let mut half = hedging();
+    let handed = |half: &mut Client| {
+        let seq = |output| match output {
+            client::Output::Deliver(record) => Some(record.seq.get()),
+            _ => None,
+        };
+        put_out(half).into_iter().filter_map(seq).collect::<Vec<u64>>()
+    };
+    let mut come =
+        |channel, seq, at| half.handle(channel, deliver(seq, None), NOW + ms(at)).map(|()| handed(&mut half));
+    assert_eq!(come(Channel::Lane(0), 1, 0), Ok(vec![1]));
+    assert_eq!(come(Channel::Datagram, 3, 100), Ok(vec![]), "2 is still on its lane");
+    assert_eq!(come(Channel::Lane(0), 2, 300), Ok(vec![2, 3]), "and nobody pulled it");
+    assert_eq!(come(Channel::Lane(0), 3, 310), Ok(vec![]));
+    assert_eq!(come(Channel::Datagram, 4, 400), Ok(vec![4]));
+}
+
+#[test]
+fn a_nudge_from_a_new_address_is_padded() {
+    let mut half = live();
+    half.nudge(false, NOW);
+    half.nudge(true, NOW);
+    let sizes: Vec<_> = put_out(&mut half)
+        .into_iter()
+        .map(|output| match output {
+            client::Output::Transmit(Channel::Control, Frame::Ping(ping)) => {
+                (ping.flags, Frame::Ping(ping).encoded_len())
+            }
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert!(matches!(sizes[..], [(1, 0..=20), (1, 1_000..=1_020)]), "{sizes:?}");
 }
 
 #[test]

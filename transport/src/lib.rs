@@ -11,7 +11,9 @@ mod connection;
 mod error;
 mod muxed;
 pub mod qmux;
+pub mod secure;
 pub mod tcp;
+pub mod websocket;
 
 pub use self::{
     connection::{Connection, Kind, RecvStream, SendStream, Setup, Stats},

@@ -392,10 +392,17 @@ fn the_higher_priority_goes_first_and_equals_take_turns() {
     write(&mut client, two, b"live");
     assert_eq!(order(&mut client), [one], "a record is full");
     assert_eq!(order(&mut client), [two, one]);
+    assert_eq!(order(&mut client), [one], "and no backlog beside it");
+    assert_eq!(order(&mut client), [backlog]);
+    write(&mut client, one, &[1; 20_000]);
     client.set_priority(backlog, 5).unwrap();
     assert_eq!(order(&mut client), [backlog]);
     client.set_priority(backlog, -5).unwrap();
-    assert_eq!(order(&mut client), [one, backlog]);
+    assert_eq!(order(&mut client), [one]);
+    assert_eq!(order(&mut client), [one]);
+    let before = client.buffered();
+    assert_eq!(order(&mut client), [backlog]);
+    assert!(before - client.buffered() < 4_096, "a piece that does not hold up others for long");
 }
 
 #[test]

@@ -303,6 +303,7 @@ impl Session {
             let now = self.gateway.started.elapsed();
             match output {
                 Output::Transmit(frame) => self.control.write_all(&frame.to_bytes()).await.ok()?,
+                Output::Datagram(frame) => drop(self.connection.send_datagram(frame.to_bytes())),
                 Output::Authenticate(hello) => self.authenticate(&hello, now),
                 Output::Send(send) => self.send(&send)?,
                 Output::Mark(mark) => {

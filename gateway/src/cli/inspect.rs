@@ -413,7 +413,7 @@ mod tests {
         let mut bytes = BytesMut::new();
         send().encode(&mut bytes);
         let second = bytes.len();
-        Frame::Ping(Ping { id: 5, time_ms: 6, flags: 0 }).encode(&mut bytes);
+        Frame::Ping(Ping { id: 5, time_ms: 6, flags: 0, padding: 0 }).encode(&mut bytes);
         let text = inspect(bytes.freeze(), false).to_string();
         for line in [
             "offset 0: Send (0x0e), ".to_owned(),

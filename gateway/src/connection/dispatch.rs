@@ -5,6 +5,7 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
+use bytes::Bytes;
 use fulmar_protocol::{
     close::{CloseCode, RefusalCode},
     frame::{
@@ -12,7 +13,7 @@ use fulmar_protocol::{
         Resumption, Welcome,
     },
     id::{ConversationId, Producer, RequestId, Seq, SessionId, UnixMillis},
-    limit::{ENTRIES_PER_FRAME_MAX, PULLS_INFLIGHT_MAX},
+    limit::{DATAGRAM_BYTES_MAX, ENTRIES_PER_FRAME_MAX, PULLS_INFLIGHT_MAX},
     session::{digest::CursorDigest, gateway::Output},
     version::{self, Features},
 };
@@ -61,6 +62,10 @@ impl Connection {
     pub(super) async fn dispatch(self: &Arc<Self>, output: Output) -> Result<(), End> {
         match output {
             Output::Transmit(frame) => self.tell(|session| session.transmit(frame)),
+            Output::Datagram(frame) => {
+                self.answer_copy(&frame);
+                Ok(())
+            }
             Output::Authenticate(hello) => self.authenticate(*hello).await,
             Output::Reauthenticate(auth) => self.reauthenticate(&auth.token),
             Output::Send(send) => {
@@ -139,6 +144,21 @@ impl Connection {
                 Ok(())
             }
             Output::Close { code, reason } => Err(End::Close(code, reason)),
+        }
+    }
+
+    /// The answer to a SEND that came in a datagram leaves in one too.
+    pub(super) fn answer_copy(&self, frame: &Frame) {
+        self.context.metrics.hedged("ack");
+        self.send_copy(frame.to_bytes());
+    }
+
+    /// Sends a copy of a frame in a datagram. What does not fit the path stays with its stream.
+    pub(super) fn send_copy(&self, frame: Bytes) {
+        if frame.len() <= DATAGRAM_BYTES_MAX.min(self.quic.max_datagram_size().unwrap_or(0)) {
+            self.context.metrics.bytes_out(frame.len() as u64);
+            // Full or gone: lost, as datagrams may be.
+            let _ = self.quic.send_datagram(frame);
         }
     }
 

@@ -237,6 +237,9 @@ impl Connection {
     /// Takes in one frame and carries out what follows from it. The caller holds `order`.
     pub(super) async fn take_in(self: &Arc<Self>, channel: Channel, frame: Frame) -> Result<(), End> {
         let now = self.now();
+        if channel == Channel::Datagram && matches!(frame, Frame::Send(_)) {
+            self.context.metrics.hedged("up");
+        }
         self.session().handle(channel, frame, now)?;
         self.carry_out().await
     }
@@ -272,6 +275,7 @@ impl Connection {
         while let Some(output) = session.poll_output() {
             match output {
                 Output::Transmit(frame) => self.queue_control(frame)?,
+                Output::Datagram(frame) => self.answer_copy(&frame),
                 Output::Close { code, reason } => return Err(End::Close(code, reason)),
                 // To be carried out in order, by whoever takes in the next frame.
                 other => self.stash.lock().unwrap_or_else(PoisonError::into_inner).push_back(other),

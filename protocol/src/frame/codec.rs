@@ -102,7 +102,7 @@ pub(super) const fn unzigzag(value: u64) -> i64 {
 ///
 /// ```
 /// use fulmar_protocol::frame::{Decoder, Frame, Ping};
-/// let ping = Frame::Ping(Ping { id: 7, time_ms: 1, flags: 0 });
+/// let ping = Frame::Ping(Ping { id: 7, time_ms: 1, flags: 0, padding: 0 });
 /// let bytes = ping.to_bytes();
 /// let mut decoder = Decoder::new(4096);
 /// decoder.push(bytes.slice(..2));

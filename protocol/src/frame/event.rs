@@ -6,7 +6,7 @@ use super::{Body, Fields, put_varint, varint_len};
 use crate::{
     error::DecodeError,
     id::{ConversationId, UnixMillis, UserId},
-    limit::EVENT_PAYLOAD_BYTES_MAX,
+    limit::{EVENT_PAYLOAD_BYTES_MAX, PING_PADDING_BYTES_MAX},
 };
 
 /// What an EVENT says.
@@ -103,28 +103,30 @@ pub struct Ping {
     pub time_ms: u64,
     /// See [`PingFlags`]; unknown bits are ignored.
     pub flags: u64,
+    /// Bytes that mean nothing behind the fields, at most [`PING_PADDING_BYTES_MAX`]: until a new path is validated, the
+    /// other side may send only three times what came.
+    pub padding: u16,
 }
 
 impl Body for Ping {
     fn decode(fields: &mut Fields<'_>) -> Result<Self, DecodeError> {
-        let ping = Self {
-            id: fields.varint("id")?,
-            time_ms: fields.varint("time")?,
-            flags: fields.varint("flags")?,
-        };
-        // Padding: a nudge after a rebind is padded so that the other side may answer with more than a packet.
-        fields.rest("padding", EVENT_PAYLOAD_BYTES_MAX)?;
-        Ok(ping)
+        let (id, time_ms, flags) = (fields.varint("id")?, fields.varint("time")?, fields.varint("flags")?);
+        let padding = fields.rest("padding", PING_PADDING_BYTES_MAX)?.len();
+        Ok(Self { id, time_ms, flags, padding: u16::try_from(padding).unwrap_or(u16::MAX) })
     }
 
     fn len(&self) -> usize {
-        varint_len(self.id) + varint_len(self.time_ms) + varint_len(self.flags)
+        varint_len(self.id)
+            + varint_len(self.time_ms)
+            + varint_len(self.flags)
+            + usize::from(self.padding).min(PING_PADDING_BYTES_MAX)
     }
 
     fn encode(&self, out: &mut BytesMut) {
         put_varint(out, self.id);
         put_varint(out, self.time_ms);
         put_varint(out, self.flags);
+        out.put_bytes(0, usize::from(self.padding).min(PING_PADDING_BYTES_MAX));
     }
 }
 

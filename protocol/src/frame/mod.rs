@@ -231,7 +231,7 @@ frames! {
     /// A message or another change of a conversation.
     Send(Send) = 0x0e, Side::Client, Channel::Uplink | Channel::Datagram, true;
     /// Sends that are on disk.
-    SendAck(SendAck) = 0x10, Side::Gateway, Channel::Control, false;
+    SendAck(SendAck) = 0x10, Side::Gateway, Channel::Control | Channel::Datagram, false;
     /// A send that will not be stored under its number, and why.
     SendRefused(SendRefused) = 0x12, Side::Gateway, Channel::Control, false;
     /// A live record.

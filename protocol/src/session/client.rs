@@ -21,6 +21,7 @@ use bytes::Bytes;
 
 use super::{
     acks,
+    hedge::{Hedges, Left},
     inflight::{Inflight, Room, Settled},
     reading::Readers,
     request::{Ask, Requests},
@@ -40,8 +41,9 @@ use crate::{
         UserId,
     },
     limit::{
-        ACK_EVERY, BLOCK_RECORDS_MAX, ENTRIES_PER_FRAME_MAX, FIRST_FLIGHT_BYTES_MAX, FIRST_FLIGHT_FRAMES_MAX,
-        FIRST_FLIGHT_SENDS_MAX, HELLO_BYTES_MAX, MARKS_MAX, REORDER_BYTES_MAX, REORDER_RECORDS_MAX,
+        ACK_EVERY, BLOCK_RECORDS_MAX, DATAGRAM_BYTES_MAX, ENTRIES_PER_FRAME_MAX, FIRST_FLIGHT_BYTES_MAX,
+        FIRST_FLIGHT_FRAMES_MAX, FIRST_FLIGHT_SENDS_MAX, HELLO_BYTES_MAX, MARKS_MAX, PING_PADDING_BYTES_MAX,
+        REORDER_BYTES_MAX, REORDER_RECORDS_MAX,
     },
     version::{Features, MINOR},
 };
@@ -61,7 +63,7 @@ pub struct ClientConfig {
     pub class: DeviceClass,
     /// What the SDK can do.
     pub features: Features,
-    /// From a commit to its ACK.
+    /// From one ACK to the next, while records keep coming. The first one after a pause leaves at once.
     pub ack_delay: Duration,
     /// Commits after which an ACK does not wait.
     pub ack_every: usize,
@@ -71,6 +73,9 @@ pub struct ClientConfig {
     pub hello_timeout: Duration,
     /// From a PING to a sign of life.
     pub answer_timeout: Duration,
+    /// The round trip of the network as it was before, if it is known: what is lost at first is noticed sooner. One that
+    /// comes with [`Client::connect`] replaces it.
+    pub initial_rtt: Option<Duration>,
     /// How long a hole may stay before it is pulled.
     pub gap_delay: Duration,
     /// Records of one conversation that may wait for their predecessors.
@@ -94,6 +99,7 @@ impl ClientConfig {
             keepalive: Duration::from_secs(30),
             hello_timeout: Duration::from_secs(10),
             answer_timeout: Duration::from_secs(10),
+            initial_rtt: None,
             gap_delay: Duration::from_secs(1),
             reorder_records: REORDER_RECORDS_MAX,
             reorder_bytes: REORDER_BYTES_MAX,
@@ -214,6 +220,10 @@ pub struct Client {
     features: Features,
     keepalive: Duration,
     inflight: Inflight,
+    /// SENDs that may have been lost alone.
+    hedges: Hedges<Pseq, ()>,
+    /// Bytes that left since the hedges were last told.
+    left: usize,
     readers: Readers,
     requests: Requests,
     /// Cursors the gateway may not know; the number of the ACK that told it, if one has left on this connection.
@@ -222,6 +232,10 @@ pub struct Client {
     due: BTreeSet<ConversationId>,
     commits: u64,
     acks_sent: u64,
+    /// When the last ACK of this connection left.
+    acked_at: Option<Duration>,
+    /// When the HELLO left.
+    hello_at: Duration,
     /// The changed cursors of the last HELLO.
     told: Vec<(ConversationId, Seq)>,
     marks: BTreeMap<ConversationId, Marked>,
@@ -248,6 +262,7 @@ impl Client {
         let readers =
             Readers::new(restored.cursors, config.reorder_records, config.reorder_bytes, config.gap_delay);
         let keepalive = config.keepalive;
+        let hedges = Hedges::new(config.initial_rtt);
         let mut client = Self {
             config,
             state: ClientState::Offline,
@@ -258,12 +273,16 @@ impl Client {
             features: Features::default(),
             keepalive,
             inflight,
+            hedges,
+            left: 0,
             readers,
             requests: Requests::new(),
             dirty: restored.dirty.into_iter().map(|conversation| (conversation, None)).collect(),
             due: BTreeSet::new(),
             commits: 0,
             acks_sent: 0,
+            acked_at: None,
+            hello_at: Duration::ZERO,
             told: Vec::new(),
             marks: BTreeMap::new(),
             marks_due: BTreeSet::new(),
@@ -327,6 +346,26 @@ impl Client {
         self.inflight.has_room()
     }
 
+    /// The smoothed round trip, the gateway's work included. `None`: nothing is known yet. Worth keeping per network:
+    /// see [`ClientConfig::initial_rtt`] and [`NetworkHint::rtt_ms`].
+    #[must_use]
+    pub const fn rtt(&self) -> Option<Duration> {
+        self.hedges.rtt().smoothed()
+    }
+
+    /// How long an answer may take before its question counts as lost: `max(1.25 srtt, srtt + 4 rttvar, 40 ms)`. `None`:
+    /// nothing is known yet.
+    #[must_use]
+    pub fn overdue_after(&self) -> Option<Duration> {
+        self.hedges.rtt().overdue_after()
+    }
+
+    /// Copies of SENDs that left in datagrams because their answers were overdue, ever.
+    #[must_use]
+    pub const fn hedged(&self) -> u64 {
+        self.hedges.copies()
+    }
+
     /// There is a new connection: HELLO leaves, and after it what is unsettled.
     pub fn connect(&mut self, auth: AuthProof, network: NetworkHint, now: Duration) {
         if self.state != ClientState::Offline {
@@ -334,6 +373,10 @@ impl Client {
         }
         self.enter(ClientInput::Connect);
         self.timers.set(Timer::Hello, now + self.config.hello_timeout);
+        self.hello_at = now;
+        if network.rtt_ms > 0 {
+            self.hedges.reseed(Duration::from_millis(network.rtt_ms.into()));
+        }
         let mut hello = Hello {
             minor: MINOR,
             features: self.config.features.0 | ((self.config.grease << 56) & Features::GREASE.0),
@@ -374,6 +417,9 @@ impl Client {
         self.timers.clear_all();
         self.outputs.retain(|output| !matches!(output, Output::Transmit(..) | Output::Close(_)));
         self.inflight.disconnected();
+        self.hedges.clear();
+        self.left = 0;
+        self.acked_at = None;
         self.readers.disconnected();
         self.pings.clear();
         self.told.clear();
@@ -435,6 +481,7 @@ impl Client {
 
     fn end(&mut self, code: CloseCode) {
         self.timers.clear_all();
+        self.hedges.clear();
         self.outputs.push_back(Output::Close(code));
     }
 
@@ -466,7 +513,7 @@ impl Client {
                 self.readers.record(deliver, now, &mut self.outputs);
             }
             Frame::Block(block) => self.block(block, now),
-            Frame::SendAck(ack) => self.acked(&ack, now)?,
+            Frame::SendAck(ack) => self.acked(channel, &ack, now)?,
             Frame::SendRefused(refused) => self.send_refused(refused, now),
             Frame::Heads(heads) => {
                 for head in &heads.entries {
@@ -543,6 +590,15 @@ impl Client {
             self.epoch = welcome.epoch;
             self.outputs.push_back(Output::NewEpoch { epoch: self.epoch, unsettled: Vec::new() });
         }
+        if self.hedges.rtt().smoothed().is_none() {
+            self.hedges.reseed(now.saturating_sub(self.hello_at));
+        }
+        // The first flight is behind this: what is overdue from here on was lost. How long its answers take says little.
+        for send in self.inflight.flying().take(FIRST_FLIGHT_SENDS_MAX) {
+            let (size, hedge) = self.hedgeable(send);
+            let left = Left { size, hedge, timed: false, patience: Duration::ZERO };
+            self.hedges.sent(send.conversation, send.pseq, (), left, now);
+        }
         let resumption = welcome.resumption;
         self.outputs.push_back(Output::Welcomed(Box::new(welcome)));
         match resumption {
@@ -564,10 +620,16 @@ impl Client {
                     self.dirty.insert(conversation, None);
                     self.due.insert(conversation);
                 }
-                self.flush_acks();
+                self.flush_acks(now);
             }
         }
         Ok(())
+    }
+
+    /// Bytes of a SEND, and whether it may leave again in a datagram.
+    fn hedgeable(&self, send: &Send) -> (usize, bool) {
+        let size = Frame::Send(send.clone()).encoded_len();
+        (size, size <= DATAGRAM_BYTES_MAX && self.features.has(Features::HEDGE))
     }
 
     /// The gateway gave this database another epoch: what was numbered under ours is void.
@@ -609,22 +671,30 @@ impl Client {
         let time = deliver.time.expand(self.server_time(now));
         // Only this one: what came before it may have been refused, and that answer is on its way.
         if let Some(send) = self.inflight.remove(deliver.conversation, origin.pseq) {
+            self.hedges.answered(deliver.conversation, origin.pseq, now);
             self.settled(Settled { send, seq: Some(deliver.seq) }, time);
         }
     }
 
-    fn acked(&mut self, ack: &SendAck, now: Duration) -> Result<(), Violation> {
+    fn acked(&mut self, channel: Channel, ack: &SendAck, now: Duration) -> Result<(), Violation> {
         let Some(highest) = self.inflight.highest_left(ack.conversation) else { return Ok(()) };
         if ack.up_to > highest {
             return Err(Violation::BadAck);
         }
         let seqs: BTreeMap<Pseq, Seq> = acks::pairs(ack).take(crate::limit::OUTBOX_SENDS_MAX).collect();
-        let settled = if seqs.is_empty() {
+        let settled = if channel == Channel::Datagram {
+            // It overtakes: acks of what it does not name may be on their way.
+            self.inflight.named(ack.conversation, &seqs)
+        } else if seqs.is_empty() {
             self.inflight.forgotten(ack.conversation, ack.up_to)
         } else {
             self.inflight.acked(ack.conversation, ack.up_to, &seqs, now)
         };
         for settled in settled {
+            match settled.seq {
+                Some(_) => self.hedges.answered(ack.conversation, settled.send.pseq, now),
+                None => self.hedges.forget(ack.conversation, settled.send.pseq),
+            }
             self.settled(settled, ack.time);
         }
         Ok(())
@@ -644,6 +714,7 @@ impl Client {
 
     fn send_refused(&mut self, refused: SendRefused, now: Duration) {
         let SendRefused { conversation, pseq, code, retry_after_ms, .. } = refused;
+        self.hedges.forget(conversation, pseq);
         match code.retry() {
             Retry::Never => {
                 if self.inflight.remove(conversation, pseq).is_some() {
@@ -722,7 +793,9 @@ impl Client {
         let Some(index) = self.pings.iter().position(|ping| ping.id == pong.id) else { return };
         let Some(ping) = self.pings.get(index).copied() else { return };
         self.pings.drain(..=index);
-        self.outputs.push_back(Output::Rtt(now.saturating_sub(ping.at)));
+        let took = now.saturating_sub(ping.at);
+        self.hedges.sample(took);
+        self.outputs.push_back(Output::Rtt(took));
         self.confirm(ping.acks);
     }
 
@@ -760,21 +833,26 @@ impl Client {
         self.due.insert(conversation);
         self.commits = self.commits.saturating_add(moved);
         if self.state.is_welcomed() {
-            if self.commits >= self.config.ack_every as u64 {
-                self.flush_acks();
+            // A record by itself is acknowledged at once: the transport's own acknowledgement shares the packet. Only
+            // while they keep coming it pays to wait for more.
+            let at = self.acked_at.map_or(now, |last| last + self.config.ack_delay);
+            if self.commits >= self.config.ack_every as u64 || at <= now {
+                self.flush_acks(now);
             } else {
-                self.timers.set_if_clear(Timer::Ack, now + self.config.ack_delay);
+                self.timers.set_if_clear(Timer::Ack, at);
             }
         }
+        self.tell_left(now);
     }
 
-    fn flush_acks(&mut self) {
+    fn flush_acks(&mut self, now: Duration) {
         self.timers.clear(Timer::Ack);
         self.commits = 0;
         if self.due.is_empty() {
             return;
         }
         self.acks_sent += 1;
+        self.acked_at = Some(now);
         let entries: Vec<_> = core::mem::take(&mut self.due)
             .into_iter()
             .map(|conversation| {
@@ -783,7 +861,7 @@ impl Client {
             })
             .collect();
         for ack in Ack::split(&entries) {
-            self.outputs.push_back(Output::Transmit(Channel::Control, Frame::Ack(ack)));
+            self.push(Channel::Control, Frame::Ack(ack));
         }
     }
 
@@ -874,37 +952,43 @@ impl Client {
     }
 
     /// Sends something that is not stored; dropped when there is no welcomed connection.
-    pub fn event(&mut self, event: Event, _now: Duration) {
+    pub fn event(&mut self, event: Event, now: Duration) {
         if self.state.is_welcomed() {
             let datagram = self.features.has(Features::DATAGRAM_EVENTS);
             let channel = if datagram { Channel::Datagram } else { Channel::Control };
             self.push(channel, Frame::Event(event));
+            self.tell_left(now);
         }
     }
 
     /// Sends a PING; its answer comes out as [`Output::Rtt`]. Nothing before the WELCOME.
     pub fn ping(&mut self, now: Duration) {
-        self.send_ping(PingFlags::default(), now);
+        self.send_ping(PingFlags::default(), 0, now);
     }
 
-    /// Sends a PING that asks the gateway to write everything that is due: something seems to be lost.
-    pub fn nudge(&mut self, now: Duration) {
-        self.send_ping(PingFlags::NUDGE, now);
+    /// Sends a PING that asks the gateway to write everything that is due: something seems to be lost. `padded` (the
+    /// first one from a new address): until the gateway has validated the address it may send only three times what came
+    /// from it, so the PING is filled up, and the allowance holds a challenge and the messages.
+    pub fn nudge(&mut self, padded: bool, now: Duration) {
+        self.send_ping(PingFlags::NUDGE, if padded { PING_PADDING_BYTES_MAX } else { 0 }, now);
     }
 
-    fn send_ping(&mut self, flags: PingFlags, now: Duration) {
+    fn send_ping(&mut self, flags: PingFlags, padding: usize, now: Duration) {
         if !self.state.is_welcomed() {
             return;
         }
         // So that the answer confirms them.
-        self.flush_acks();
+        self.flush_acks(now);
         self.pings_sent += 1;
         let time_ms = u64::try_from(now.as_millis()).unwrap_or(0);
         if self.pings.len() >= PINGS_MAX {
             self.pings.pop_front();
         }
         self.pings.push_back(PingSent { id: self.pings_sent, at: now, acks: self.acks_sent });
-        self.push(Channel::Control, Frame::Ping(Ping { id: self.pings_sent, time_ms, flags: flags.0 }));
+        let padding = u16::try_from(padding).unwrap_or(0);
+        let ping = Ping { id: self.pings_sent, time_ms, flags: flags.0, padding };
+        self.push(Channel::Control, Frame::Ping(ping));
+        self.tell_left(now);
         self.timers.set(Timer::Ping, now + self.keepalive);
         self.timers.set_if_clear(Timer::Idle, now + self.config.answer_timeout);
     }
@@ -931,33 +1015,59 @@ impl Client {
             self.ping(now);
         }
         if self.timers.fired(Timer::Ack, now) {
-            self.flush_acks();
+            self.flush_acks(now);
         }
+        self.hedge(now);
         self.inflight.handle_timeout(now);
         self.readers.handle_timeout(now);
         self.pump(now);
     }
 
+    /// Copies of SENDs whose answers are overdue leave in datagrams.
+    fn hedge(&mut self, now: Duration) {
+        while let Some((conversation, pseq, ())) = self.hedges.take_due(now) {
+            if let Some(send) = self.inflight.flies(conversation, pseq) {
+                let frame = Frame::Send(send.clone());
+                self.outputs.push_back(Output::Transmit(Channel::Datagram, frame));
+            }
+        }
+    }
+
+    /// Tells the hedges that something left: what was lost before it shows by it.
+    fn tell_left(&mut self, now: Duration) {
+        let bytes = core::mem::take(&mut self.left);
+        if bytes > 0 {
+            self.hedges.left(bytes, now);
+        }
+    }
+
     fn push(&mut self, channel: Channel, frame: Frame) {
+        self.left += frame.encoded_len();
         self.outputs.push_back(Output::Transmit(channel, frame));
     }
 
     /// Puts out everything that may leave now.
-    fn pump(&mut self, _now: Duration) {
+    fn pump(&mut self, now: Duration) {
         let welcomed = self.state.is_welcomed();
         if !welcomed && self.state != ClientState::Opening {
             return;
         }
         while self.first_flight > 0 {
             let Some((channel, frame)) = self.next_frame(welcomed) else { break };
-            if matches!(frame, Frame::Send(_)) && welcomed {
-                self.flush_acks();
+            if let Frame::Send(send) = &frame
+                && welcomed
+            {
+                self.flush_acks(now);
+                let (size, hedge) = self.hedgeable(send);
+                let left = Left { size, hedge, timed: true, patience: Duration::ZERO };
+                self.hedges.sent(send.conversation, send.pseq, (), left, now);
             }
             self.push(channel, frame);
             if !welcomed {
                 self.first_flight -= 1;
             }
         }
+        self.tell_left(now);
     }
 
     fn next_frame(&mut self, welcomed: bool) -> Option<(Channel, Frame)> {
@@ -989,6 +1099,7 @@ impl Client {
     pub fn poll_timeout(&self) -> Option<Duration> {
         [
             self.timers.next(),
+            self.hedges.next_due(),
             self.requests.next_timeout(),
             self.inflight.next_timeout(),
             self.readers.next_timeout(),

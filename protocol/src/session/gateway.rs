@@ -6,6 +6,8 @@
 //!   was handed to the driver.
 //! - A SEND is handed out as often as it comes; the shard's [`crate::producer::Lane`] tells repetitions apart. Each
 //!   one handed out is to be answered by [`Gateway::acked`] or [`Gateway::refused`], and counts until then.
+//! - A SEND in a datagram is a copy of one that seems to be lost, or whose answer does: its SEND_ACK leaves in a datagram
+//!   too, beside the one on the control stream, which may be held up by what was lost before it.
 //! - SENDs of a connection whose HELLO named another epoch than the WELCOME are dropped: they are numbered for a log
 //!   that is no more. The client connects again.
 //!
@@ -28,8 +30,8 @@ use crate::{
     close::{CloseCode, RefusalCode, Retry},
     error::Violation,
     frame::{
-        Ack, Auth, Call, Channel, Cursors, Error, Event, Frame, Goaway, Hello, Kicked, Limits, Mark, Open,
-        Ping, Pong, Pull, Send, SendAck, SendRefused, Side, Welcome,
+        Ack, AckRun, Auth, Call, Channel, Cursors, Error, Event, Frame, Goaway, Hello, Kicked, Limits, Mark,
+        Open, Ping, Pong, Pull, Send, SendAck, SendRefused, Side, Welcome,
     },
     id::{ConversationId, Epoch, Pseq, Seq, UnixMillis},
     limit::{FIRST_FLIGHT_BYTES_MAX, FIRST_FLIGHT_FRAMES_MAX},
@@ -38,6 +40,9 @@ use crate::{
 
 /// PONGs that wait to leave; of more PINGs than that, the oldest stay without an answer.
 const PONGS_MAX: usize = 8;
+
+/// Copies of SENDs whose answers are to leave in datagrams too; of more, the oldest are answered like any SEND.
+const COPIES_UNANSWERED_MAX: usize = 16;
 
 /// What may be set.
 #[derive(Clone, Debug)]
@@ -68,6 +73,8 @@ impl Default for GatewayConfig {
 pub enum Output {
     /// Write this frame to the control stream.
     Transmit(Frame),
+    /// Send this frame in a datagram; it may be lost. It is said on the control stream as well.
+    Datagram(Frame),
     /// Look at the proof; answer with [`Gateway::welcome`] or [`Gateway::reject`].
     Authenticate(Box<Hello>),
     /// Look at the fresh token; answer with [`Gateway::reject`] when it is not good.
@@ -111,6 +118,8 @@ pub struct Gateway {
     /// SENDs are numbered for another epoch.
     sends_void: bool,
     acks: PendingAcks,
+    /// SENDs that came in datagrams and are not answered.
+    copies: VecDeque<(ConversationId, Pseq)>,
     outputs: VecDeque<Output>,
     pongs: usize,
     timers: Timers,
@@ -135,6 +144,7 @@ impl Gateway {
             hello_epoch: Epoch::ZERO,
             sends_void: false,
             acks: PendingAcks::default(),
+            copies: VecDeque::new(),
             outputs: VecDeque::new(),
             pongs: 0,
             timers,
@@ -220,6 +230,13 @@ impl Gateway {
             Frame::Send(send) if channel == Channel::Datagram => {
                 if !self.window.has_room() {
                     return Ok(());
+                }
+                let copy = (send.conversation, send.pseq);
+                if !self.copies.contains(&copy) {
+                    if self.copies.len() >= COPIES_UNANSWERED_MAX {
+                        self.copies.pop_front();
+                    }
+                    self.copies.push_back(copy);
                 }
                 Output::Send(send)
             }
@@ -314,6 +331,18 @@ impl Gateway {
         self.window.acked(conversation, pseq);
         let full = self.acks.acked(conversation, pseq, seq, time);
         self.push_ack(full);
+        // Without a record it may have been refused, and only the control stream says why.
+        if self.answered_copy(conversation, pseq) && seq != Seq::ZERO {
+            let runs = vec![AckRun { count: 1, base: seq }];
+            let ack = SendAck { conversation, up_to: pseq, time, runs };
+            self.outputs.push_back(Output::Datagram(Frame::SendAck(ack)));
+        }
+    }
+
+    /// Whether the send came in a datagram and was not answered before.
+    fn answered_copy(&mut self, conversation: ConversationId, pseq: Pseq) -> bool {
+        let at = self.copies.iter().position(|copy| *copy == (conversation, pseq));
+        at.and_then(|at| self.copies.remove(at)).is_some()
     }
 
     /// Everything up to `up_to` was settled before, further back than anybody remembers where.
@@ -333,6 +362,7 @@ impl Gateway {
         }
         let settled = refused.code.retry() == Retry::Never && refused.code != RefusalCode::StaleEpoch;
         self.window.refused(refused.conversation, refused.pseq, settled);
+        self.answered_copy(refused.conversation, refused.pseq);
         let before = self.acks.take(refused.conversation);
         self.push_ack(before);
         self.outputs.push_back(Output::Transmit(Frame::SendRefused(refused)));
@@ -396,6 +426,7 @@ impl Gateway {
         self.held.clear();
         self.held_bytes = 0;
         self.acks.clear();
+        self.copies.clear();
     }
 
     fn flush_acks(&mut self) {

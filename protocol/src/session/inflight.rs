@@ -185,22 +185,38 @@ impl Inflight {
         seqs: &BTreeMap<Pseq, Seq>,
         now: Duration,
     ) -> Vec<Settled> {
-        let mut settled = Vec::new();
-        for (pseq, seq) in seqs {
-            if let Some(send) = self.remove(conversation, *pseq) {
-                settled.push(Settled { send, seq: Some(*seq) });
-            }
-        }
+        let settled = self.named(conversation, seqs);
         let Some(lane) = self.lanes.get_mut(&conversation) else { return settled };
-        if !settled.is_empty() {
-            lane.failures = 0;
-        }
         let unnamed: Vec<Pseq> =
             lane.entries.range(..=up_to).filter(|(_, entry)| entry.flying).map(|(pseq, _)| *pseq).collect();
         for pseq in unnamed {
             self.postponed(conversation, pseq, Duration::ZERO, now);
         }
         settled
+    }
+
+    /// The sends named in `seqs` are settled, with these records; nothing is known of others.
+    pub(super) fn named(&mut self, conversation: ConversationId, seqs: &BTreeMap<Pseq, Seq>) -> Vec<Settled> {
+        let named = seqs.iter().filter_map(|(pseq, seq)| {
+            self.remove(conversation, *pseq).map(|send| Settled { send, seq: Some(*seq) })
+        });
+        let settled: Vec<Settled> = named.collect();
+        if let Some(lane) = self.lanes.get_mut(&conversation).filter(|_| !settled.is_empty()) {
+            lane.failures = 0;
+        }
+        settled
+    }
+
+    /// The send, if it left on this connection and is not settled.
+    pub(super) fn flies(&self, conversation: ConversationId, pseq: Pseq) -> Option<&Send> {
+        let entry = self.lanes.get(&conversation)?.entries.get(&pseq)?;
+        entry.flying.then_some(&entry.send)
+    }
+
+    /// Everything that left on this connection and is not settled.
+    pub(super) fn flying(&self) -> impl Iterator<Item = &Send> + '_ {
+        let entries = self.lanes.values().flat_map(|lane| lane.entries.values());
+        entries.filter(|entry| entry.flying).map(|entry| &entry.send)
     }
 
     /// Everything up to `up_to` was settled so long ago that nobody remembers how.

@@ -114,7 +114,12 @@ pub(crate) fn numbered(number: u64, s: &mut Source<'_>) -> Frame {
             retry_after_ms: s.narrow(),
             text: s.text(512),
         }),
-        _ => Frame::Ping(Ping { id: s.varint(), time_ms: s.varint(), flags: s.varint() }),
+        _ => Frame::Ping(Ping {
+            id: s.varint(),
+            time_ms: s.varint(),
+            flags: s.varint(),
+            padding: u16::from(s.byte()),
+        }),
     }
 }
 

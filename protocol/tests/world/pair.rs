@@ -20,7 +20,7 @@ use fulmar_protocol::{
     frame::{
         AuthProof, Block, CallStatus, Channel, Decoder, Deliver, Error, Event, EventKind, Frame, Goaway,
         Head, Heads, Limits, NetworkHint, OpenTarget, Opened, Origin, Pull, RecordKind, Reply, Resumption,
-        Send, SendRefused, StreamHeader, Welcome, WireTime,
+        Send, SendRefused, Side, StreamHeader, Welcome, WireTime,
     },
     id::{
         ClassEpoch, ConversationId, DeviceClass, DeviceId, DeviceUid, Epoch, Pseq, Seq, ServiceId, SessionId,
@@ -31,6 +31,7 @@ use fulmar_protocol::{
         client::{self, Client, ClientConfig, Restored},
         digest::CursorDigest,
         gateway::{self, Gateway, GatewayConfig},
+        hedge::{Hedges, Left},
         state::ClientState,
     },
 };
@@ -108,7 +109,8 @@ struct Server {
     lanes: BTreeMap<LaneKey, Lane>,
     /// The lanes as of the last commit.
     durable: BTreeMap<LaneKey, Lane>,
-    parked: BTreeMap<LaneKey, Parked<(u64, Send)>>,
+    /// By epoch too: each numbers from 1.
+    parked: BTreeMap<(LaneKey, Epoch), Parked<(u64, Send)>>,
     /// Verdicts of the batch: connection, what.
     batch: Vec<(u64, Verdict)>,
     epochs: BTreeMap<usize, u64>,
@@ -162,6 +164,9 @@ struct Connection {
     up: BTreeMap<Channel, Pipe>,
     down: BTreeMap<Channel, Pipe>,
     up_datagrams: Vec<Bytes>,
+    down_datagrams: Vec<Bytes>,
+    /// Records that may have been lost alone.
+    hedges: Hedges<Seq, Bytes>,
     hello: Option<gateway::Output>,
     welcomed: bool,
     epoch: Epoch,
@@ -287,7 +292,7 @@ impl World {
             58 => self.cancel(index, s),
             59 => {
                 let now = self.now;
-                self.devices[index].half.nudge(now);
+                self.devices[index].half.nudge(s.flag(), now);
                 self.run_client(index);
             }
             60 => self.drain(index),
@@ -457,6 +462,8 @@ impl World {
             up: BTreeMap::new(),
             down: BTreeMap::new(),
             up_datagrams: Vec::new(),
+            down_datagrams: Vec::new(),
+            hedges: Hedges::new(Some(Duration::from_millis(50))),
             hello: None,
             welcomed: false,
             epoch: Epoch::ZERO,
@@ -514,8 +521,12 @@ impl World {
             }
         }
         let Some(link) = &mut self.devices[index].link else { return };
+        let down = core::mem::take(&mut link.down_datagrams);
         for datagram in core::mem::take(&mut link.up_datagrams) {
             self.datagram_up(index, datagram);
+        }
+        for datagram in down {
+            self.datagram_down(index, datagram);
         }
     }
 
@@ -530,19 +541,35 @@ impl World {
         }
     }
 
+    fn datagram_down(&mut self, index: usize, datagram: Bytes) {
+        let now = self.now;
+        let mut decoder = Decoder::new(Channel::Datagram.frame_limit());
+        decoder.push(datagram);
+        let frame = decoder.next().expect("readable").expect("whole");
+        if self.devices[index].link.is_some() {
+            self.devices[index]
+                .half
+                .handle(Channel::Datagram, frame, now)
+                .expect("a gateway keeps the rules");
+            self.run_client(index);
+        }
+    }
+
     /// One datagram arrives, is repeated, or is lost.
     fn datagram(&mut self, index: usize, s: &mut Source<'_>) {
+        let up = s.flag();
         let Some(link) = &mut self.devices[index].link else { return };
-        if link.up_datagrams.is_empty() {
+        let datagrams = if up { &mut link.up_datagrams } else { &mut link.down_datagrams };
+        if datagrams.is_empty() {
             return;
         }
-        let which = s.below(link.up_datagrams.len());
+        let which = s.below(datagrams.len());
         let datagram = match s.below(3) {
-            0 => link.up_datagrams.swap_remove(which),
-            1 => link.up_datagrams[which].clone(),
-            _ => return drop(link.up_datagrams.swap_remove(which)),
+            0 => datagrams.swap_remove(which),
+            1 => datagrams[which].clone(),
+            _ => return drop(datagrams.swap_remove(which)),
         };
-        self.datagram_up(index, datagram);
+        if up { self.datagram_up(index, datagram) } else { self.datagram_down(index, datagram) }
     }
 
     /// A copy of an unsettled send leaves in a datagram beside the stream.
@@ -563,8 +590,9 @@ impl World {
                 .devices
                 .iter()
                 .flat_map(|device| {
-                    let link = device.link.as_ref().and_then(|link| link.gateway.poll_timeout());
-                    [device.half.poll_timeout(), link]
+                    let link = device.link.as_ref();
+                    let gateway = link.and_then(|link| link.gateway.poll_timeout());
+                    [device.half.poll_timeout(), gateway, link.and_then(|link| link.hedges.next_due())]
                 })
                 .flatten()
                 .chain(self.server.parked.values().filter_map(Parked::next_expiry))
@@ -590,6 +618,11 @@ impl World {
                 link.gateway.handle_timeout(now);
                 self.run_gateway(index);
             }
+            if let Some(link) = &mut self.devices[index].link {
+                while let Some((_, _, frame)) = link.hedges.take_due(now) {
+                    link.down_datagrams.push(frame.clone());
+                }
+            }
         }
         let keys: Vec<_> = self.server.parked.keys().copied().collect();
         for key in keys {
@@ -597,7 +630,7 @@ impl World {
                 && let Some((pseq, (connection, send))) = parked.expire(now)
             {
                 let expected =
-                    self.server.lanes.get(&key).map_or(Pseq::FIRST, |lane| lane.last().saturating_add(1));
+                    self.server.lanes.get(&key.0).map_or(Pseq::FIRST, |lane| lane.last().saturating_add(1));
                 self.refuse_now(connection, send.conversation, pseq, RefusalCode::OutOfOrder, expected);
             }
         }
@@ -727,6 +760,10 @@ impl World {
                 let pipe = link.down.entry(Channel::Control).or_insert_with(|| Pipe::new(Channel::Control));
                 frame.encode_greased(&mut pipe.flying, grease);
             }
+            gateway::Output::Datagram(frame) => {
+                assert!(frame.check_channel(Side::Gateway, Channel::Datagram).is_ok());
+                link.down_datagrams.push(frame.to_bytes());
+            }
             gateway::Output::Authenticate(_) => link.hello = Some(output),
             gateway::Output::Send(send) => {
                 let connection = link.id;
@@ -836,8 +873,12 @@ impl World {
     }
 
     fn move_cursors(&mut self, index: usize, entries: &[(ConversationId, Seq)], replace: bool) {
+        let now = self.now;
         let known = self.server.cursors.entry(index).or_default();
         for (conversation, seq) in entries {
+            if let Some(link) = &mut self.devices[index].link {
+                link.hedges.answered_up_to(*conversation, *seq, now);
+            }
             let number = number_of(*conversation);
             let head = self.server.logs[&number].head();
             let actual = self.devices[index].app.cursors.get(&number).copied().unwrap_or(0);
@@ -904,10 +945,6 @@ impl World {
         let lane = self.server.lanes.entry(key).or_insert_with(|| Lane::new(epoch));
         let print = fingerprint(&send);
         let mut decision = lane.offer(epoch, send.pseq, print);
-        if decision == Decision::Append && epoch != lane.epoch() {
-            // What is parked is numbered for the old epoch.
-            self.server.parked.remove(&key);
-        }
         match (self.bug, decision) {
             (Some(Bug::NoAgain), Decision::Again { .. }) => decision = Decision::Append,
             (Some(Bug::NoEarly), Decision::Early { .. }) => decision = Decision::Append,
@@ -920,7 +957,7 @@ impl World {
                 loop {
                     let Some(lane) = self.server.lanes.get(&key) else { return };
                     let last = lane.last();
-                    let Some(parked) = self.server.parked.get_mut(&key) else { return };
+                    let Some(parked) = self.server.parked.get_mut(&(key, epoch)) else { return };
                     let Some((connection, send)) = parked.take_next(last) else { return };
                     let print = fingerprint(&send);
                     self.append(key, connection, epoch, &send, print);
@@ -931,7 +968,7 @@ impl World {
                 self.verdict(connection, Verdict::Acked { conversation, pseq, seq });
             }
             Decision::Early { expected } => {
-                let parked = self.server.parked.entry(key).or_default();
+                let parked = self.server.parked.entry((key, epoch)).or_default();
                 if parked.insert(pseq, (connection, send), now + Duration::from_millis(500)).is_err() {
                     self.refuse_now(connection, conversation, pseq, RefusalCode::OutOfOrder, expected);
                 }
@@ -1056,9 +1093,14 @@ impl World {
                 let lane = Channel::Lane(u8::try_from(number % 2).expect("small"));
                 for at in next..=head {
                     let frame = Frame::Deliver(self.deliver(index, number, at, false));
+                    let now = self.now;
                     if let Some(link) = &mut self.devices[index].link {
                         let pipe = link.down.entry(lane).or_insert_with(|| Pipe::new(lane));
                         frame.encode_greased(&mut pipe.flying, grease);
+                        let size = frame.encoded_len();
+                        let left = Left { size, hedge: true, timed: true, patience: Duration::ZERO };
+                        link.hedges.sent(conversation(number), seq(at), frame.to_bytes(), left, now);
+                        link.hedges.left(size, now);
                     }
                 }
                 self.owed(index, number, head + 1);

@@ -181,6 +181,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
         }
         let now = Instant::now();
         let old = state.measured.is_none_or(|measured| now - measured >= MEASURE_EVERY);
+        // Who sends and hears nothing asks: there are no acknowledgements that would keep the connection alive.
+        let silence = state.mux.idle_timeout_ms().map(|timeout| Duration::from_millis(timeout / 3));
+        let old = old || silence.is_some_and(|silence| now - self.alive >= silence);
         if old && state.pinged.is_none() && state.mux.ended().is_none() {
             let number = state.mux.ping();
             state.pinged = Some((number, now));

@@ -24,6 +24,9 @@ const DATAGRAM_OVERHEAD: usize = 5;
 /// Larger datagrams are never sent: one always fits a record beside what has to be said first.
 const DATAGRAM_FRAME_MAX: usize = RECORD_BYTES / 2;
 
+/// Bytes of a record of streams with a negative priority: what is in it can't be overtaken.
+const BACKGROUND_RECORD: usize = 4 * 1024;
+
 /// Bounds of one side.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
@@ -779,9 +782,18 @@ impl Mux {
         }
     }
 
+    /// A record is taken in when it is whole, so it carries streams of one priority only, and little that could wait.
     fn put_streams(&mut self, out: &mut BytesMut, limit: usize) {
+        let mut of_record = None;
+        let mut limit = limit;
         while let Some(&key) = self.ready.first() {
-            let (_, _, id) = key;
+            let (Reverse(priority), _, id) = key;
+            if of_record.is_some_and(|of_record| of_record != priority) {
+                break;
+            }
+            if priority < 0 {
+                limit = limit.min(BACKGROUND_RECORD);
+            }
             let Some(send) = self.streams.get_mut(&id).and_then(|stream| stream.send.as_mut()) else {
                 self.ready.remove(&key);
                 continue;
@@ -800,6 +812,7 @@ impl Mux {
                 continue;
             }
             let fin = send.finishing && len == send.buffered;
+            of_record = Some(priority);
             put_stream_header(out, id, send.sent, len, fin);
             send.put_pieces(out, len);
             send.sent += len as u64;
