@@ -316,7 +316,10 @@ impl Machine {
                 self.back_off(after, now, random);
             }
             (State::Backoff, Event::Timer) => self.race(&mut actions),
-            (State::Backoff, Event::Poke | Event::NetworkChanged { .. } | Event::Woke { .. } | Event::Resume) => {
+            (
+                State::Backoff,
+                Event::Poke | Event::NetworkChanged { .. } | Event::Woke { .. } | Event::Resume,
+            ) => {
                 if now.saturating_sub(self.pokes_since) >= Duration::from_secs(60) {
                     self.pokes = 0;
                     self.pokes_since = now;

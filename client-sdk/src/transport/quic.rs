@@ -12,8 +12,8 @@ use std::{
 use crate::{
     client::lock,
     error::Error,
-    options::Trust,
     options::BoxFuture,
+    options::Trust,
     platform::Platform,
     race::Transport,
     transport::{dial::Progress, link::Link},
@@ -111,7 +111,12 @@ pub(crate) struct Dialer {
 }
 
 impl Dialer {
-    pub(crate) fn new(platform: Arc<dyn Platform>, tls: Tls, names: Vec<String>, server_name: String) -> Self {
+    pub(crate) fn new(
+        platform: Arc<dyn Platform>,
+        tls: Tls,
+        names: Vec<String>,
+        server_name: String,
+    ) -> Self {
         Self {
             platform,
             tls,
