@@ -1,7 +1,7 @@
 //! The client: what the app holds, and what it shares with the driver.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -26,7 +26,7 @@ use crate::{
     db::{ConversationSummary, Db, Settled, WaitingSend},
     driver::{self, Call, Request},
     error::Error,
-    event::{ClientEvent, ConnectionState, OfflineReason},
+    event::{Attempt, ClientEvent, ConnectionState, OfflineReason},
     messages::{Events, Messages, States},
     options::Options,
     platform::{Platform, within},
@@ -48,6 +48,9 @@ const HANDED_MAX: usize = 64;
 
 /// Sends [`Client::outbox`] lists at the most.
 const OUTBOX_MAX: usize = 1_000;
+
+/// Attempts to connect [`Client::attempts`] reports.
+const ATTEMPTS_MAX: usize = 200;
 
 /// Conversations [`Client::conversations`] asks the gateway for at the most.
 const CONVERSATIONS_MAX: usize = 5_000;
@@ -81,6 +84,7 @@ pub(crate) struct Shared {
     taken: Arc<AtomicU64>,
     taking: Arc<AtomicBool>,
     traffic: Mutex<Meter>,
+    attempts: Mutex<VecDeque<Attempt>>,
 }
 
 /// What the app did that the driver has not seen. Bounded by the conversations and the unsettled sends there are.
@@ -148,6 +152,7 @@ impl Shared {
             taken: Arc::default(),
             taking: Arc::default(),
             traffic: Mutex::default(),
+            attempts: Mutex::default(),
         }
     }
 
@@ -161,6 +166,18 @@ impl Shared {
 
     pub(crate) fn traffic(&self) -> MutexGuard<'_, Meter> {
         lock(&self.traffic)
+    }
+
+    /// Attempts to connect have ended.
+    pub(crate) fn note_attempts(&self, ended: Vec<Attempt>) {
+        let at = UnixMillis::new(self.platform.unix_millis()).unwrap_or_default();
+        let mut attempts = lock(&self.attempts);
+        for attempt in ended {
+            if attempts.len() >= ATTEMPTS_MAX {
+                attempts.pop_front();
+            }
+            attempts.push_back(Attempt { at, ..attempt });
+        }
     }
 
     /// A send was stored, and that is committed; called in the order of the commits.
@@ -288,6 +305,7 @@ impl Client {
                     arrival: store.last_arrival()?,
                     unacked: store.oldest_waiting(driver::Start::UNACKED_MAX, now)?,
                     waiting: store.waiting_conversations()?,
+                    networks: store.networks()?.unwrap_or_default(),
                 })
             })
             .await?;
@@ -549,15 +567,44 @@ impl Client {
     /// # Errors
     /// [`Error::Closed`].
     pub async fn resume(&self) -> Result<(), Error> {
-        self.requests.send(Request::Resume).await.map_err(|_| Error::Closed)
+        self.requests.send(Request::Resume(None)).await.map_err(|_| Error::Closed)
     }
 
-    /// The operating system says that the network changed: the socket is made anew and the connection checked at once.
+    /// A push of the vendor says that there is something new in a conversation: connects at once, and what is new there
+    /// comes before everything else.
+    ///
+    /// # Errors
+    /// [`Error::Closed`].
+    pub async fn wake(&self, conversation: ConversationId) -> Result<(), Error> {
+        self.requests.send(Request::Resume(Some(conversation))).await.map_err(|_| Error::Closed)
+    }
+
+    /// The operating system says that the network changed, or is back: the connection moves to a new socket and proves
+    /// itself at once; if it can't, another one is made beside it.
     ///
     /// # Errors
     /// [`Error::Closed`].
     pub async fn network_changed(&self, network: fulmar_protocol::frame::NetworkHint) -> Result<(), Error> {
-        self.requests.send(Request::Network(network)).await.map_err(|_| Error::Closed)
+        self.network_changed_to(network, "").await
+    }
+
+    /// The same, with what the operating system calls the network: see [`Options::network_name`].
+    ///
+    /// # Errors
+    /// [`Error::Closed`].
+    pub async fn network_changed_to(
+        &self,
+        network: fulmar_protocol::frame::NetworkHint,
+        name: &str,
+    ) -> Result<(), Error> {
+        let request = Request::Network(network, name.to_owned());
+        self.requests.send(request).await.map_err(|_| Error::Closed)
+    }
+
+    /// The last attempts to connect, at most 200, oldest first: for a report to support.
+    #[must_use]
+    pub fn attempts(&self) -> Vec<Attempt> {
+        lock(&self.shared.attempts).iter().cloned().collect()
     }
 
     /// What the connections have cost so far.

@@ -15,13 +15,14 @@
 
 mod feed;
 mod ledger;
+mod racing;
 mod requests;
 
 use std::{future::poll_fn, pin::Pin, sync::Arc, time::Duration};
 
 use fulmar_protocol::{
     close::{CloseCode, RefusalCode, Retry},
-    frame::{AuthProof, Channel, Frame, Welcome},
+    frame::{AuthProof, Channel, Frame, NetworkHint, Welcome},
     id::{ConversationId, Epoch, Pseq},
     limit::OUTBOX_SENDS_MAX,
     session::client::{Client as Half, ClientConfig, Output, Restored},
@@ -32,6 +33,7 @@ pub(crate) use self::requests::{Call, Request};
 use self::{
     feed::Feed,
     ledger::{Change, Ledger},
+    racing::{RaceEvent, Racing, Won},
     requests::Requests,
 };
 use crate::{
@@ -39,6 +41,8 @@ use crate::{
     db::{Identity, Marker, Own, Restore, WaitingSend},
     error::Error,
     event::{ClientEvent, CloseReason, ConnectionState, OfflineReason},
+    keepalive::{Answer, Keepalive},
+    networks::{NetworkKey, Networks},
     options::{BoxFuture, Options, Token},
     platform::{Platform, within},
     state::{Action, Event, Machine, State},
@@ -51,17 +55,20 @@ use crate::{
 /// How long an answer may be overdue before the connection is suspect; three round trips when those are longer.
 const OVERDUE_MIN: Duration = Duration::from_secs(1);
 
+/// The round trip of a network of which nothing is known.
+const RTT_UNKNOWN: Duration = Duration::from_millis(333);
+
 /// From the HELLO to the WELCOME.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Silence after which a PING leaves. Short enough for NATs that forget after 30 s; learning the longest interval a
-/// network allows belongs here.
-const KEEPALIVE: Duration = Duration::from_secs(15);
+/// A connection whose silence has lasted for so long is over for the gateway as well.
+const SILENCE_MAX: Duration = Duration::from_secs(180);
 
-/// The same while a conversation is going on, which is until this long after the last message in either direction: who
-/// waits for an answer notices sooner that the gateway is gone.
-const KEEPALIVE_BUSY: Duration = Duration::from_secs(5);
-const BUSY: Duration = Duration::from_secs(60);
+/// A difference between the device's clocks that is sleep.
+const SLEEP_MIN: Duration = Duration::from_secs(2);
+
+/// A connection that was taken over so soon after a race was taken over by another attempt of that race.
+const RACE_ECHO: Duration = Duration::from_secs(10);
 
 /// How long after the WELCOME what was missed may still be coming in while the client counts as live.
 const SYNC_MAX: Duration = Duration::from_secs(5);
@@ -80,6 +87,8 @@ pub(crate) struct Start {
     pub(crate) arrival: u64,
     pub(crate) unacked: Vec<WaitingSend>,
     pub(crate) waiting: Vec<ConversationId>,
+    /// What is known of networks.
+    pub(crate) networks: Vec<u8>,
 }
 
 impl Start {
@@ -87,13 +96,8 @@ impl Start {
     pub(crate) const UNACKED_MAX: usize = OUTBOX_SENDS_MAX;
 }
 
-type Dialled = Result<(Link, AuthProof), DialError>;
-
-/// Why a race has no winner.
-enum DialError {
-    Unreachable(String),
-    NoToken(String),
-}
+/// What was said before there was a connection, in its order: all of it goes on every attempt to make one.
+type Flight = Vec<(Channel, Frame)>;
 
 struct Driver {
     shared: Arc<Shared>,
@@ -103,9 +107,24 @@ struct Driver {
     half: Half,
     machine: Machine,
     dialer: Arc<Dialer>,
-    dialing: Option<BoxFuture<Dialled>>,
-    dialled: Option<(Link, AuthProof)>,
+    race: Option<Racing>,
+    /// The race was won; its winner waits for the proof.
+    won: Option<Box<Won>>,
+    /// Says who the user is on the next connection.
+    proof: Option<AuthProof>,
+    proving: Option<BoxFuture<Result<AuthProof, String>>>,
+    /// The first flight, while there is no connection and it may leave early.
+    flight: Option<Flight>,
+    /// When a race was won last.
+    won_at: Option<Duration>,
     link: Option<Link>,
+    networks: Networks,
+    network: NetworkKey,
+    keepalive: Keepalive,
+    /// The gateway asked for proof of a new path so often.
+    challenges: u64,
+    /// How far the boot clock is ahead of the monotonic one.
+    slept: Duration,
     ledger: Ledger,
     feed: Feed,
     requests: Requests,
@@ -143,13 +162,19 @@ pub(crate) async fn run(
     let dialer = Arc::new(Dialer::new(
         Arc::clone(&platform),
         tls,
-        options.address.clone(),
+        options.addresses.clone(),
         options.server_name.clone(),
     ));
+    let networks = Networks::from_blob(&start.networks);
+    let network = NetworkKey::new(options.network.kind, &options.network_name);
+    let known = networks.network(network);
     let mut config = ClientConfig::new(start.identity.uid, options.class);
     config.grease = platform.random();
     config.hello_timeout = HELLO_TIMEOUT;
-    config.keepalive = KEEPALIVE;
+    // The driver asks sooner, as far as the network allows.
+    config.keepalive = Duration::from_secs(3_600);
+    config.answer_timeout = SILENCE_MAX;
+    config.initial_rtt = known.initial_rtt();
     let feed = Feed::new(&start.unacked, start.waiting);
     let half = Half::new(
         config,
@@ -167,9 +192,18 @@ pub(crate) async fn run(
         requests: Requests::default(),
         started: shared.platform.monotonic(),
         machine: Machine::new(),
-        dialing: None,
-        dialled: None,
+        race: None,
+        won: None,
+        proof: None,
+        proving: None,
+        flight: None,
+        won_at: None,
         link: None,
+        keepalive: Keepalive::new(known.keepalive()),
+        networks,
+        network,
+        challenges: 0,
+        slept: sleep_of(&*platform),
         by_ticket: false,
         waiting_since: None,
         packets: 0,
@@ -198,10 +232,16 @@ pub(crate) async fn run(
     }
 }
 
+/// How far the device's boot clock is ahead of the one that stands still while it sleeps.
+fn sleep_of(platform: &dyn Platform) -> Duration {
+    platform.boot().saturating_sub(platform.monotonic())
+}
+
 /// What woke the driver.
 enum Woken {
     Link(LinkEvent),
-    Dialled(Dialled),
+    Race(RaceEvent),
+    Proven(Result<AuthProof, String>),
     Committed(Result<ledger::Committed, Error>),
     Fed(Result<feed::Fed, Error>),
     Request(Option<Request>),
@@ -229,7 +269,8 @@ impl Driver {
             self.feed.start(&self.shared, &self.half);
             match self.woken(inbox, &mut app).await {
                 Woken::Link(event) => self.link_event(event),
-                Woken::Dialled(dialled) => self.dialled(dialled),
+                Woken::Race(event) => self.raced(event),
+                Woken::Proven(proof) => self.proven(proof),
                 Woken::Committed(Ok(committed)) => self.committed(committed),
                 Woken::Fed(Ok(fed)) => {
                     let now = self.now();
@@ -256,6 +297,7 @@ impl Driver {
                 }
                 Woken::Time => {}
             }
+            self.note_attempts();
             self.time_passed();
         }
     }
@@ -269,7 +311,8 @@ impl Driver {
         let timeout = timeout.map(|at| self.started + at);
         let platform = Arc::clone(&self.shared.platform);
         let records = self.ledger.has_room();
-        let Self { link, dialing, ledger, feed, .. } = self;
+        let now = self.now();
+        let Self { link, race, proving, flight, ledger, feed, .. } = self;
         let io = poll_fn(|cx| {
             use std::task::Poll::{Pending, Ready};
             if let Some(link) = link
@@ -277,11 +320,16 @@ impl Driver {
             {
                 return Ready(Woken::Link(event));
             }
-            if let Some(dial) = dialing
-                && let Ready(dialled) = dial.as_mut().poll(cx)
+            if let Some(race) = race
+                && let Ready(event) = race.poll(flight.as_deref(), now, cx)
             {
-                *dialing = None;
-                return Ready(Woken::Dialled(dialled));
+                return Ready(Woken::Race(event));
+            }
+            if let Some(proof) = proving
+                && let Ready(proof) = proof.as_mut().poll(cx)
+            {
+                *proving = None;
+                return Ready(Woken::Proven(proof));
             }
             if let Ready(committed) = ledger.poll(cx) {
                 return Ready(Woken::Committed(committed));
@@ -306,7 +354,8 @@ impl Driver {
             self.half.poll_timeout(),
             self.machine.poll_timeout(),
             self.overdue_at(),
-            self.busy_ping_at(),
+            self.race.as_ref().and_then(Racing::poll_timeout),
+            self.ping_at(),
             self.feed.poll_timeout(self.now(), self.shared.platform.unix_millis()),
             self.ponged_at.map(|at| at + SYNC_MAX),
         ]
@@ -325,33 +374,55 @@ impl Driver {
         if self.overdue_at().is_some_and(|at| at <= now) && !self.listen() {
             self.step(Event::Overdue);
         }
-        if self.busy_ping_at().is_some_and(|at| at <= now) {
+        if self.ping_at().is_some_and(|at| at <= now) {
+            self.keepalive.pinged(now.saturating_sub(self.asked_at), now);
             self.asked_at = now;
             self.half.ping(now);
         }
         if self.machine.poll_timeout().is_some_and(|at| at <= now) {
             // Suspected for nothing: something was heard meanwhile.
-            if self.machine.state() != State::Suspect || !self.listen() {
+            if self.machine.state() != State::Suspect
+                || !self.listen()
+                || self.machine.state() == State::Suspect
+            {
                 self.step(Event::Timer);
             }
         }
+        let slept = sleep_of(&*self.shared.platform);
+        if slept.saturating_sub(std::mem::replace(&mut self.slept, slept)) >= SLEEP_MIN {
+            tracing::debug!("the device slept");
+            self.keepalive.forget();
+            self.step(Event::Woke { srtt: self.srtt() });
+        }
     }
 
-    /// When a PING is due because a conversation is going on.
-    fn busy_ping_at(&self) -> Option<Duration> {
+    /// When a PING is due because all is quiet.
+    fn ping_at(&self) -> Option<Duration> {
         let online = matches!(self.machine.state(), State::Syncing | State::Live);
-        let busy_at = self.busy_at.filter(|_| online && self.waiting_since.is_none())?;
+        if !online || self.waiting_since.is_some() {
+            return None;
+        }
         // A send the gateway's transport has taken in but that is not acked may have died with its process.
-        let every = if self.half.unacked() > 0 { OVERDUE_MIN.max(self.rtt * 3) } else { KEEPALIVE_BUSY };
-        let at = self.asked_at + every;
-        (at < busy_at + BUSY).then_some(at)
+        let waits = (self.half.unacked() > 0).then(|| self.asked_at + self.prompt());
+        [waits, self.keepalive.ping_at(self.asked_at, self.busy_at)].into_iter().flatten().min()
+    }
+
+    /// How long an answer may take before it is overdue.
+    fn prompt(&self) -> Duration {
+        OVERDUE_MIN.max(self.rtt * 3)
+    }
+
+    /// The round trip as last measured on this network.
+    fn srtt(&self) -> Duration {
+        let known = || self.networks.network(self.network).initial_rtt().unwrap_or(RTT_UNKNOWN);
+        if self.rtt.is_zero() { known() } else { self.rtt }
     }
 
     /// When a missing answer makes the connection suspect.
     fn overdue_at(&self) -> Option<Duration> {
         let watched = matches!(self.machine.state(), State::Syncing | State::Live);
         let since = self.waiting_since.filter(|_| watched)?;
-        Some(since + OVERDUE_MIN.max(self.rtt * 3))
+        Some(since + self.prompt())
     }
 
     /// Whether the gateway was heard since the last look: any packet counts.
@@ -362,8 +433,8 @@ impl Driver {
         let heard = stats.udp_rx.datagrams > self.packets;
         self.packets = stats.udp_rx.datagrams;
         if heard {
-            self.waiting_since = None;
             let now = self.now();
+            self.heard(stats.frame_rx.path_challenge, now);
             self.half.heard(now);
             if self.machine.state() == State::Suspect {
                 self.step(Event::Heard);
@@ -372,18 +443,26 @@ impl Driver {
         heard
     }
 
+    /// A packet of the gateway came on the connection.
+    fn heard(&mut self, challenges: u64, now: Duration) {
+        self.waiting_since = None;
+        let moved = challenges > std::mem::replace(&mut self.challenges, challenges);
+        let answer = if moved { Answer::Moved } else { Answer::Same };
+        let prompt = self.prompt();
+        self.keepalive.heard(answer, prompt, now);
+    }
+
     fn step(&mut self, event: Event) {
         let now = self.now();
         let before = self.machine.state();
         for action in self.machine.step(event, now, self.shared.platform.random()) {
             match action {
                 Action::Race => self.race(),
-                Action::EndRace => {
-                    self.dialing = None;
-                    self.dialled = None;
-                }
+                Action::EndRace => self.end_race(),
                 Action::Adopt => self.adopt(),
                 Action::Nudge => self.half.nudge(false, now),
+                Action::NudgePath => self.half.nudge(true, now),
+                Action::Rebind => self.dialer.rebind(),
                 Action::Drop => self.drop_link(CloseCode::Done),
                 Action::NewSocket => self.dialer.forget_sockets(),
             }
@@ -419,64 +498,147 @@ impl Driver {
         });
     }
 
-    /// Begins a race for a connection, and gets a token meanwhile when there is no ticket.
+    /// Begins a race for a connection. Without one to go on with, the first flight is put out for all its attempts.
     fn race(&mut self) {
-        let dialer = Arc::clone(&self.dialer);
+        let now = self.now();
+        self.end_race();
+        let known = self.networks.network(self.network);
+        let wall = Duration::from_millis(self.shared.platform.unix_millis());
         let ticket =
             self.identity.ticket.as_deref().filter(|_| self.identity.server == self.options.server_name);
-        let ticket = ticket.map(AuthProof::ticket);
-        let token = self.options.token.clone();
-        let grease = self.shared.platform.random();
-        let platform = Arc::clone(&self.shared.platform);
-        self.dialing = Some(Box::pin(async move {
-            let proof = async {
-                match ticket {
-                    Some(ticket) => Ok(ticket),
-                    None => prove(&*platform, &token).await.map_err(DialError::NoToken),
-                }
-            };
-            let connection = async { dialer.race().await.map_err(DialError::Unreachable) };
-            let (proof, connection) = tokio::try_join!(proof, connection)?;
-            let link = Link::open(connection, grease).await;
-            Ok((link.map_err(|error| DialError::Unreachable(error.to_string()))?, proof))
-        }));
+        self.by_ticket = ticket.is_some();
+        self.proof = match (ticket, &self.options.token) {
+            (Some(ticket), _) => Some(AuthProof::ticket(ticket)),
+            (None, Token::Fixed(token)) => Some(AuthProof::Token(token.clone())),
+            (None, Token::Provider(provider)) => {
+                let (platform, asked) = (Arc::clone(&self.shared.platform), provider());
+                self.proving = Some(Box::pin(async move {
+                    match within(&*platform, TOKEN_TIMEOUT, asked).await {
+                        Some(Ok(token)) => Ok(AuthProof::Token(token)),
+                        Some(Err(error)) => Err(error.to_string()),
+                        None => Err("the token provider did not answer".to_owned()),
+                    }
+                }));
+                None
+            }
+        };
+        let early = self.link.is_none() && self.proof.is_some();
+        if early && let Some(proof) = self.proof.clone() {
+            self.flight = Some(Flight::new());
+            self.half.connect_early(proof, self.hint(), now);
+        }
+        self.race = Some(Racing::new(&self.dialer, known.memory(wall), early));
     }
 
-    fn dialled(&mut self, dialled: Dialled) {
-        match dialled {
-            Ok(dialled) => {
-                self.dialled = Some(dialled);
-                self.step(Event::Reached);
+    /// What the gateway is told of the network.
+    fn hint(&self) -> NetworkHint {
+        NetworkHint { rtt_ms: u32::try_from(self.rtt.as_millis()).unwrap_or(0), ..self.options.network }
+    }
+
+    fn end_race(&mut self) {
+        (self.race, self.won, self.proving) = (None, None, None);
+        if self.flight.take().is_some() {
+            let now = self.now();
+            self.half.disconnected(now);
+        }
+    }
+
+    fn proven(&mut self, proof: Result<AuthProof, String>) {
+        match proof {
+            Ok(proof) => {
+                self.proof = Some(proof);
+                if self.won.is_some() {
+                    self.step(Event::Reached);
+                }
             }
-            Err(error) => {
-                self.reason = match error {
-                    DialError::Unreachable(text) => OfflineReason::Unreachable(text),
-                    DialError::NoToken(text) => OfflineReason::NoToken(text),
-                };
-                // A socket that went bad shows only as silence.
-                self.dialer.forget_sockets();
-                self.step(Event::Unreached);
+            Err(text) => self.unreached(OfflineReason::NoToken(text)),
+        }
+    }
+
+    fn raced(&mut self, event: RaceEvent) {
+        let now = self.now();
+        match event {
+            RaceEvent::Won(won) => {
+                self.won_at = Some(now);
+                self.networks.on(self.network).won(won.win);
+                let prompt = self.prompt();
+                self.keepalive.reached(won.took, prompt, now);
+                self.won = Some(won);
+                if self.proof.is_some() {
+                    self.step(Event::Reached);
+                }
+            }
+            RaceEvent::Nobody(text) => self.unreached(OfflineReason::Unreachable(text)),
+            RaceEvent::Over(verdict) => {
+                self.note_attempts();
+                self.race = None;
+                if let Some(verdict) = verdict {
+                    let wall = Duration::from_millis(self.shared.platform.unix_millis());
+                    self.networks.on(self.network).udp_was(verdict, wall);
+                }
             }
         }
     }
 
-    /// Says HELLO on the new connection; what was before is left.
+    fn unreached(&mut self, reason: OfflineReason) {
+        self.note_attempts();
+        self.end_race();
+        // A connection that is only suspected has a better reason, if it has any.
+        if self.link.is_none() {
+            self.reason = reason;
+            // A socket that went bad shows only as silence.
+            self.dialer.forget_sockets();
+        }
+        self.step(Event::Unreached);
+    }
+
+    /// For the report of attempts.
+    fn note_attempts(&mut self) {
+        let Some(race) = &mut self.race else { return };
+        let attempts = race.take_attempts();
+        if !attempts.is_empty() {
+            self.shared.note_attempts(attempts);
+        }
+    }
+
+    /// Goes on with the winner of the race; what was before is left.
     fn adopt(&mut self) {
-        let Some((link, proof)) = self.dialled.take() else { return };
-        self.drop_link(CloseCode::Done);
+        let (Some(won), Some(proof)) = (self.won.take(), self.proof.take()) else { return };
+        let Won { mut link, spoken, frames, .. } = *won;
         let now = self.now();
+        let flight = self.flight.take();
+        if flight.is_none() {
+            self.drop_link(CloseCode::Done);
+        }
         self.packets = 0;
+        self.challenges = 0;
         self.ponged = false;
-        self.by_ticket = matches!(proof, AuthProof::Ticket(_));
-        let mut network = self.options.network;
-        network.rtt_ms = u32::try_from(self.rtt.as_millis()).unwrap_or(0);
-        self.link = Some(link);
-        self.half.connect(proof, network, now);
+        self.asked_at = now;
+        match flight {
+            Some(flight) => {
+                for (channel, frame) in &flight {
+                    if !spoken {
+                        link.write(*channel, frame);
+                    }
+                    self.sent(frame, now);
+                }
+                self.half.reached(now);
+                self.link = Some(link);
+            }
+            None => {
+                self.link = Some(link);
+                self.half.connect(proof, self.hint(), now);
+            }
+        }
+        if !frames.is_empty() {
+            self.link_event(LinkEvent::Frames(frames));
+        }
     }
 
     fn drop_link(&mut self, code: CloseCode) {
         let Some(link) = self.link.take() else { return };
         let stats = link.connection().stats();
+        self.keep_networks();
         let mut traffic = self.shared.traffic();
         traffic.past_sent_bytes += stats.udp_tx.bytes;
         traffic.past_received_bytes += stats.udp_rx.bytes;
@@ -487,6 +649,17 @@ impl Driver {
         self.ponged_at = None;
         let now = self.now();
         self.half.disconnected(now);
+    }
+
+    /// Writes down what was learned of networks; if that fails it is learned again.
+    fn keep_networks(&mut self) {
+        let network = self.networks.on(self.network);
+        network.learned(self.keepalive.learned());
+        if let (Some(srtt), Some(overdue)) = (self.half.rtt(), self.half.overdue_after()) {
+            network.measured(srtt, overdue.saturating_sub(srtt) / 4);
+        }
+        let blob = self.networks.to_blob();
+        self.shared.db.try_run(move |store| store.keep_networks(&blob));
     }
 
     /// The connection is gone or of no use.
@@ -501,8 +674,10 @@ impl Driver {
         let now = self.now();
         match event {
             LinkEvent::Frames(frames) => {
-                self.waiting_since = None;
                 self.asked_at = now;
+                let challenges =
+                    self.link.as_ref().map(|link| link.connection().stats().frame_rx.path_challenge);
+                self.heard(challenges.unwrap_or_default(), now);
                 for (channel, frame) in frames {
                     // The half closes by itself when the gateway breaks the rules.
                     if let Err(violation) = self.half.handle(channel, frame, now) {
@@ -526,7 +701,15 @@ impl Driver {
 
     fn closed_by_gateway(&mut self, code: Option<CloseCode>, text: String) {
         match code {
-            Some(CloseCode::Superseded) => self.end = Some(CloseReason::Superseded),
+            Some(CloseCode::Superseded) => {
+                // By another attempt of our own race, which lost it: that one is gone already.
+                let echo = self.won_at.is_some_and(|at| self.now().saturating_sub(at) < RACE_ECHO);
+                if echo || self.race.is_some() {
+                    self.lost(OfflineReason::Lost(text), CloseCode::Done);
+                } else {
+                    self.end = Some(CloseReason::Superseded);
+                }
+            }
             Some(CloseCode::Kicked) => self.end = Some(CloseReason::Kicked(String::new())),
             Some(CloseCode::VersionUnsupported) => self.end = Some(CloseReason::Incompatible(text)),
             Some(CloseCode::AuthExpired | CloseCode::AuthFailed) => {
@@ -585,11 +768,15 @@ impl Driver {
                 }),
                 Output::RequestRefused(error) => self.request_refused(error),
                 Output::Goaway(goaway) => {
+                    self.dialer.learn(&goaway.addresses);
                     self.step(Event::Goaway { spread: Duration::from_millis(goaway.spread_ms.into()) });
                 }
                 Output::Kicked(kicked) => self.end = Some(CloseReason::Kicked(kicked.by)),
                 Output::Failed(error) => self.refused(&error),
                 Output::Rtt(rtt) => {
+                    if self.machine.state() == State::Suspect {
+                        self.step(Event::Answered);
+                    }
                     if !std::mem::replace(&mut self.ponged, true) {
                         self.ponged_at = Some(now);
                     }
@@ -617,13 +804,15 @@ impl Driver {
     }
 
     fn transmit(&mut self, channel: Channel, frame: &Frame, now: Duration) {
-        let Some(link) = &mut self.link else { return };
-        if let Frame::Send(send) = frame
-            && let Some(id) = self.feed.id(send.conversation, send.pseq)
-        {
-            self.busy_at = Some(now);
-            self.shared.handles().sent(id);
+        if let Some(flight) = &mut self.flight {
+            flight.push((channel, frame.clone()));
+            if let Some(race) = &mut self.race {
+                race.write(channel, frame);
+            }
+            return;
         }
+        self.sent(frame, now);
+        let Some(link) = &mut self.link else { return };
         if matches!(frame, Frame::Send(_) | Frame::Ping(_)) && self.waiting_since.is_none() {
             // Only packets from now on are an answer.
             self.packets = link.connection().stats().udp_rx.datagrams;
@@ -632,8 +821,21 @@ impl Driver {
         link.write(channel, frame);
     }
 
+    /// A frame leaves on a connection that is there.
+    fn sent(&mut self, frame: &Frame, now: Duration) {
+        if let Frame::Send(send) = frame
+            && let Some(id) = self.feed.id(send.conversation, send.pseq)
+        {
+            self.busy_at = Some(now);
+            self.shared.handles().sent(id);
+        }
+    }
+
     fn welcomed(&mut self, welcome: &Welcome) {
         let now = self.now();
+        let (shortest, longest) = welcome.keepalive_ms;
+        self.keepalive.range(Duration::from_millis(shortest.into()), Duration::from_millis(longest.into()));
+        self.dialer.learn(&welcome.addresses);
         if let Some(link) = &self.link {
             let mut traffic = self.shared.traffic();
             traffic.connections += 1;
@@ -852,17 +1054,6 @@ impl Driver {
                 _ => return,
             }
         }
-    }
-}
-
-async fn prove(platform: &dyn Platform, token: &Token) -> Result<AuthProof, String> {
-    match token {
-        Token::Fixed(token) => Ok(AuthProof::Token(token.clone())),
-        Token::Provider(provider) => match within(platform, TOKEN_TIMEOUT, provider()).await {
-            Some(Ok(token)) => Ok(AuthProof::Token(token)),
-            Some(Err(error)) => Err(error.to_string()),
-            None => Err("the token provider did not answer".to_owned()),
-        },
     }
 }
 

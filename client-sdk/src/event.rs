@@ -73,6 +73,48 @@ pub enum CloseReason {
     Database(String),
 }
 
+/// By which way a connection is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum TransportKind {
+    /// QUIC over UDP.
+    Quic,
+    /// TLS over TCP, where UDP is blocked.
+    Tls,
+    /// WebSocket over TLS, where nothing but the web gets through.
+    WebSocket,
+}
+
+/// One attempt to reach the gateway; see [`crate::Client::attempts`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Attempt {
+    /// When it ended, by the device's clock.
+    pub at: UnixMillis,
+    /// By which way.
+    pub transport: TransportKind,
+    /// To which address.
+    pub address: std::net::SocketAddr,
+    /// From its first packet to its end.
+    pub took: Duration,
+    /// What became of it.
+    pub outcome: AttemptOutcome,
+}
+
+/// What became of an attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AttemptOutcome {
+    /// It became the connection.
+    Won,
+    /// Another one was sooner.
+    Overtaken,
+    /// Nobody answered in time.
+    NoAnswer,
+    /// It failed; the text is for people.
+    Failed(String),
+}
+
 /// A record of a conversation, handed to the app once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Received {

@@ -95,6 +95,11 @@ impl Keepalive {
         self.interval = self.clamped(wanted);
     }
 
+    /// The range the interval is held to.
+    pub(crate) const fn bounds(&self) -> (Duration, Duration) {
+        (self.shortest, self.longest)
+    }
+
     /// What to keep with the network.
     pub(crate) const fn learned(&self) -> Learned {
         self.learned

@@ -67,7 +67,10 @@ pub use self::{
     conversation::Conversation,
     db::ConversationSummary,
     error::{Error, SendError},
-    event::{ClientEvent, CloseReason, ConnectionState, EventKind, OfflineReason, Received, RecordKind},
+    event::{
+        Attempt, AttemptOutcome, ClientEvent, CloseReason, ConnectionState, EventKind, OfflineReason,
+        Received, RecordKind, TransportKind,
+    },
     messages::{Events, Messages, States},
     options::{BoxFuture, Database, Durability, Options, Token, Trust, in_memory},
     platform::{ByteStream, Platform, System},

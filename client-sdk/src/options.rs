@@ -125,12 +125,13 @@ impl From<String> for Token {
 pub struct Options {
     pub(crate) database: Database,
     pub(crate) durability: Durability,
-    pub(crate) address: String,
+    pub(crate) addresses: Vec<String>,
     pub(crate) server_name: String,
     pub(crate) token: Token,
     pub(crate) trust: Option<Trust>,
     pub(crate) class: DeviceClass,
     pub(crate) network: NetworkHint,
+    pub(crate) network_name: String,
     pub(crate) platform: Arc<dyn Platform>,
 }
 
@@ -146,12 +147,13 @@ impl Options {
         Self {
             database: database.into(),
             durability: Durability::default(),
-            address: address.into(),
+            addresses: vec![address.into()],
             server_name: server_name.into(),
             token: token.into(),
             trust: None,
             class: DeviceClass::default(),
             network: NetworkHint::default(),
+            network_name: String::new(),
             platform: Arc::new(System::default()),
         }
     }
@@ -177,10 +179,25 @@ impl Options {
         self
     }
 
+    /// Another address of the gateway; they are raced in this order. The gateway may name more.
+    #[must_use]
+    pub fn address(mut self, address: impl Into<String>) -> Self {
+        self.addresses.push(address.into());
+        self
+    }
+
     /// What is known of the network at the start.
     #[must_use]
     pub const fn network(mut self, network: NetworkHint) -> Self {
         self.network = network;
+        self
+    }
+
+    /// What the operating system calls the network at the start (SSID, operator). What the client learns of a network
+    /// (round trip, keepalive, blocked UDP) is kept under a hash of it; the name itself is neither kept nor sent.
+    #[must_use]
+    pub fn network_name(mut self, name: impl Into<String>) -> Self {
+        self.network_name = name.into();
         self
     }
 

@@ -61,6 +61,16 @@ pub(crate) enum Transport {
     WebSocket,
 }
 
+impl From<Transport> for crate::event::TransportKind {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Quic => Self::Quic,
+            Transport::Tls => Self::Tls,
+            Transport::WebSocket => Self::WebSocket,
+        }
+    }
+}
+
 /// Who won a race.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Win {

@@ -2,15 +2,19 @@
 //!
 //! ```text
 //! Offline ─▶ Racing ─▶ Handshaking ─▶ Syncing ─▶ Live ◀─▶ Suspect
-//!    ▲         │ ▲          │            │         │         │ nobody answers
+//!    ▲         │ ▲          │            │         │         │ a race beside it is won
 //!    │         ▼ │          ▼            ▼         ▼         ▼
-//!    │       Backoff ◀───────────── lost ───────────     Racing
+//!    │       Backoff ◀───────────── lost ───────────     Handshaking (the next connection)
 //!    │                                              GOAWAY ─▶ Draining ─▶ Handshaking (the next connection)
 //! Suspended ◀─ from everywhere        Closed ◀─ from everywhere
 //! ```
 //!
-//! - There is at most one connection and one race for the next one; a race goes on beside a connection only while
-//!   Draining.
+//! - There is at most one connection and one race for the next one; a race goes on beside a connection while Draining,
+//!   and while Suspect: who is silent may only be slow, and is not given up before there is something better.
+//! - A suspect is asked each second, so that it is found within a second of the end of a dark spell, however long: the
+//!   transport's own repeats come ever more rarely.
+//! - After a change of network the connection moves to a new socket. Only an answer proves the new path: packets of the
+//!   old one may still come in.
 //! - Timers exist in Backoff, Suspect and Draining only: no network, no timer; nothing runs while Suspended.
 //! - A lost connection is tried again after a full-jitter back-off, whose ceiling falls back to the first after 30 s of
 //!   being connected.
@@ -27,8 +31,20 @@ const SETTLED_AFTER: Duration = Duration::from_secs(30);
 /// From one nudge to the next.
 const NUDGE_EVERY: Duration = Duration::from_secs(1);
 
-/// Nudges without an answer after which the connection is given up.
-const NUDGES_MAX: u32 = 3;
+/// Nudges at that pace; then the pauses double up to [`NUDGE_RARELY`].
+const NUDGES_OFTEN: u32 = 90;
+
+/// The longest pause between nudges.
+const NUDGE_RARELY: Duration = Duration::from_secs(8);
+
+/// From the moment a connection is suspect to the race beside it.
+const RACE_AFTER: Duration = Duration::from_secs(1);
+
+/// The same after a change of network, at least; 1.5 round trips when those are longer.
+const RACE_AFTER_CHANGE: Duration = Duration::from_millis(250);
+
+/// The second nudge after a change of network follows after 1.25 round trips, at least this.
+const SECOND_NUDGE: Duration = Duration::from_millis(50);
 
 /// Times per minute a send, or the operating system, may cut a back-off short.
 const POKES_PER_MINUTE: u32 = 10;
@@ -73,6 +89,8 @@ pub(crate) enum Event {
     Synced,
     /// Anything came from the gateway.
     Heard,
+    /// An answer came to what was asked in this state.
+    Answered,
     /// Something of the gateway's is overdue.
     Overdue,
     /// The connection is gone or of no use; not again before `after`.
@@ -83,8 +101,14 @@ pub(crate) enum Event {
     Goaway {
         spread: Duration,
     },
-    /// The operating system says that the network changed.
-    NetworkChanged,
+    /// The operating system says that the network changed; `srtt` is the round trip as last measured.
+    NetworkChanged {
+        srtt: Duration,
+    },
+    /// The device slept: mappings may be gone, and the gateway.
+    Woke {
+        srtt: Duration,
+    },
     /// There is something to send.
     Poke,
     Suspend,
@@ -106,6 +130,10 @@ pub(crate) enum Action {
     Adopt,
     /// Ask the gateway for a sign of life.
     Nudge,
+    /// The same in a packet large enough that the gateway may answer a new path in full.
+    NudgePath,
+    /// Move the connection to a new socket.
+    Rebind,
     /// Close the connection.
     Drop,
     /// Make the socket anew at the next race.
@@ -121,7 +149,11 @@ pub(crate) struct Machine {
     synced: bool,
     racing: bool,
     nudges: u32,
+    /// Only an answer ends the suspicion.
+    unproven: bool,
     timer: Option<Duration>,
+    /// When the race beside a suspect begins.
+    race_at: Option<Duration>,
     pokes: u32,
     pokes_since: Duration,
 }
@@ -135,7 +167,9 @@ impl Machine {
             synced: false,
             racing: false,
             nudges: 0,
+            unproven: false,
             timer: None,
+            race_at: None,
             pokes: 0,
             pokes_since: Duration::ZERO,
         }
@@ -146,8 +180,8 @@ impl Machine {
     }
 
     /// When [`Event::Timer`] is due.
-    pub(crate) const fn poll_timeout(&self) -> Option<Duration> {
-        self.timer
+    pub(crate) fn poll_timeout(&self) -> Option<Duration> {
+        [self.timer, self.race_at].into_iter().flatten().min()
     }
 
     /// Takes what happened; `random` is uniform and used at most once.
@@ -165,18 +199,30 @@ impl Machine {
                 self.leave(&mut actions);
                 self.state = State::Suspended;
             }
-            (State::Racing | State::Draining, Event::Reached) => {
+            (State::Racing | State::Draining | State::Suspect, Event::Reached) => {
                 self.racing = false;
                 self.timer = None;
+                self.race_at = None;
                 self.synced = false;
                 self.connected_at = None;
                 self.state = State::Handshaking;
                 actions.push(Action::Adopt);
             }
             (State::Racing, Event::Unreached) => self.back_off(Duration::ZERO, now, random),
-            (State::Racing, Event::NetworkChanged) => {
+            (State::Racing, Event::NetworkChanged { .. }) => {
                 actions.extend([Action::EndRace, Action::NewSocket]);
                 self.race(&mut actions);
+            }
+            (State::Handshaking, Event::NetworkChanged { .. }) => {
+                // A connection can't move before its handshake is confirmed.
+                actions.extend([Action::Drop, Action::NewSocket]);
+                self.race(&mut actions);
+            }
+            (State::Draining, Event::NetworkChanged { .. }) => {
+                actions.push(Action::Rebind);
+                if self.racing {
+                    actions.extend([Action::EndRace, Action::Race]);
+                }
             }
             (State::Handshaking, Event::Welcomed) => {
                 self.connected_at = Some(now);
@@ -187,24 +233,61 @@ impl Machine {
                 self.state = State::Live;
             }
             (State::Suspect, Event::Synced) => self.synced = true,
-            (State::Syncing | State::Live, Event::Overdue | Event::NetworkChanged) => {
+            (State::Syncing | State::Live, Event::Overdue) => {
                 self.state = State::Suspect;
                 self.nudges = 0;
+                self.unproven = false;
+                self.race_at = Some(now + RACE_AFTER);
                 self.nudge(now, &mut actions);
             }
-            (State::Suspect, Event::Heard) => {
+            (
+                State::Syncing | State::Live | State::Suspect,
+                Event::NetworkChanged { srtt } | Event::Woke { srtt },
+            ) => {
+                if std::mem::take(&mut self.racing) {
+                    actions.push(Action::EndRace);
+                }
+                if matches!(event, Event::NetworkChanged { .. }) {
+                    actions.push(Action::Rebind);
+                }
+                self.state = State::Suspect;
+                self.nudges = 1;
+                self.unproven = true;
+                actions.push(Action::NudgePath);
+                self.timer = Some(now + (srtt * 5 / 4).max(SECOND_NUDGE));
+                self.race_at = Some(now + (srtt * 3 / 2).max(RACE_AFTER_CHANGE));
+            }
+            (State::Suspect, Event::Heard) if self.unproven => {}
+            (State::Suspect, Event::Heard | Event::Answered) => {
+                if std::mem::take(&mut self.racing) {
+                    actions.push(Action::EndRace);
+                }
                 self.timer = None;
+                self.race_at = None;
                 self.state = if self.synced { State::Live } else { State::Syncing };
             }
-            (State::Suspect, Event::Timer) if self.nudges < NUDGES_MAX => self.nudge(now, &mut actions),
             (State::Suspect, Event::Timer) => {
-                actions.extend([Action::Drop, Action::NewSocket]);
-                self.race(&mut actions);
+                if self.race_at.is_some_and(|at| at <= now) {
+                    self.race_at = None;
+                    self.racing = true;
+                    actions.push(Action::Race);
+                }
+                if self.timer.is_none_or(|at| at <= now) {
+                    self.nudge(now, &mut actions);
+                }
+            }
+            (State::Suspect, Event::Unreached) => {
+                self.racing = false;
+                self.race_at = Some(now + full_jitter(self.failures, random));
+                self.failures = self.failures.saturating_add(1);
             }
             (State::Syncing | State::Live | State::Suspect, Event::Goaway { spread }) => {
                 let spread = u64::try_from(spread.as_millis()).unwrap_or(u64::MAX);
                 let wait = Duration::from_millis(random % spread.saturating_add(1).max(1));
-                self.timer = Some(now + wait);
+                self.race_at = None;
+                if !self.racing {
+                    self.timer = Some(now + wait);
+                }
                 self.state = State::Draining;
             }
             (State::Draining, Event::Timer) => {
@@ -217,8 +300,9 @@ impl Machine {
                 self.timer = Some(now + full_jitter(self.failures, random));
                 self.failures = self.failures.saturating_add(1);
             }
-            (State::Draining, Event::Lost { .. }) if self.racing => {
+            (State::Draining | State::Suspect, Event::Lost { .. }) if self.racing => {
                 self.timer = None;
+                self.race_at = None;
                 self.connected_at = None;
                 self.state = State::Racing;
             }
@@ -232,14 +316,17 @@ impl Machine {
                 self.back_off(after, now, random);
             }
             (State::Backoff, Event::Timer) => self.race(&mut actions),
-            (State::Backoff, Event::Poke | Event::NetworkChanged | Event::Resume) => {
+            (
+                State::Backoff,
+                Event::Poke | Event::NetworkChanged { .. } | Event::Woke { .. } | Event::Resume,
+            ) => {
                 if now.saturating_sub(self.pokes_since) >= Duration::from_secs(60) {
                     self.pokes = 0;
                     self.pokes_since = now;
                 }
                 if self.pokes < POKES_PER_MINUTE {
                     self.pokes += 1;
-                    if event == Event::NetworkChanged {
+                    if matches!(event, Event::NetworkChanged { .. }) {
                         actions.push(Action::NewSocket);
                     }
                     self.race(&mut actions);
@@ -252,6 +339,7 @@ impl Machine {
 
     fn race(&mut self, actions: &mut Vec<Action>) {
         self.timer = None;
+        self.race_at = None;
         self.racing = true;
         self.connected_at = None;
         self.state = State::Racing;
@@ -260,15 +348,17 @@ impl Machine {
 
     fn back_off(&mut self, at_least: Duration, now: Duration, random: u64) {
         self.racing = false;
+        self.race_at = None;
         self.timer = Some(now + full_jitter(self.failures, random).max(at_least));
         self.failures = self.failures.saturating_add(1);
         self.state = State::Backoff;
     }
 
     fn nudge(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        self.nudges += 1;
-        self.timer = Some(now + NUDGE_EVERY);
-        actions.push(Action::Nudge);
+        self.nudges = self.nudges.saturating_add(1);
+        let rarer = 1 << self.nudges.saturating_sub(NUDGES_OFTEN).min(3);
+        self.timer = Some(now + (NUDGE_EVERY * rarer).min(NUDGE_RARELY));
+        actions.push(if self.unproven && self.nudges == 2 { Action::NudgePath } else { Action::Nudge });
     }
 
     /// Gives up what there is.
@@ -283,6 +373,7 @@ impl Machine {
             actions.push(Action::Drop);
         }
         self.timer = None;
+        self.race_at = None;
         self.connected_at = None;
     }
 }
@@ -322,6 +413,8 @@ mod tests {
         use Action::*;
         use State::*;
         const LOST: Event = Event::Lost { after: Duration::ZERO };
+        const CHANGED: Event = Event::NetworkChanged { srtt: Duration::from_millis(100) };
+        const WOKE: Event = Event::Woke { srtt: Duration::from_millis(100) };
         const GOAWAY: Event = Event::Goaway { spread: Duration::from_secs(1) };
         let all =
             [Offline, Racing, Handshaking, Syncing, Live, Suspect, Draining, Backoff, Suspended, Closed];
@@ -332,10 +425,12 @@ mod tests {
             Event::Welcomed,
             Event::Synced,
             Event::Heard,
+            Event::Answered,
             Event::Overdue,
             LOST,
             GOAWAY,
-            Event::NetworkChanged,
+            CHANGED,
+            WOKE,
             Event::Poke,
             Event::Suspend,
             Event::Resume,
@@ -349,28 +444,35 @@ mod tests {
             (Offline,     Event::Close,          Closed,      &[]),
             (Racing,      Event::Reached,        Handshaking, &[Adopt]),
             (Racing,      Event::Unreached,      Backoff,     &[]),
-            (Racing,      Event::NetworkChanged, Racing,      &[EndRace, NewSocket, Race]),
+            (Racing,      CHANGED,               Racing,      &[EndRace, NewSocket, Race]),
             (Racing,      Event::Suspend,        Suspended,   &[EndRace]),
             (Racing,      Event::Close,          Closed,      &[EndRace]),
             (Handshaking, Event::Welcomed,       Syncing,     &[]),
             (Handshaking, LOST,                  Backoff,     &[]),
+            (Handshaking, CHANGED,               Racing,      &[Drop, NewSocket, Race]),
             (Handshaking, Event::Suspend,        Suspended,   &[Drop]),
             (Handshaking, Event::Close,          Closed,      &[Drop]),
             (Syncing,     Event::Synced,         Live,        &[]),
             (Syncing,     Event::Overdue,        Suspect,     &[Nudge]),
-            (Syncing,     Event::NetworkChanged, Suspect,     &[Nudge]),
+            (Syncing,     CHANGED,               Suspect,     &[Rebind, NudgePath]),
+            (Syncing,     WOKE,                  Suspect,     &[NudgePath]),
             (Syncing,     LOST,                  Backoff,     &[]),
             (Syncing,     GOAWAY,                Draining,    &[]),
             (Syncing,     Event::Suspend,        Suspended,   &[Drop]),
             (Syncing,     Event::Close,          Closed,      &[Drop]),
             (Live,        Event::Overdue,        Suspect,     &[Nudge]),
-            (Live,        Event::NetworkChanged, Suspect,     &[Nudge]),
+            (Live,        CHANGED,               Suspect,     &[Rebind, NudgePath]),
+            (Live,        WOKE,                  Suspect,     &[NudgePath]),
             (Live,        LOST,                  Backoff,     &[]),
             (Live,        GOAWAY,                Draining,    &[]),
             (Live,        Event::Suspend,        Suspended,   &[Drop]),
             (Live,        Event::Close,          Closed,      &[Drop]),
             (Suspect,     Event::Heard,          Live,        &[]),
-            (Suspect,     Event::Timer,          Suspect,     &[Nudge]),
+            (Suspect,     Event::Answered,       Live,        &[]),
+            (Suspect,     Event::Reached,        Handshaking, &[Adopt]),
+            (Suspect,     CHANGED,               Suspect,     &[Rebind, NudgePath]),
+            (Suspect,     WOKE,                  Suspect,     &[NudgePath]),
+            (Suspect,     Event::Timer,          Suspect,     &[Race, Nudge]),
             (Suspect,     LOST,                  Backoff,     &[]),
             (Suspect,     GOAWAY,                Draining,    &[]),
             (Suspect,     Event::Suspend,        Suspended,   &[Drop]),
@@ -378,12 +480,14 @@ mod tests {
             (Draining,    Event::Timer,          Draining,    &[Race]),
             (Draining,    Event::Reached,        Handshaking, &[Adopt]),
             (Draining,    LOST,                  Backoff,     &[]),
+            (Draining,    CHANGED,               Draining,    &[Rebind]),
             (Draining,    Event::Suspend,        Suspended,   &[Drop]),
             (Draining,    Event::Close,          Closed,      &[Drop]),
             (Backoff,     Event::Timer,          Racing,      &[Race]),
             (Backoff,     Event::Poke,           Racing,      &[Race]),
             (Backoff,     Event::Resume,         Racing,      &[Race]),
-            (Backoff,     Event::NetworkChanged, Racing,      &[NewSocket, Race]),
+            (Backoff,     CHANGED,               Racing,      &[NewSocket, Race]),
+            (Backoff,     WOKE,                  Racing,      &[Race]),
             (Backoff,     Event::Suspend,        Suspended,   &[]),
             (Backoff,     Event::Close,          Closed,      &[]),
             (Suspended,   Event::Resume,         Racing,      &[Race]),
@@ -400,19 +504,64 @@ mod tests {
         }
     }
 
+    const CHANGED: Event = Event::NetworkChanged { srtt: Duration::from_millis(100) };
+
+    fn ms(millis: u64) -> Duration {
+        Duration::from_millis(millis)
+    }
+
     #[test]
-    fn who_does_not_answer_is_given_up_after_three_nudges() {
+    fn who_does_not_answer_is_asked_each_second_while_a_race_goes_on_beside() {
         let mut machine = at(State::Suspect);
-        for second in 1..=2 {
+        assert_eq!(machine.poll_timeout(), Some(S(1)));
+        assert_eq!(machine.step(Event::Timer, S(1), 0), [Action::Race, Action::Nudge]);
+        for second in 2..=80 {
             assert_eq!(machine.poll_timeout(), Some(S(second)));
             assert_eq!(machine.step(Event::Timer, S(second), 0), [Action::Nudge]);
         }
-        assert_eq!(
-            machine.step(Event::Timer, S(3), 0),
-            [Action::Drop, Action::NewSocket, Action::Race],
-            "not one probe after the other, but a new connection"
-        );
-        assert_eq!((machine.state(), machine.poll_timeout()), (State::Racing, None));
+        assert_eq!(machine.step(Event::Heard, S(81), 0), [Action::EndRace], "it was only dark");
+        assert_eq!((machine.state(), machine.poll_timeout()), (State::Live, None));
+    }
+
+    #[test]
+    fn a_race_beside_a_suspect_that_nobody_wins_is_repeated() {
+        let mut machine = at(State::Suspect);
+        machine.step(Event::Timer, S(1), 0);
+        assert_eq!(machine.step(Event::Unreached, ms(1_500), 100), []);
+        assert_eq!(machine.poll_timeout(), Some(ms(1_600)), "full jitter");
+        assert_eq!(machine.step(Event::Timer, ms(1_600), 0), [Action::Race], "the nudge is not due yet");
+        assert_eq!(machine.step(Event::Lost { after: S(0) }, S(2), 0), []);
+        assert_eq!(machine.state(), State::Racing, "the race goes on without the old connection");
+    }
+
+    #[test]
+    fn after_long_darkness_nudges_come_more_rarely() {
+        let mut machine = at(State::Suspect);
+        let mut now = S(0);
+        let mut pauses = Vec::new();
+        for _ in 0..100 {
+            let next = machine.timer.unwrap();
+            pauses.push((next - now).as_secs());
+            now = next;
+            machine.race_at = None;
+            machine.step(Event::Timer, now, 0);
+        }
+        assert!(pauses[..89].iter().all(|pause| *pause == 1), "{pauses:?}");
+        assert_eq!(pauses[95..], [8, 8, 8, 8, 8]);
+    }
+
+    #[test]
+    fn a_new_path_is_proven_by_an_answer_only() {
+        let mut machine = at(State::Live);
+        assert_eq!(machine.step(CHANGED, S(1), 0), [Action::Rebind, Action::NudgePath]);
+        assert_eq!(machine.step(Event::Heard, ms(1_010), 0), [], "a packet of the old path");
+        assert_eq!(machine.poll_timeout(), Some(ms(1_125)), "1.25 round trips");
+        assert_eq!(machine.step(Event::Timer, ms(1_125), 0), [Action::NudgePath]);
+        assert_eq!(machine.poll_timeout(), Some(ms(1_250)));
+        assert_eq!(machine.step(Event::Timer, ms(1_250), 0), [Action::Race], "beside the old one");
+        assert_eq!(machine.step(Event::Answered, ms(1_300), 0), [Action::EndRace]);
+        assert_eq!(machine.state(), State::Live);
+        assert_eq!(machine.step(Event::Overdue, S(9), 0), [Action::Nudge], "as usual again");
     }
 
     #[test]

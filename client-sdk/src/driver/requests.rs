@@ -11,7 +11,7 @@ use bytes::Bytes;
 use fulmar_protocol::{
     close::RefusalCode,
     frame::{CallStatus, Event, NetworkHint, OpenTarget, Opened, Reply},
-    id::{RequestId, ServiceId, UserId},
+    id::{ConversationId, RequestId, ServiceId, UserId},
     service::{self, Method, Names, NamesFound, PAGE_MAX},
 };
 use tokio::sync::oneshot;
@@ -22,6 +22,8 @@ use super::{
 };
 use crate::{
     error::Error,
+    keepalive::Keepalive,
+    networks::NetworkKey,
     state::{self, State},
 };
 
@@ -35,11 +37,16 @@ const NAMELESS_MAX: usize = 1_024;
 #[derive(Debug)]
 pub(crate) enum Request {
     Call(Call),
-    Open { target: OpenTarget, on_screen: bool, reply: oneshot::Sender<Result<Opened, Error>> },
+    Open {
+        target: OpenTarget,
+        on_screen: bool,
+        reply: oneshot::Sender<Result<Opened, Error>>,
+    },
     Event(Event),
-    Network(NetworkHint),
+    Network(NetworkHint, String),
     Suspend,
-    Resume,
+    /// The conversation that is wanted first, if one is.
+    Resume(Option<ConversationId>),
     Close(oneshot::Sender<()>),
 }
 
@@ -93,16 +100,36 @@ impl Driver {
             Request::Call(call) => self.call(call),
             Request::Open { target, on_screen, reply } => self.open(target, on_screen, Some(reply)),
             Request::Event(event) => self.half.event(event, now),
-            Request::Network(network) => {
-                self.options.network = network;
-                self.dialer.rebind();
-                self.step(state::Event::NetworkChanged);
+            Request::Network(network, name) => self.network_changed(network, &name),
+            Request::Suspend => {
+                self.keepalive.suspend(true);
+                self.step(state::Event::Suspend);
             }
-            Request::Suspend => self.step(state::Event::Suspend),
-            Request::Resume => self.step(state::Event::Resume),
+            Request::Resume(wanted) => {
+                self.keepalive.suspend(false);
+                if let Some(conversation) = wanted {
+                    self.open(OpenTarget::Number(conversation), true, None);
+                }
+                self.step(state::Event::Resume);
+            }
             // The driver's loop takes this one itself.
             Request::Close(reply) => drop(reply),
         }
+    }
+
+    /// The connection goes on from the new network if it can.
+    fn network_changed(&mut self, hint: NetworkHint, name: &str) {
+        let srtt = self.srtt();
+        self.keep_networks();
+        self.options.network = hint;
+        self.network = NetworkKey::new(hint.kind, name);
+        let known = self.networks.network(self.network);
+        let (shortest, longest) = self.keepalive.bounds();
+        self.keepalive = Keepalive::new(known.keepalive());
+        self.keepalive.range(shortest, longest);
+        // What the new network is known for is a better guess than what the old one was like.
+        let srtt = known.initial_rtt().unwrap_or(srtt);
+        self.step(state::Event::NetworkChanged { srtt });
     }
 
     fn call(&mut self, call: Call) {

@@ -1,5 +1,6 @@
 //! How bytes get to the gateway. QUIC so far; TLS and WebSocket will stand beside it, under the same [`link::Link`].
 
+pub(crate) mod dial;
 pub(crate) mod link;
 mod quic;
 

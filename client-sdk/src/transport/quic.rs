@@ -3,6 +3,7 @@
 //! TLS 1.3 only, one ALPN. Session tickets are kept per client, so that a later connection can resume.
 
 use std::{
+    future::ready,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::{Arc, Mutex},
     time::Duration,
@@ -11,16 +12,18 @@ use std::{
 use crate::{
     client::lock,
     error::Error,
+    options::BoxFuture,
     options::Trust,
-    platform::{Platform, within},
+    platform::Platform,
+    race::Transport,
+    transport::{dial::Progress, link::Link},
 };
 use fulmar_protocol::{
     limit::{ADDRESSES_MAX, LANES_MAX},
     version::ALPN,
 };
-use futures_util::{StreamExt, stream::FuturesUnordered};
 use quinn::{
-    Connecting, Connection, Endpoint, EndpointConfig, TransportConfig, VarInt,
+    Connecting, Connection, ConnectionError, Endpoint, EndpointConfig, TransportConfig, VarInt,
     crypto::rustls::QuicClientConfig,
 };
 use rustls::{
@@ -55,6 +58,8 @@ pub(crate) fn client_tls(trust: Option<&Trust>) -> Result<Tls, Error> {
         .with_no_client_auth();
     tls.alpn_protocols = vec![ALPN.to_vec()];
     tls.resumption = Resumption::in_memory_sessions(SESSIONS_KEPT);
+    // Only what may be replayed leaves early.
+    tls.enable_early_data = true;
     let tls = QuicClientConfig::try_from(tls).map_err(|error| Error::Certificate(error.to_string()))?;
     Ok(Tls(Arc::new(tls)))
 }
@@ -78,19 +83,6 @@ fn certificates(trust: &Trust) -> Result<Vec<CertificateDer<'static>>, Error> {
     Ok(certificates)
 }
 
-/// Attempts of one race that are under way at once.
-const ATTEMPTS_MAX: usize = 3;
-
-/// From one attempt of a race to the next, at the next address.
-const STAGGER: Duration = Duration::from_millis(250);
-
-/// From one attempt to the next when all addresses were tried: an attempt's own packets come ever more rarely, so a
-/// gateway that has just come back is found sooner by a new one.
-const STAGGER_AGAIN: Duration = Duration::from_secs(1);
-
-/// What one attempt may take; no attempt begins later in a race.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(4);
-
 /// Idle connections end after this long; the session's PINGs keep those alive that are wanted.
 const IDLE_TIMEOUT_MS: u32 = 180_000;
 
@@ -106,34 +98,99 @@ const SEND_WINDOW: u64 = 256 * 1024;
 const DATAGRAM_BUFFER: usize = 32 * 1024;
 
 /// The socket of a client, and how it reaches a gateway.
-#[derive(Debug)]
 pub(crate) struct Dialer {
     platform: Arc<dyn Platform>,
-    config: quinn::ClientConfig,
-    address: String,
+    tls: Tls,
     server_name: String,
+    /// Where the gateway is said to be, as the app and the gateway gave it.
+    names: Mutex<Vec<String>>,
+    /// Where it was found last, for times without name service.
+    found: Mutex<Vec<SocketAddr>>,
     /// One for IPv4, one for IPv6.
     sockets: Mutex<[Option<Endpoint>; 2]>,
 }
 
 impl Dialer {
-    pub(crate) fn new(platform: Arc<dyn Platform>, tls: Tls, address: String, server_name: String) -> Self {
-        let mut transport = TransportConfig::default();
-        transport
-            .max_concurrent_bidi_streams(0u8.into())
-            .max_concurrent_uni_streams((u32::from(LANES_MAX) + 2).into())
-            .max_idle_timeout(Some(VarInt::from_u32(IDLE_TIMEOUT_MS).into()))
-            // The session's PINGs do that, when they are wanted.
-            .keep_alive_interval(None)
-            .stream_receive_window(STREAM_WINDOW.into())
-            .receive_window(WINDOW.into())
-            .send_window(SEND_WINDOW)
-            .send_fairness(false)
-            .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
-            .datagram_send_buffer_size(DATAGRAM_BUFFER);
-        let mut config = quinn::ClientConfig::new(tls.0);
-        config.transport_config(Arc::new(transport));
-        Self { platform, config, address, server_name, sockets: Mutex::default() }
+    pub(crate) fn new(
+        platform: Arc<dyn Platform>,
+        tls: Tls,
+        names: Vec<String>,
+        server_name: String,
+    ) -> Self {
+        Self {
+            platform,
+            tls,
+            server_name,
+            names: Mutex::new(names),
+            found: Mutex::default(),
+            sockets: Mutex::default(),
+        }
+    }
+
+    /// By which ways this client can reach a gateway.
+    pub(crate) const fn offered(&self) -> &'static [Transport] {
+        &[Transport::Quic]
+    }
+
+    /// The gateway named more addresses: they are tried after those that are known.
+    pub(crate) fn learn(&self, addresses: &[String]) {
+        let mut names = lock(&self.names);
+        for address in addresses {
+            if names.len() < ADDRESSES_MAX && !names.contains(address) {
+                names.push(address.clone());
+            }
+        }
+    }
+
+    /// Looks all names up. The text of an error is for people.
+    pub(crate) async fn resolve(&self) -> Result<Vec<SocketAddr>, String> {
+        let names = lock(&self.names).clone();
+        let mut addresses = Vec::new();
+        let mut last_error = "no address is known".to_owned();
+        for name in &names {
+            match self.platform.resolve(name).await {
+                Ok(found) if found.is_empty() => last_error = format!("{name}: no address"),
+                Ok(found) => addresses.extend(found),
+                Err(error) => last_error = format!("{name}: {error}"),
+            }
+        }
+        let mut found = lock(&self.found);
+        if addresses.is_empty() {
+            // Name service is the first to fail on a bad network.
+            addresses.clone_from(&found);
+        }
+        let mut distinct: Vec<SocketAddr> = Vec::new();
+        for address in addresses {
+            if distinct.len() < ADDRESSES_MAX && !distinct.contains(&address) {
+                distinct.push(address);
+            }
+        }
+        if distinct.is_empty() {
+            return Err(last_error);
+        }
+        found.clone_from(&distinct);
+        Ok(distinct)
+    }
+
+    /// One attempt. `rtt` is the round trip to expect, `early` whether something waits that may leave in early data.
+    pub(crate) fn dial(
+        &self,
+        transport: Transport,
+        address: SocketAddr,
+        rtt: Option<Duration>,
+        early: bool,
+    ) -> BoxFuture<Progress> {
+        let grease = self.platform.random();
+        match transport {
+            Transport::Quic => match self.connecting(address, rtt) {
+                Ok(connecting) => Box::pin(attempt(connecting, early, grease)),
+                Err(text) => Box::pin(ready(Progress::Failed { text, answered: false })),
+            },
+            Transport::Tls | Transport::WebSocket => {
+                let text = "not offered".to_owned();
+                Box::pin(ready(Progress::Failed { text, answered: false }))
+            }
+        }
     }
 
     /// The next race gets new sockets; connections that are up keep theirs.
@@ -163,7 +220,7 @@ impl Dialer {
         Endpoint::new_with_abstract_socket(config, None, socket, self.platform.quic_runtime())
     }
 
-    fn connecting(&self, address: SocketAddr) -> Result<Connecting, String> {
+    fn connecting(&self, address: SocketAddr, rtt: Option<Duration>) -> Result<Connecting, String> {
         let v6 = address.is_ipv6();
         let mut sockets = lock(&self.sockets);
         let [four, six] = &mut *sockets;
@@ -173,59 +230,79 @@ impl Dialer {
             None => slot.insert(self.endpoint(v6).map_err(|error| format!("no socket: {error}"))?),
         };
         endpoint
-            .connect_with(self.config.clone(), address, &self.server_name)
+            .connect_with(client_config(&self.tls, rtt), address, &self.server_name)
             .map_err(|error| format!("{address}: {error}"))
     }
+}
 
-    /// Looks the address up and races for a connection: attempts begin 250 ms apart, or when the one before failed; the
-    /// first that succeeds wins and ends the others. The text of an error is for people.
-    pub(crate) async fn race(&self) -> Result<Connection, String> {
-        let found = self.platform.resolve(&self.address).await;
-        let mut addresses = found.map_err(|error| format!("{}: {error}", self.address))?;
-        addresses.truncate(ADDRESSES_MAX);
-        let mut attempts = FuturesUnordered::new();
-        let mut last_error = format!("{}: no address", self.address);
-        let mut begun = 0;
-        let started = self.platform.monotonic();
-        let mut next = addresses.first();
-        loop {
-            if let Some(&address) = next.take() {
-                begun += 1;
-                match self.connecting(address) {
-                    Ok(connecting) => attempts.push(async move {
-                        match within(&*self.platform, HANDSHAKE_TIMEOUT, connecting).await {
-                            Some(Ok(connection)) => Ok(connection),
-                            Some(Err(error)) => Err(format!("{address}: {error}")),
-                            None => Err(format!("{address}: no answer")),
-                        }
-                    }),
-                    Err(error) => last_error = error,
-                }
-            }
-            let untried = begun < addresses.len();
-            let may_start = untried
-                || !attempts.is_empty()
-                    && self.platform.monotonic().saturating_sub(started) < HANDSHAKE_TIMEOUT;
-            if attempts.is_empty() && !may_start {
-                return Err(last_error);
-            }
-            let stagger = if untried { STAGGER } else { STAGGER_AGAIN };
-            let now = self.platform.monotonic();
-            tokio::select! {
-                biased;
-                Some(attempt) = attempts.next(), if !attempts.is_empty() => match attempt {
-                    Ok(connection) => return Ok(connection),
-                    Err(error) => {
-                        last_error = error;
-                        next = addresses.get(begun);
-                    }
-                },
-                () = self.platform.sleep_until(now + stagger), if may_start && attempts.len() < ATTEMPTS_MAX => {
-                    next = addresses.get(begun % addresses.len().max(1));
-                }
-            }
-        }
+/// From a handshake to a link.
+async fn attempt(connecting: Connecting, early: bool, grease: u64) -> Progress {
+    if !early {
+        return match connecting.await {
+            Ok(connection) => up(connection, grease).await,
+            Err(error) => failed(&error),
+        };
     }
+    let (connection, accepted) = match connecting.into_0rtt() {
+        Ok(early) => early,
+        Err(connecting) => {
+            return match connecting.await {
+                Ok(connection) => up(connection, grease).await,
+                Err(error) => failed(&error),
+            };
+        }
+    };
+    let link = match Link::open(connection.clone(), grease).await {
+        Ok(link) => link,
+        Err(error) => return failed(&error),
+    };
+    let confirmed = async move {
+        let taken = accepted.await;
+        match connection.close_reason() {
+            Some(error) => failed(&error),
+            None if taken => Progress::Confirmed,
+            // The gateway does not remember: all is said again, on streams that count.
+            None => up(connection, grease).await,
+        }
+    };
+    Progress::Early(Box::new(link), Box::pin(confirmed))
+}
+
+async fn up(connection: Connection, grease: u64) -> Progress {
+    match Link::open(connection, grease).await {
+        Ok(link) => Progress::Up(Box::new(link)),
+        Err(error) => failed(&error),
+    }
+}
+
+fn failed(error: &ConnectionError) -> Progress {
+    let answered = !matches!(error, ConnectionError::TimedOut | ConnectionError::LocallyClosed);
+    Progress::Failed { text: error.to_string(), answered }
+}
+
+/// QUIC's settings for one connection, on a network with this round trip.
+fn client_config(tls: &Tls, rtt: Option<Duration>) -> quinn::ClientConfig {
+    let mut transport = TransportConfig::default();
+    transport
+        .max_concurrent_bidi_streams(0u8.into())
+        .max_concurrent_uni_streams((u32::from(LANES_MAX) + 2).into())
+        .max_idle_timeout(Some(VarInt::from_u32(IDLE_TIMEOUT_MS).into()))
+        // The session's PINGs do that, when they are wanted.
+        .keep_alive_interval(None)
+        // What probes take of a new path's allowance after a move is missing for messages, and those are small.
+        .mtu_discovery_config(None)
+        .stream_receive_window(STREAM_WINDOW.into())
+        .receive_window(WINDOW.into())
+        .send_window(SEND_WINDOW)
+        .send_fairness(false)
+        .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
+        .datagram_send_buffer_size(DATAGRAM_BUFFER);
+    if let Some(rtt) = rtt {
+        transport.initial_rtt(rtt);
+    }
+    let mut config = quinn::ClientConfig::new(Arc::<QuicClientConfig>::clone(&tls.0));
+    config.transport_config(Arc::new(transport));
+    config
 }
 
 fn any(v6: bool) -> SocketAddr {

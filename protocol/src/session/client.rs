@@ -368,11 +368,24 @@ impl Client {
 
     /// There is a new connection: HELLO leaves, and after it what is unsettled.
     pub fn connect(&mut self, auth: AuthProof, network: NetworkHint, now: Duration) {
+        self.connect_early(auth, network, now);
+        self.reached(now);
+    }
+
+    /// The gateway answers on the connection that [`Self::connect_early`] was for: the time for its WELCOME runs from here.
+    pub fn reached(&mut self, now: Duration) {
+        if self.state == ClientState::Opening {
+            self.timers.set(Timer::Hello, now + self.config.hello_timeout);
+        }
+    }
+
+    /// There may be a new connection soon: the first flight is put out, to be written on every attempt to make one. It may
+    /// be replayed. [`Self::reached`] says that there is one, [`Self::disconnected`] that there is none.
+    pub fn connect_early(&mut self, auth: AuthProof, network: NetworkHint, now: Duration) {
         if self.state != ClientState::Offline {
             self.disconnected(now);
         }
         self.enter(ClientInput::Connect);
-        self.timers.set(Timer::Hello, now + self.config.hello_timeout);
         self.hello_at = now;
         if network.rtt_ms > 0 {
             self.hedges.reseed(Duration::from_millis(network.rtt_ms.into()));
