@@ -11,5 +11,6 @@
 mod damage;
 mod golden;
 mod halves;
+mod lone;
 mod pair;
 mod world;
