@@ -1,0 +1,227 @@
+//! Records that may have been lost alone on their way to one client, and when a copy of them is due.
+//!
+//! - A turn that writes a record or two is watched until the device's ACK covers them, or newer ones take their place:
+//!   a bound, a reference to the ring's bytes, and nothing per delivery where many are written
+//!   ([`CROWD_MAX`] a round trip): there, QUIC notices a loss by what follows.
+//! - An ACK that the client puts off, because it sent one a moment ago, is waited for as much longer.
+//!
+//! Not here: when an answer is overdue and what copies may cost (`fulmar_protocol::session::hedge`).
+
+use std::{
+    future::poll_fn,
+    pin::Pin,
+    sync::{MutexGuard, PoisonError},
+    task::Poll,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use fulmar_protocol::{
+    id::{ConversationId, Seq},
+    limit::DATAGRAM_BYTES_MAX,
+    session::hedge::{Hedges, Left},
+};
+use tokio::time::{Instant, Sleep};
+
+use super::driver::Connection;
+
+/// Records of one turn that count as lone.
+pub(super) const LONE_MAX: usize = 2;
+
+/// Records in one round trip from which on none counts as lone.
+const CROWD_MAX: usize = 4;
+
+/// From one ACK of a client to its next while records keep coming, as `docs/wire.md` has it.
+const ACK_DELAY: Duration = Duration::from_millis(100);
+
+/// A timer that is of no use is put this far off.
+const FAR: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Copies {
+    hedges: Hedges<Seq, Bytes>,
+    /// When the client is thought to send its last ACK, on the clock of writing.
+    acks_at: Option<Duration>,
+    crowd: usize,
+    crowd_since: Duration,
+}
+
+impl Copies {
+    pub(super) fn new() -> Self {
+        Self { hedges: Hedges::new(None), acks_at: None, crowd: 0, crowd_since: Duration::ZERO }
+    }
+
+    /// Whether it has to be told what a round trip takes.
+    pub(super) fn wants_rtt(&self) -> bool {
+        self.hedges.rtt().smoothed().is_none()
+    }
+
+    /// What the transport says a round trip takes.
+    pub(super) fn seed(&mut self, rtt: Duration) {
+        self.hedges.reseed(rtt);
+    }
+
+    /// A turn wrote `records` records of `bytes` bytes; `lone` are those that may leave again, if it was so few.
+    pub(super) fn wrote(
+        &mut self,
+        records: usize,
+        bytes: usize,
+        lone: &mut Vec<(ConversationId, Seq, Bytes)>,
+        now: Duration,
+    ) {
+        self.hedges.left(bytes, now);
+        let window = self.hedges.rtt().smoothed().unwrap_or_default();
+        if now.saturating_sub(self.crowd_since) > window {
+            (self.crowd, self.crowd_since) = (0, now);
+        }
+        self.crowd += records;
+        let patience = self.patience(now);
+        if self.crowd > CROWD_MAX || records > LONE_MAX {
+            return lone.clear();
+        }
+        for (conversation, seq, frame) in lone.drain(..) {
+            let left =
+                Left { size: frame.len(), hedge: frame.len() <= DATAGRAM_BYTES_MAX, timed: true, patience };
+            self.hedges.sent(conversation, seq, frame, left, now);
+        }
+    }
+
+    /// How long the client may put its ACK of what is written now off.
+    fn patience(&mut self, now: Duration) -> Duration {
+        let at = match self.acks_at {
+            Some(at) if at >= now => at,
+            Some(at) => now.max(at + ACK_DELAY),
+            None => now,
+        };
+        self.acks_at = Some(at);
+        at.saturating_sub(now)
+    }
+
+    /// Something else was written.
+    pub(super) fn left(&mut self, bytes: usize, now: Duration) {
+        self.hedges.left(bytes, now);
+    }
+
+    /// The device has everything up to these.
+    pub(super) fn acked(&mut self, entries: &[(ConversationId, Seq)], now: Duration) {
+        if self.hedges.is_empty() {
+            return;
+        }
+        for (conversation, seq) in entries {
+            self.hedges.answered_up_to(*conversation, *seq, now);
+        }
+    }
+}
+
+/// Wakes the connection when a copy is due.
+#[derive(Debug)]
+pub(super) struct CopyTimer {
+    sleep: Pin<Box<Sleep>>,
+    armed: Option<Duration>,
+}
+
+impl CopyTimer {
+    pub(super) fn new() -> Self {
+        Self { sleep: Box::pin(tokio::time::sleep(FAR)), armed: None }
+    }
+}
+
+impl Connection {
+    pub(super) fn copies(&self) -> MutexGuard<'_, Copies> {
+        // Plain data whose invariants hold between any two statements.
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends when a copy is due. It looks anew whenever the connection's task runs: who writes and who takes ACKs in are
+    /// parts of it.
+    pub(super) async fn copy_due(&self, timer: &mut CopyTimer) {
+        poll_fn(|cx| {
+            let due = self.copies().hedges.next_due();
+            if due != timer.armed {
+                // Later is cheap: the timer only takes note of it.
+                timer.sleep.as_mut().reset(due.map_or_else(|| Instant::now() + FAR, |due| self.at(due)));
+                timer.armed = due;
+            }
+            if due.is_none() { Poll::Pending } else { timer.sleep.as_mut().poll(cx) }
+        })
+        .await;
+    }
+
+    /// Sends the copies that are due.
+    pub(super) fn send_copies(&self) {
+        let now = self.now();
+        let mut copies = self.copies();
+        while let Some((_, _, frame)) = copies.hedges.take_due(now) {
+            self.context.metrics.hedged("down");
+            self.send_copy(frame.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    fn c(n: u64) -> ConversationId {
+        ConversationId::new(n).unwrap()
+    }
+
+    fn wrote(copies: &mut Copies, seqs: std::ops::Range<u64>, at: u64) {
+        let frame = Bytes::from_static(&[0; 40]);
+        let mut lone = seqs.clone().map(|seq| (c(1), Seq::new(seq).unwrap(), frame.clone())).collect();
+        let records = usize::try_from(seqs.end - seqs.start).unwrap();
+        copies.wrote(records, 40 * records, &mut lone, ms(at));
+        assert!(lone.is_empty());
+    }
+
+    /// Knows that an ACK takes 100 ms.
+    fn steady() -> Copies {
+        let mut copies = Copies::new();
+        assert!(copies.wants_rtt());
+        copies.seed(ms(100));
+        assert!(!copies.wants_rtt());
+        (0..30).for_each(|_| copies.hedges.sample(ms(100)));
+        copies
+    }
+
+    #[test]
+    fn a_lone_record_is_watched_until_its_ack() {
+        let mut copies = steady();
+        wrote(&mut copies, 1..2, 1_000);
+        assert_eq!(copies.hedges.next_due(), Some(ms(1_125)));
+        copies.acked(&[(c(2), Seq::new(9).unwrap())], ms(1_100));
+        assert_eq!(copies.hedges.next_due(), Some(ms(1_125)));
+        copies.acked(&[(c(1), Seq::new(1).unwrap())], ms(1_100));
+        assert_eq!(copies.hedges.next_due(), None);
+    }
+
+    #[test]
+    fn an_ack_that_is_put_off_is_waited_for() {
+        let mut copies = steady();
+        // The client acknowledges at 0, then at 100, then at 200, wherever it is.
+        for (seq, at, due) in [(1, 1_000, 1_125), (2, 1_060, 1_225), (3, 1_170, 1_325), (4, 1_500, 1_625)] {
+            wrote(&mut copies, seq..seq + 1, at);
+            let last = copies.hedges.next_due();
+            assert_eq!(last, Some(ms(due)), "record {seq}");
+            copies.acked(&[(c(1), Seq::new(seq).unwrap())], ms(at + 50));
+        }
+    }
+
+    #[test]
+    fn in_a_crowd_nothing_is_watched() {
+        let mut copies = steady();
+        wrote(&mut copies, 1..4, 1_000);
+        assert_eq!(copies.hedges.next_due(), None, "three at once");
+        for n in 0..100 {
+            wrote(&mut copies, 10 + n..11 + n, 1_200 + 10 * n);
+            let watched = !copies.hedges.is_empty();
+            copies.acked(&[(c(1), Seq::new(10 + n).unwrap())], ms(1_200 + 10 * n));
+            assert_eq!(watched, n % 11 < CROWD_MAX as u64, "record {n}, one every 10 ms");
+        }
+    }
+}
