@@ -107,9 +107,9 @@ pub(crate) struct Fresh {
 pub struct Traffic {
     /// Connections that were welcomed.
     pub connections: u64,
-    /// UDP payload bytes sent, of all connections.
+    /// Bytes sent, of all connections: UDP payloads, or what was carried by TLS or WebSocket.
     pub sent_bytes: u64,
-    /// UDP payload bytes received.
+    /// The same that was received.
     pub received_bytes: u64,
     /// The round-trip time measured last.
     pub rtt: Duration,
@@ -123,7 +123,7 @@ pub(crate) struct Meter {
     pub(crate) past_received_bytes: u64,
     pub(crate) rtt: Duration,
     /// The connection that is up.
-    pub(crate) link: Option<quinn::Connection>,
+    pub(crate) link: Option<fulmar_transport::Connection>,
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -614,8 +614,8 @@ impl Client {
         let now = meter.link.as_ref().map(|link| link.stats());
         Traffic {
             connections: meter.connections,
-            sent_bytes: meter.past_sent_bytes + now.map_or(0, |now| now.udp_tx.bytes),
-            received_bytes: meter.past_received_bytes + now.map_or(0, |now| now.udp_rx.bytes),
+            sent_bytes: meter.past_sent_bytes + now.map_or(0, |now| now.bytes_out),
+            received_bytes: meter.past_received_bytes + now.map_or(0, |now| now.bytes_in),
             rtt: meter.rtt,
         }
     }

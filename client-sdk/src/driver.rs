@@ -429,12 +429,12 @@ impl Driver {
     fn listen(&mut self) -> bool {
         let Some(link) = &self.link else { return false };
         let stats = link.connection().stats();
-        self.rtt = stats.path.rtt;
-        let heard = stats.udp_rx.datagrams > self.packets;
-        self.packets = stats.udp_rx.datagrams;
+        self.rtt = stats.rtt;
+        let heard = stats.packets_in > self.packets;
+        self.packets = stats.packets_in;
         if heard {
             let now = self.now();
-            self.heard(stats.frame_rx.path_challenge, now);
+            self.heard(stats.path_challenges, now);
             self.half.heard(now);
             if self.machine.state() == State::Suspect {
                 self.step(Event::Heard);
@@ -640,8 +640,8 @@ impl Driver {
         let stats = link.connection().stats();
         self.keep_networks();
         let mut traffic = self.shared.traffic();
-        traffic.past_sent_bytes += stats.udp_tx.bytes;
-        traffic.past_received_bytes += stats.udp_rx.bytes;
+        traffic.past_sent_bytes += stats.bytes_out;
+        traffic.past_received_bytes += stats.bytes_in;
         traffic.link = None;
         drop(traffic);
         link.close(code);
@@ -675,8 +675,7 @@ impl Driver {
         match event {
             LinkEvent::Frames(frames) => {
                 self.asked_at = now;
-                let challenges =
-                    self.link.as_ref().map(|link| link.connection().stats().frame_rx.path_challenge);
+                let challenges = self.link.as_ref().map(|link| link.connection().stats().path_challenges);
                 self.heard(challenges.unwrap_or_default(), now);
                 for (channel, frame) in frames {
                     // The half closes by itself when the gateway breaks the rules.
@@ -815,7 +814,7 @@ impl Driver {
         let Some(link) = &mut self.link else { return };
         if matches!(frame, Frame::Send(_) | Frame::Ping(_)) && self.waiting_since.is_none() {
             // Only packets from now on are an answer.
-            self.packets = link.connection().stats().udp_rx.datagrams;
+            self.packets = link.connection().heard();
             self.waiting_since = Some(now);
         }
         link.write(channel, frame);

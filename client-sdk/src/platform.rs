@@ -132,7 +132,7 @@ impl Platform for System {
     fn tcp(&self, remote: SocketAddr) -> BoxFuture<io::Result<Box<dyn ByteStream>>> {
         Box::pin(async move {
             let stream = TcpStream::connect(remote).await?;
-            stream.set_nodelay(true)?;
+            fulmar_transport::tcp::tune(&stream)?;
             Ok(Box::new(stream) as Box<dyn ByteStream>)
         })
     }

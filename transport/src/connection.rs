@@ -55,6 +55,8 @@ pub struct Stats {
     pub bytes_out: u64,
     /// Datagrams dropped here because they found no room; not counted with QUIC.
     pub datagrams_dropped: u64,
+    /// Times the peer asked for proof of a new path; never over a byte stream.
+    pub path_challenges: u64,
     /// The round trip time as it is known.
     pub rtt: Duration,
 }
@@ -256,6 +258,7 @@ impl Connection {
                     bytes_in: stats.udp_rx.bytes,
                     bytes_out: stats.udp_tx.bytes,
                     datagrams_dropped: 0,
+                    path_challenges: stats.frame_rx.path_challenge,
                     rtt: stats.path.rtt,
                 }
             }

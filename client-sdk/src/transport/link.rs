@@ -7,10 +7,7 @@
 //!
 //! Not here: what frames mean (`fulmar_protocol::session`), when to connect (`state`).
 
-use std::{
-    pin::Pin,
-    task::{Context, Poll, ready},
-};
+use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
 use fulmar_protocol::{
@@ -19,7 +16,7 @@ use fulmar_protocol::{
     frame::{Channel, Decoder, Frame, StreamHeader},
     limit::LANES_MAX,
 };
-use quinn::{Connection, ConnectionError, ReadError, RecvStream, SendStream, VarInt, WriteError};
+use fulmar_transport::{Connection, ConnectionError, ReadError, RecvStream, SendStream, WriteError};
 
 use crate::options::BoxFuture;
 
@@ -182,7 +179,7 @@ impl Link {
     fn lost(&self, text: &str) -> LinkEvent {
         match self.connection.close_reason() {
             Some(ConnectionError::ApplicationClosed(close)) => {
-                let code = u32::try_from(close.error_code.into_inner()).unwrap_or(u32::MAX);
+                let code = u32::try_from(close.code).unwrap_or(u32::MAX);
                 let code = CloseCode::from_code(code);
                 LinkEvent::Lost(Some(code), code.to_string())
             }
@@ -193,7 +190,7 @@ impl Link {
 
     /// Closes the connection; what was not flushed is lost.
     pub(crate) fn close(&self, code: CloseCode) {
-        self.connection.close(VarInt::from_u32(code.code()), code.text().as_bytes());
+        self.connection.close(code.code(), code.text().as_bytes());
     }
 }
 
@@ -229,7 +226,7 @@ impl Writer {
 
     fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), WriteError>> {
         while !self.buffer.is_empty() {
-            let written = ready!(Pin::new(&mut self.stream).poll_write(cx, &self.buffer))?;
+            let written = ready!(self.stream.poll_write(cx, &self.buffer))?;
             self.buffer.advance(written);
         }
         // A burst is over: its buffer is not kept.
@@ -280,14 +277,10 @@ impl Reader {
                 // Enough for now: what is left is taken when these were.
                 return Poll::Pending;
             }
-            let chunk = {
-                let reading = std::pin::pin!(self.stream.read_chunk(Channel::Backlog.frame_limit(), true));
-                ready!(reading.poll(cx))
-            };
-            match chunk {
+            match ready!(self.stream.poll_read_chunk(cx, Channel::Backlog.frame_limit())) {
                 Ok(Some(chunk)) => {
                     // Copied: a slice of the receive buffer would pin all of it for as long as one payload lives.
-                    self.decoder.push(Bytes::copy_from_slice(&chunk.bytes));
+                    self.decoder.push(Bytes::copy_from_slice(&chunk));
                     self.dry = false;
                 }
                 Ok(None) => return Poll::Ready(Ok(())),

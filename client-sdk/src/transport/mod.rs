@@ -1,7 +1,8 @@
-//! How bytes get to the gateway. QUIC so far; TLS and WebSocket will stand beside it, under the same [`link::Link`].
+//! How bytes get to the gateway: by QUIC, and by TLS or WebSocket beside it, under the same [`link::Link`].
 
 pub(crate) mod dial;
 pub(crate) mod link;
 mod quic;
+pub(crate) mod stream;
 
 pub(crate) use self::quic::{Dialer, Tls, client_tls};

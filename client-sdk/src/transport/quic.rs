@@ -16,14 +16,18 @@ use crate::{
     options::Trust,
     platform::Platform,
     race::Transport,
-    transport::{dial::Progress, link::Link},
+    transport::{
+        dial::Progress,
+        link::Link,
+        stream::{Target, stream_tls, tls, websocket},
+    },
 };
 use fulmar_protocol::{
     limit::{ADDRESSES_MAX, LANES_MAX},
     version::ALPN,
 };
 use quinn::{
-    Connecting, Connection, ConnectionError, Endpoint, EndpointConfig, TransportConfig, VarInt,
+    Connecting, ConnectionError, Endpoint, EndpointConfig, TransportConfig, VarInt,
     crypto::rustls::QuicClientConfig,
 };
 use rustls::{
@@ -37,13 +41,26 @@ const SESSIONS_KEPT: usize = 8;
 
 /// The client's TLS settings, made once: its session store lives as long as the client.
 #[derive(Clone)]
-pub(crate) struct Tls(pub(crate) Arc<QuicClientConfig>);
+pub(crate) struct Tls {
+    quic: Arc<QuicClientConfig>,
+    stream: Arc<rustls::ClientConfig>,
+}
 
 /// TLS settings that believe `trust` only.
 ///
 /// # Errors
 /// [`Error::Certificate`].
 pub(crate) fn client_tls(trust: Option<&Trust>) -> Result<Tls, Error> {
+    let mut tls = tls_config(trust)?;
+    tls.alpn_protocols = vec![ALPN.to_vec()];
+    // Only what may be replayed leaves early.
+    tls.enable_early_data = true;
+    let quic = QuicClientConfig::try_from(tls).map_err(|error| Error::Certificate(error.to_string()))?;
+    Ok(Tls { quic: Arc::new(quic), stream: stream_tls(trust)? })
+}
+
+/// TLS that believes `trust` only, with a session store of its own.
+pub(super) fn tls_config(trust: Option<&Trust>) -> Result<rustls::ClientConfig, Error> {
     let mut roots = RootCertStore::empty();
     if let Some(trust) = trust {
         for certificate in certificates(trust)? {
@@ -56,12 +73,8 @@ pub(crate) fn client_tls(trust: Option<&Trust>) -> Result<Tls, Error> {
         .map_err(|error| Error::Certificate(error.to_string()))?
         .with_root_certificates(roots)
         .with_no_client_auth();
-    tls.alpn_protocols = vec![ALPN.to_vec()];
     tls.resumption = Resumption::in_memory_sessions(SESSIONS_KEPT);
-    // Only what may be replayed leaves early.
-    tls.enable_early_data = true;
-    let tls = QuicClientConfig::try_from(tls).map_err(|error| Error::Certificate(error.to_string()))?;
-    Ok(Tls(Arc::new(tls)))
+    Ok(tls)
 }
 
 fn certificates(trust: &Trust) -> Result<Vec<CertificateDer<'static>>, Error> {
@@ -83,19 +96,22 @@ fn certificates(trust: &Trust) -> Result<Vec<CertificateDer<'static>>, Error> {
     Ok(certificates)
 }
 
+/// The round trip of a network of which nothing is known.
+const RTT_UNKNOWN: Duration = Duration::from_millis(333);
+
 /// Idle connections end after this long; the session's PINGs keep those alive that are wanted.
-const IDLE_TIMEOUT_MS: u32 = 180_000;
+pub(super) const IDLE_TIMEOUT_MS: u32 = 180_000;
 
 /// Bytes the gateway may have under way to this client, on one stream and in all. A full backlog stream must leave room
 /// for the lanes.
-const STREAM_WINDOW: u32 = 128 * 1024;
-const WINDOW: u32 = 512 * 1024;
+pub(super) const STREAM_WINDOW: u32 = 128 * 1024;
+pub(super) const WINDOW: u32 = 512 * 1024;
 
 /// Bytes this client may have under way.
 const SEND_WINDOW: u64 = 256 * 1024;
 
 /// Bytes of datagrams kept in either direction; they are small and stale soon.
-const DATAGRAM_BUFFER: usize = 32 * 1024;
+pub(super) const DATAGRAM_BUFFER: usize = 32 * 1024;
 
 /// The socket of a client, and how it reaches a gateway.
 pub(crate) struct Dialer {
@@ -129,7 +145,7 @@ impl Dialer {
 
     /// By which ways this client can reach a gateway.
     pub(crate) const fn offered(&self) -> &'static [Transport] {
-        &[Transport::Quic]
+        &[Transport::Quic, Transport::Tls, Transport::WebSocket]
     }
 
     /// The gateway named more addresses: they are tried after those that are known.
@@ -187,8 +203,14 @@ impl Dialer {
                 Err(text) => Box::pin(ready(Progress::Failed { text, answered: false })),
             },
             Transport::Tls | Transport::WebSocket => {
-                let text = "not offered".to_owned();
-                Box::pin(ready(Progress::Failed { text, answered: false }))
+                let target = Target {
+                    platform: Arc::clone(&self.platform),
+                    remote: address,
+                    server_name: self.server_name.clone(),
+                    tls: Arc::clone(&self.tls.stream),
+                    rtt: rtt.unwrap_or(RTT_UNKNOWN),
+                };
+                Box::pin(stream_attempt(target, transport, grease))
             }
         }
     }
@@ -252,9 +274,9 @@ async fn attempt(connecting: Connecting, early: bool, grease: u64) -> Progress {
             };
         }
     };
-    let link = match Link::open(connection.clone(), grease).await {
+    let link = match Link::open(connection.clone().into(), grease).await {
         Ok(link) => link,
-        Err(error) => return failed(&error),
+        Err(error) => return Progress::Failed { text: error.to_string(), answered: false },
     };
     let confirmed = async move {
         let taken = accepted.await;
@@ -268,10 +290,28 @@ async fn attempt(connecting: Connecting, early: bool, grease: u64) -> Progress {
     Progress::Early(Box::new(link), Box::pin(confirmed))
 }
 
-async fn up(connection: Connection, grease: u64) -> Progress {
-    match Link::open(connection, grease).await {
+async fn up(connection: impl Into<fulmar_transport::Connection>, grease: u64) -> Progress {
+    match Link::open(connection.into(), grease).await {
         Ok(link) => Progress::Up(Box::new(link)),
-        Err(error) => failed(&error),
+        Err(error) => Progress::Failed { text: error.to_string(), answered: true },
+    }
+}
+
+/// From a byte stream to a link.
+async fn stream_attempt(target: Target, transport: Transport, grease: u64) -> Progress {
+    let stream = match target.platform.tcp(target.remote).await {
+        Ok(stream) => stream,
+        Err(error) => {
+            return Progress::Failed { text: format!("{} by TCP: {error}", target.remote), answered: false };
+        }
+    };
+    let connection = match transport {
+        Transport::WebSocket => websocket(stream, &target).await,
+        _ => tls(stream, &target).await,
+    };
+    match connection {
+        Ok(connection) => up(connection, grease).await,
+        Err(text) => Progress::Failed { text, answered: true },
     }
 }
 
@@ -300,7 +340,7 @@ fn client_config(tls: &Tls, rtt: Option<Duration>) -> quinn::ClientConfig {
     if let Some(rtt) = rtt {
         transport.initial_rtt(rtt);
     }
-    let mut config = quinn::ClientConfig::new(Arc::<QuicClientConfig>::clone(&tls.0));
+    let mut config = quinn::ClientConfig::new(Arc::<QuicClientConfig>::clone(&tls.quic));
     config.transport_config(Arc::new(transport));
     config
 }
