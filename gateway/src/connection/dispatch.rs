@@ -435,6 +435,8 @@ impl Connection {
 
     async fn acked(&self, entries: Vec<(ConversationId, Seq)>) -> Result<(), End> {
         self.context.metrics.cursors_moved.inc_by(entries.len() as u64);
+        let now = self.now();
+        self.copies().acked(&entries, now);
         let user = self.peer()?.producer.user;
         let mut by_shard: HashMap<usize, Vec<(ConversationId, Seq)>> = HashMap::new();
         for (conversation, seq) in &entries {

@@ -21,6 +21,7 @@ use fulmar_protocol::{
 use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 use tracing::{Instrument, debug, info_span, warn};
 
+use super::copies::Copies;
 use crate::{
     context::Context,
     conversation::Command,
@@ -107,6 +108,8 @@ pub(super) struct Connection {
     pub(super) cursors: Mutex<super::dispatch::CursorSync>,
     /// Events that may still pass, and when that was counted.
     pub(super) events: Mutex<(f64, Duration)>,
+    /// Records that may have been lost alone.
+    pub(super) copies: Mutex<Copies>,
 }
 
 /// Serves a connection until it ends. What it had sent and was not acked, its client sends again elsewhere.
@@ -139,6 +142,7 @@ pub async fn serve(quic: quinn::Connection, confirmed: impl Future<Output = bool
         auth_ends: AtomicU64::new(u64::MAX),
         cursors: Mutex::new(super::dispatch::CursorSync::default()),
         events: Mutex::new((super::dispatch::EVENTS_BURST, Duration::ZERO)),
+        copies: Mutex::new(Copies::new()),
         context,
     });
     async move {
@@ -232,6 +236,11 @@ impl Connection {
     /// Time on the session's clock.
     pub(super) fn now(&self) -> Duration {
         self.started.elapsed()
+    }
+
+    /// The moment the session's clock shows this.
+    pub(super) fn at(&self, time: Duration) -> tokio::time::Instant {
+        self.started + time
     }
 
     /// Takes in one frame and carries out what follows from it. The caller holds `order`.

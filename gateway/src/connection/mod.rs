@@ -8,6 +8,7 @@
 //!
 //! Not here: what a send does (`conversation`), who is owed what (`fanout`).
 
+mod copies;
 mod dispatch;
 pub mod driver;
 mod reader;

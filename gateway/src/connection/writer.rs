@@ -2,6 +2,7 @@
 //!
 //! - Control, lanes and backlog wait for the client independently of each other.
 //! - A turn of the lanes takes what is due for all conversations, up to a budget per lane, and writes it once.
+//! - What may have been lost alone leaves once more in a datagram (`copies`).
 
 use std::{collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
 
@@ -15,10 +16,13 @@ use fulmar_protocol::{
 };
 use tracing::{debug, debug_span, warn};
 
-use super::driver::{Connection, End};
+use super::{
+    copies::{CopyTimer, LONE_MAX},
+    driver::{Connection, End},
+};
 use crate::{
     conversation::Refusal,
-    fanout::owed::{ControlDue, Ending, Settled},
+    fanout::owed::{ControlDue, Ending, Settled, Taken},
     ground::{blocking, unix_now},
     receipt::{
         self,
@@ -52,6 +56,8 @@ impl Connection {
                 if let Some(stream) = self.control_out.lock().await.as_mut() {
                     stream.write_all(&out).await?;
                 }
+                let now = self.now();
+                self.copies().left(out.len(), now);
                 out.clear();
                 continue;
             }
@@ -126,13 +132,17 @@ impl Connection {
         let head_interval = Duration::from_millis(self.context.config.fanout.head_interval_ms);
         let mut lanes: Vec<Lane> = (0..peer.lanes).map(|_| Lane::default()).collect();
         let mut told: HashMap<ConversationId, Seq> = HashMap::new();
+        let copies = peer.features.has(Features::HEDGE);
+        let mut lone: Vec<(ConversationId, Seq, Bytes)> = Vec::new();
+        let mut timer = CopyTimer::new();
         let mut remind = tokio::time::interval(head_interval);
         remind.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let now = unix_now();
-            let mut gathered = 0;
+            let (mut gathered, mut records) = (0, 0);
             while gathered < budget * lanes.len() {
-                let Some((conversation, frames)) = peer.owed.take_live(budget, now) else { break };
+                let Some(taken) = peer.owed.take_live(budget, now) else { break };
+                let Taken { conversation, first, frames } = taken;
                 let lane = lane_of(conversation, peer.lanes);
                 let Some(lane) = lanes.get_mut(usize::from(lane)) else { break };
                 gathered += frames.iter().map(Bytes::len).sum::<usize>();
@@ -140,6 +150,11 @@ impl Connection {
                 debug_span!("write", conversation = conversation.get()).in_scope(|| {
                     debug!(frames = frames.len(), lane = lane_of(conversation, peer.lanes), "written")
                 });
+                records += frames.len();
+                if copies && records <= LONE_MAX {
+                    let seqs = (0..).map(|at| first.saturating_add(at));
+                    lone.extend(seqs.zip(&frames).map(|(seq, frame)| (conversation, seq, frame.clone())));
+                }
                 lane.frames.extend(frames);
             }
             let behind = peer.owed.take_fell_behind();
@@ -150,6 +165,7 @@ impl Connection {
                 tokio::select! {
                     biased;
                     () = peer.owed.lanes.notified() => {}
+                    () = self.copy_due(&mut timer) => self.send_copies(),
                     _ = remind.tick() => peer.owed.remind_heads(&mut told),
                 }
                 continue;
@@ -158,6 +174,14 @@ impl Connection {
             let writes = lanes.iter_mut().enumerate().filter(|(_, lane)| !lane.frames.is_empty());
             futures_util::future::try_join_all(writes.map(|(index, lane)| self.write_lane(index, lane)))
                 .await?;
+            if copies {
+                let now = self.now();
+                let mut watched = self.copies();
+                if watched.wants_rtt() {
+                    watched.seed(self.quic.rtt());
+                }
+                watched.wrote(records, gathered, &mut lone, now);
+            }
         }
     }
 
@@ -312,8 +336,13 @@ impl Connection {
         };
         frame.encode(&mut out);
         self.context.metrics.bytes_out(out.len() as u64);
+        let size = out.len();
         match stream.write_chunk(out.freeze()).await {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                let now = self.now();
+                self.copies().left(size, now);
+                Ok(())
+            }
             Err(quinn::WriteError::ConnectionLost(error)) => Err(error.into()),
             Err(error) => Err(End::Close(CloseCode::BadStream, error.to_string())),
         }

@@ -127,6 +127,17 @@ pub struct Owed {
     backlog_max: u64,
 }
 
+/// Live frames of one conversation, to be written.
+#[derive(Debug)]
+pub struct Taken {
+    /// The conversation.
+    pub conversation: ConversationId,
+    /// The record of the first frame; the others follow it without a hole.
+    pub first: Seq,
+    /// The frames, at least one.
+    pub frames: Vec<bytes::Bytes>,
+}
+
 /// What the control stream has to write.
 #[derive(Debug, Default)]
 pub struct ControlDue {
@@ -270,7 +281,7 @@ impl Owed {
     }
 
     /// The next conversation with live frames, and the frames. `None`: nothing is due.
-    pub fn take_live(&self, budget: usize, now: UnixMillis) -> Option<(ConversationId, Vec<bytes::Bytes>)> {
+    pub fn take_live(&self, budget: usize, now: UnixMillis) -> Option<Taken> {
         let mut guard = self.lock();
         let inner = &mut *guard;
         while let Some(conversation) = inner.live.pop_front() {
@@ -283,13 +294,13 @@ impl Owed {
                 lag.ring.as_ref().map_or(Due::Behind, |ring| ring.due(lag.next, self.user, budget, now));
             match due {
                 Due::Frames { frames, next, more } => {
-                    lag.next = next;
+                    let first = std::mem::replace(&mut lag.next, next);
                     if more {
                         lag.queued = true;
                         inner.live.push_back(conversation);
                     }
                     if !frames.is_empty() {
-                        return Some((conversation, frames));
+                        return Some(Taken { conversation, first, frames });
                     }
                 }
                 Due::Behind if lag.head.since(lag.next) >= self.backlog_max => {
@@ -541,7 +552,8 @@ mod tests {
 
     fn live(owed: &Owed) -> Vec<u64> {
         let mut got = Vec::new();
-        while let Some((_, frames)) = owed.take_live(1 << 20, now()) {
+        while let Some(Taken { first, frames, .. }) = owed.take_live(1 << 20, now()) {
+            assert_eq!(first.get().to_be_bytes(), frames[0][..]);
             got.extend(frames.iter().map(|f| u64::from_be_bytes(f[..].try_into().unwrap())));
         }
         got
