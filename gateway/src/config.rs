@@ -41,9 +41,11 @@ pub const DEV_ISSUER: &str = "fulmar-dev";
 section! {
     /// Where the gateway is reached.
     ListenConfig = "listen" {
-        /// UDP address for QUIC.
+        /// Address for QUIC (UDP), and for TLS and WebSocket (TCP) if listen.tcp is on.
         address: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 4433)),
             "an address and port, such as \"0.0.0.0:4433\" or \"[::]:4433\"";
+        /// Also accept TLS and WebSocket on the same port by TCP: true or false. For clients whose network blocks UDP.
+        tcp: bool = true, "true or false";
         /// Addresses (host:port) clients are told to try as well, best first; at most 8. Empty: only the one
         /// they came by.
         public_addresses: Vec<String> = Vec::new(),

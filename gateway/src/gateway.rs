@@ -17,6 +17,7 @@ use fulmar_store::{
     ColdOptions, CommitError, MemoryDisk, OpenError, ShardError, ShardReader, ShardWriter, Store,
     StoreOptions,
 };
+use fulmar_transport::tcp::Listen;
 use futures_util::FutureExt;
 use quinn::{AsyncUdpSocket, Runtime, TokioRuntime};
 use tokio::{sync::watch, task::JoinSet};
@@ -25,7 +26,8 @@ use tracing::{info, warn};
 use crate::{
     accept::{
         endpoint::accept,
-        tls::{Certificate, endpoint_config, server_config, tls_config},
+        stream::Streams,
+        tls::{Certificate, endpoint_config, server_config, stream_tls_config, tls_config},
     },
     config::{ColdConfig, Config, Durability, Engine},
     context::Context,
@@ -56,6 +58,8 @@ const MEMBERS_MAX: usize = 100_000;
 pub struct Sockets {
     /// QUIC's socket.
     pub udp: Arc<dyn AsyncUdpSocket>,
+    /// Where byte streams come in, for clients that can't use UDP; `None`: nowhere.
+    pub tcp: Option<Box<dyn Listen>>,
     /// What quinn runs on.
     pub runtime: Arc<dyn Runtime>,
     /// Seeds what quinn leaves to chance; `None`: the system does.
@@ -70,6 +74,7 @@ pub struct Gateway {
     _lock: FolderLock,
     certificate: Arc<Certificate>,
     endpoint: quinn::Endpoint,
+    streams: Option<Streams>,
     http: Option<HttpServer>,
     store: Arc<Store>,
     shards: Vec<ShardHandle>,
@@ -98,9 +103,8 @@ impl Gateway {
     ) -> anyhow::Result<Self> {
         // A mistake in the configuration is told before anything takes long.
         let address = config.listen.address;
-        let sockets = std::net::UdpSocket::bind(address)
-            .and_then(|socket| TokioRuntime.wrap_udp_socket(socket))
-            .map(|udp| Sockets { udp, runtime: Arc::new(TokioRuntime), rng_seed: None })
+        let sockets = bind(address, config.listen.tcp)
+            .await
             .map_err(|error| anyhow::anyhow!(cannot_listen("listen.address", "--listen", address, &error)))?;
         Self::start_on(config, sockets, None, wrap).await
     }
@@ -137,6 +141,13 @@ impl Gateway {
             &config.transport,
             &config.limits,
         )?;
+        let streams = match sockets.tcp {
+            Some(listener) => {
+                let tls = stream_tls_config(&config.tls, Arc::clone(&certificate))?;
+                Some(Streams { listener, tls: Arc::new(tls) })
+            }
+            None => None,
+        };
         let http = match config.listen.http_address.filter(|_| !is_simulated()) {
             Some(address) => Some(HttpServer::bind(address).await?),
             None => None,
@@ -160,10 +171,22 @@ impl Gateway {
         let endpoint =
             quinn::Endpoint::new_with_abstract_socket(endpoint, Some(quic), sockets.udp, sockets.runtime)
                 .context("the QUIC endpoint can't start")?;
-        Ok(Self { config, folder, _lock: lock, certificate, endpoint, http, store, shards, threads, metrics })
+        Ok(Self {
+            config,
+            folder,
+            _lock: lock,
+            certificate,
+            endpoint,
+            streams,
+            http,
+            store,
+            shards,
+            threads,
+            metrics,
+        })
     }
 
-    /// Where clients connect (UDP).
+    /// Where clients connect: by UDP, and at the same port by TCP if that is on.
     ///
     /// # Errors
     /// The socket is gone.
@@ -200,8 +223,19 @@ impl Gateway {
     /// # Errors
     /// What can't be set up; a store that can't be closed properly.
     pub async fn run(self, mut drain: Drain) -> anyhow::Result<()> {
-        let Self { config, folder, _lock, certificate, endpoint, http, store, shards, threads, metrics } =
-            self;
+        let Self {
+            config,
+            folder,
+            _lock,
+            certificate,
+            endpoint,
+            streams,
+            http,
+            store,
+            shards,
+            threads,
+            metrics,
+        } = self;
         let verifier = Verifier::new(&config.apps, &config.auth, &folder.dev_key)?;
         let route = Route::new(store.shards());
         let mut start = [0; 8];
@@ -257,7 +291,7 @@ impl Gateway {
         });
         started.send_replace(true);
 
-        accept(&endpoint, &context, drain.clone()).await;
+        accept(&endpoint, streams, &context, drain.clone()).await;
         drain.started().await;
         info!("all connections have ended; writing down what is left");
         endpoint.close(0u32.into(), b"");
@@ -280,6 +314,29 @@ impl Gateway {
         anyhow::ensure!(panicked == 0, "{panicked} shard threads had panicked; what was acked is on disk");
         info!("bye");
         Ok(())
+    }
+}
+
+/// Tries to find a port that is free for both UDP and TCP, where the system is to choose one.
+const PORTS_TRIED: usize = 16;
+
+/// Takes an address for QUIC, and the same for TCP if `tcp` is on.
+async fn bind(address: SocketAddr, tcp: bool) -> std::io::Result<Sockets> {
+    let mut tries = if address.port() == 0 { PORTS_TRIED } else { 1 };
+    loop {
+        tries -= 1;
+        let socket = std::net::UdpSocket::bind(address)?;
+        let listener: Option<Box<dyn Listen>> = if tcp {
+            match tokio::net::TcpListener::bind(socket.local_addr()?).await {
+                Ok(listener) => Some(Box::new(listener)),
+                Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && tries > 0 => continue,
+                Err(error) => return Err(error),
+            }
+        } else {
+            None
+        };
+        let udp = TokioRuntime.wrap_udp_socket(socket)?;
+        return Ok(Sockets { udp, tcp: listener, runtime: Arc::new(TokioRuntime), rng_seed: None });
     }
 }
 

@@ -46,6 +46,13 @@ pub struct Shard {
     pub shard: u16,
 }
 
+/// What connections run on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Transport {
+    /// A word of this program: `quic`, `tls` or `websocket`.
+    pub transport: &'static str,
+}
+
 /// What an ack has survived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Level {
@@ -105,6 +112,10 @@ metrics! {
     connections: Gauge = Gauge::default(), None;
     /// Connections accepted since the start.
     connections_accepted: Counter = Counter::default(), None;
+    /// Connections held now, by what they run on.
+    transport_connections: Family<Transport, Gauge> = Family::default(), None;
+    /// Connections accepted since the start, by what they run on.
+    transport_connections_accepted: Family<Transport, Counter> = Family::default(), None;
     /// Connection attempts that were refused or asked to prove their address, by reason.
     attempts_turned_away: Family<Reason, Counter> = Family::default(), None;
     /// Handshakes in progress now.
@@ -192,6 +203,20 @@ impl Metrics {
         self.auth_refusals.get_or_create(&Reason { reason }).inc();
     }
 
+    /// Counts a connection that is up, and what it runs on.
+    pub fn connected(&self, transport: &'static str) {
+        self.connections_accepted.inc();
+        self.connections.inc();
+        self.transport_connections.get_or_create(&Transport { transport }).inc();
+        self.transport_connections_accepted.get_or_create(&Transport { transport }).inc();
+    }
+
+    /// Counts a connection that was up and is no more.
+    pub fn disconnected(&self, transport: &'static str) {
+        self.connections.dec();
+        self.transport_connections.get_or_create(&Transport { transport }).dec();
+    }
+
     /// Counts a refused send.
     pub fn send_refused(&self, reason: &'static str) {
         self.sends_refused.get_or_create(&Reason { reason }).inc();
@@ -261,7 +286,10 @@ mod tests {
     #[test]
     fn what_was_counted_is_in_the_text() {
         let metrics = Metrics::default();
-        metrics.connections.set(3);
+        metrics.connections.set(2);
+        metrics.connected("tls");
+        metrics.connected("tls");
+        metrics.disconnected("tls");
         metrics.clone().sends_accepted.inc_by(5);
         metrics.auth_refused("expired");
         metrics.auth_refused("expired");
@@ -277,6 +305,8 @@ mod tests {
             "# HELP fulmar_connections Connections held now.",
             "# TYPE fulmar_connections gauge",
             "fulmar_connections 3",
+            "fulmar_transport_connections{transport=\"tls\"} 1",
+            "fulmar_transport_connections_accepted_total{transport=\"tls\"} 2",
             "fulmar_sends_accepted_total 5",
             "fulmar_auth_refusals_total{reason=\"expired\"} 2",
             "fulmar_protocol_violations_total{code=\"malformed\"} 1",

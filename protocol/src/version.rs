@@ -5,6 +5,12 @@
 /// ALPN of the protocol (RFC 7301); the number is the major version.
 pub const ALPN: &[u8] = b"fulmar/1";
 
+/// Path of the HTTP request for a WebSocket, where neither UDP nor TLS with [`ALPN`] gets through.
+pub const WEBSOCKET_PATH: &str = "/fulmar";
+
+/// Subprotocol of that WebSocket (RFC 6455); the number is the major version.
+pub const WEBSOCKET_PROTOCOL: &str = "fulmar.1";
+
 /// The newest minor version this code speaks.
 pub const MINOR: u8 = 0;
 

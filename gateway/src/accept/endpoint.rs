@@ -1,7 +1,7 @@
-//! The socket, and who is let through it.
+//! The sockets, and who is let through them.
 //!
-//! - Every attempt is counted from its first packet to the end of its connection, in all and by IP address; the counts
-//!   decide ([`super::admission`]).
+//! - Every attempt is counted from its first packet to the end of its connection, in all and by IP address, whether it comes by
+//!   UDP or by TCP; the counts decide ([`super::admission`]).
 //! - One task per connection; a handshake that stalls ends by its own timeout.
 
 use std::{
@@ -11,29 +11,48 @@ use std::{
     time::Duration,
 };
 
+use fulmar_transport::Kind;
 use tokio::task::JoinSet;
 use tracing::{Instrument, debug, warn};
 
-use super::admission::{Load, Verdict, admit};
+use super::{
+    admission::{Load, Verdict, admit},
+    stream::{Streams, next_stream},
+};
 use crate::{connection::serve, context::Context, drain::Drain, metrics::Metrics};
 
 #[derive(Debug, Default)]
-struct Counts {
+pub(super) struct Counts {
     connections: usize,
     handshakes: usize,
     by_address: HashMap<IpAddr, (usize, usize)>,
 }
 
+/// What is going on when an attempt comes in from `address`.
+pub(super) fn load(counts: &Mutex<Counts>, address: IpAddr, validated: bool, draining: bool) -> Load {
+    let counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+    let (connections_of_address, handshakes_of_address) =
+        counts.by_address.get(&address).copied().unwrap_or_default();
+    Load {
+        connections: counts.connections,
+        connections_of_address,
+        handshakes: counts.handshakes,
+        handshakes_of_address,
+        validated,
+        draining,
+    }
+}
+
 /// Counts one attempt until it is dropped.
 #[derive(Debug)]
-struct Counted {
+pub(super) struct Counted {
     counts: Arc<Mutex<Counts>>,
     address: IpAddr,
     handshaking: bool,
 }
 
 impl Counted {
-    fn new(counts: &Arc<Mutex<Counts>>, address: IpAddr) -> Self {
+    pub(super) fn new(counts: &Arc<Mutex<Counts>>, address: IpAddr) -> Self {
         let mut guard = counts.lock().unwrap_or_else(PoisonError::into_inner);
         guard.handshakes += 1;
         guard.by_address.entry(address).or_default().1 += 1;
@@ -41,7 +60,7 @@ impl Counted {
         Self { counts: Arc::clone(counts), address, handshaking: true }
     }
 
-    fn connected(&mut self) {
+    pub(super) fn connected(&mut self) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.handshakes -= 1;
         counts.connections += 1;
@@ -72,8 +91,18 @@ impl Drop for Counted {
     }
 }
 
-/// Accepts connections until the drain has started and everybody has left, or its deadline has passed.
-pub async fn accept(endpoint: &quinn::Endpoint, context: &Arc<Context>, mut drain: Drain) {
+/// Accepts connections until the drain has started and everybody has left, or its deadline has passed. `streams` is where
+/// those come in that can't use UDP.
+pub async fn accept(
+    endpoint: &quinn::Endpoint,
+    streams: Option<Streams>,
+    context: &Arc<Context>,
+    mut drain: Drain,
+) {
+    let (mut listener, tls) = match streams {
+        Some(Streams { listener, tls }) => (Some(listener), Some(tls)),
+        None => (None, None),
+    };
     let counts = Arc::new(Mutex::new(Counts::default()));
     let mut connections = JoinSet::new();
     loop {
@@ -89,6 +118,11 @@ pub async fn accept(endpoint: &quinn::Endpoint, context: &Arc<Context>, mut drai
                 Some(incoming) => attempt(incoming, context, &counts, &mut connections),
                 None => break,
             },
+            Some((stream, from)) = next_stream(&mut listener, context) => {
+                if let Some(tls) = &tls {
+                    super::stream::attempt(stream, from, tls, context, &counts, &mut connections);
+                }
+            }
         }
     }
     let mut left = drain.clone();
@@ -98,6 +132,7 @@ pub async fn accept(endpoint: &quinn::Endpoint, context: &Arc<Context>, mut drai
             ended = connections.join_next() => if ended.is_none() { break },
             // Who comes now is told to go elsewhere.
             Some(incoming) = endpoint.accept() => incoming.refuse(),
+            Some((stream, _)) = next_stream(&mut listener, context) => drop(stream),
             () = left.deadline() => {
                 warn!(connections = connections.len(), "the drain's deadline has passed; the rest is cut off");
                 connections.shutdown().await;
@@ -109,27 +144,27 @@ pub async fn accept(endpoint: &quinn::Endpoint, context: &Arc<Context>, mut drai
 
 /// Counts a handshake while it goes on, and its connection afterwards.
 #[derive(Debug)]
-struct Handshake<'a> {
+pub(super) struct Handshake<'a> {
     metrics: &'a Metrics,
     going_on: bool,
-    connected: bool,
+    connected: Option<Kind>,
 }
 
 impl<'a> Handshake<'a> {
-    fn begin(metrics: &'a Metrics) -> Self {
+    pub(super) fn begin(metrics: &'a Metrics) -> Self {
         metrics.handshakes.inc();
-        Self { metrics, going_on: true, connected: false }
+        Self { metrics, going_on: true, connected: None }
     }
 
-    fn end(&mut self, up: bool) {
+    /// It ended, with a connection or without.
+    pub(super) fn end(&mut self, up: Option<Kind>) {
         if !std::mem::take(&mut self.going_on) {
             return;
         }
         self.metrics.handshakes.dec();
-        if up {
-            self.connected = true;
-            self.metrics.connections_accepted.inc();
-            self.metrics.connections.inc();
+        if let Some(kind) = up {
+            self.connected = Some(kind);
+            self.metrics.connected(kind.word());
         } else {
             self.metrics.handshakes_failed.inc();
         }
@@ -138,9 +173,9 @@ impl<'a> Handshake<'a> {
 
 impl Drop for Handshake<'_> {
     fn drop(&mut self) {
-        self.end(false);
-        if self.connected {
-            self.metrics.connections.dec();
+        self.end(None);
+        if let Some(kind) = self.connected {
+            self.metrics.disconnected(kind.word());
         }
     }
 }
@@ -152,19 +187,8 @@ fn attempt(
     connections: &mut JoinSet<()>,
 ) {
     let address = incoming.remote_address().ip();
-    let load = {
-        let counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
-        let (connections_of_address, handshakes_of_address) =
-            counts.by_address.get(&address).copied().unwrap_or_default();
-        Load {
-            connections: counts.connections,
-            connections_of_address,
-            handshakes: counts.handshakes,
-            handshakes_of_address,
-            validated: incoming.remote_address_validated(),
-            draining: context.drain.is_draining(),
-        }
-    };
+    let draining = context.drain.is_draining();
+    let load = load(counts, address, incoming.remote_address_validated(), draining);
     let metrics = &context.metrics;
     match admit(&context.config.limits, load) {
         Verdict::Accept => {}
@@ -210,7 +234,7 @@ fn attempt(
             // What is resolved says whether early data was taken, not whether there is a connection.
             let up = completed.is_ok() && watched.close_reason().is_none();
             drop(watched);
-            handshake.end(up);
+            handshake.end(up.then_some(Kind::Quic));
             if up {
                 counted.connected();
             } else {
@@ -218,7 +242,7 @@ fn attempt(
             }
             up
         };
-        serve(quic, confirmed, context).await;
+        serve(quic.into(), confirmed, context).await;
     };
     connections.spawn(task.in_current_span());
 }

@@ -7,4 +7,5 @@
 
 pub mod admission;
 pub mod endpoint;
+pub mod stream;
 pub mod tls;

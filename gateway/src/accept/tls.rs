@@ -185,6 +185,26 @@ pub fn tls_config(tls: &TlsConfig, certificate: Arc<Certificate>) -> Result<rust
     Ok(config)
 }
 
+/// TLS for byte streams: [`ALPN`] and, for WebSockets, HTTP. Early data is not taken.
+///
+/// # Errors
+/// The cryptography this was built with lacks TLS 1.3 or gives no random numbers.
+pub fn stream_tls_config(
+    tls: &TlsConfig,
+    certificate: Arc<Certificate>,
+) -> Result<rustls::ServerConfig, TlsError> {
+    let mut config = tls_config(tls, certificate)?;
+    config.alpn_protocols = vec![ALPN.to_vec(), fulmar_transport::secure::ALPN_HTTP.to_vec()];
+    config.max_early_data_size = 0;
+    // Without early data tickets need no memory here.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    if config.send_tls13_tickets > 0 {
+        config.ticketer = rustls::crypto::ring::Ticketer::new()
+            .map_err(|e| TlsError(format!("tickets are not available: {e}")))?;
+    }
+    Ok(config)
+}
+
 /// QUIC's settings for one connection.
 #[must_use]
 pub fn transport_config(transport: &TransportConfig) -> quinn::TransportConfig {

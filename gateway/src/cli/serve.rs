@@ -39,7 +39,7 @@ SIGHUP reads the certificate again.";
 #[derive(Debug, Default, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ServeArgs {
-    /// UDP address for QUIC, instead of listen.address [default: 0.0.0.0:4433] [env: FULMAR_LISTEN_ADDRESS]
+    /// Address for QUIC (UDP) and TLS (TCP), instead of listen.address [default: 0.0.0.0:4433] [env: FULMAR_LISTEN_ADDRESS]
     #[arg(short, long, value_name = "ADDRESS", help_heading = "Listening")]
     pub listen: Option<String>,
     /// TCP address of /metrics, /healthz and /readyz, or "off" [default: 127.0.0.1:4480] [env: FULMAR_LISTEN_HTTP_ADDRESS]

@@ -155,10 +155,10 @@ impl Connection {
 
     /// Sends a copy of a frame in a datagram. What does not fit the path stays with its stream.
     pub(super) fn send_copy(&self, frame: Bytes) {
-        if frame.len() <= DATAGRAM_BYTES_MAX.min(self.quic.max_datagram_size().unwrap_or(0)) {
+        if frame.len() <= DATAGRAM_BYTES_MAX.min(self.transport.max_datagram_size().unwrap_or(0)) {
             self.context.metrics.bytes_out(frame.len() as u64);
             // Full or gone: lost, as datagrams may be.
-            let _ = self.quic.send_datagram(frame);
+            let _ = self.transport.send_datagram(frame);
         }
     }
 
@@ -294,7 +294,11 @@ impl Connection {
             let arrived = shard.tell(|answer| Command::Arrive(Arc::clone(&owed), answer)).await;
             arrived.map_err(|refusal| End::Close(CloseCode::Draining, refusal.code.to_string()))?;
         }
-        let features = Features(hello.features).and(Features::OURS);
+        let mut features = Features(hello.features).and(Features::OURS);
+        if self.transport.quic().is_none() {
+            // On a byte stream nothing is lost alone, and a copy would come after what it is a copy of.
+            features = features.without(Features::HEDGE);
+        }
         let peer = Peer {
             app: proven.app,
             name: proven.name,

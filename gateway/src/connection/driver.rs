@@ -63,16 +63,16 @@ impl From<Violation> for End {
     }
 }
 
-impl From<quinn::ConnectionError> for End {
-    fn from(error: quinn::ConnectionError) -> Self {
+impl From<fulmar_transport::ConnectionError> for End {
+    fn from(error: fulmar_transport::ConnectionError) -> Self {
         Self::Lost(error.to_string())
     }
 }
 
-impl From<quinn::WriteError> for End {
-    fn from(error: quinn::WriteError) -> Self {
+impl From<fulmar_transport::WriteError> for End {
+    fn from(error: fulmar_transport::WriteError) -> Self {
         match error {
-            quinn::WriteError::Stopped(_) => {
+            fulmar_transport::WriteError::Stopped(_) => {
                 Self::Violation(Violation::BadStream("the client stopped a stream it needs"))
             }
             other => Self::Lost(other.to_string()),
@@ -83,7 +83,7 @@ impl From<quinn::WriteError> for End {
 /// One connection.
 #[derive(Debug)]
 pub(super) struct Connection {
-    pub(super) quic: quinn::Connection,
+    pub(super) transport: fulmar_transport::Connection,
     pub(super) context: Arc<Context>,
     pub(super) peer: OnceLock<Peer>,
     /// Set once what the device missed is owed: the writers may start.
@@ -98,7 +98,7 @@ pub(super) struct Connection {
     /// Outputs of the session that came out where they can't be carried out.
     stash: Mutex<VecDeque<Output>>,
     /// The control stream, once it is there.
-    pub(super) control_out: AsyncMutex<Option<quinn::SendStream>>,
+    pub(super) control_out: AsyncMutex<Option<fulmar_transport::SendStream>>,
     pub(super) control_wake: Notify,
     timer_wake: Notify,
     pub(super) pulls: Mutex<VecDeque<Pull>>,
@@ -115,9 +115,13 @@ pub(super) struct Connection {
 /// Serves a connection until it ends. What it had sent and was not acked, its client sends again elsewhere.
 ///
 /// It may have spoken in early data already; `confirmed` ends when its handshake does, with whether it is complete.
-pub async fn serve(quic: quinn::Connection, confirmed: impl Future<Output = bool>, context: Arc<Context>) {
+pub async fn serve(
+    transport: fulmar_transport::Connection,
+    confirmed: impl Future<Output = bool>,
+    context: Arc<Context>,
+) {
     let number = context.number();
-    let span = info_span!("connection", connection = number, remote = %quic.remote_address(), user = tracing::field::Empty);
+    let span = info_span!("connection", connection = number, remote = %transport.remote_address(), kind = transport.kind().word(), user = tracing::field::Empty);
     let config = GatewayConfig {
         hello_timeout: Duration::from_millis(context.config.limits.hello_timeout_ms),
         idle_timeout: context.config.transport.idle_timeout(),
@@ -126,7 +130,7 @@ pub async fn serve(quic: quinn::Connection, confirmed: impl Future<Output = bool
     };
     let connection = Arc::new(Connection {
         session: Mutex::new(Session::new(config, Duration::ZERO)),
-        quic,
+        transport,
         peer: OnceLock::new(),
         ready: watch::channel(false).0,
         confirmed: watch::channel(false).0,
@@ -199,7 +203,7 @@ impl Connection {
         };
         let control = tokio::select! {
             biased;
-            opened = self.quic.accept_bi() => match opened {
+            opened = self.transport.accept_bi() => match opened {
                 Ok(streams) => streams,
                 Err(error) => return error.into(),
             },
@@ -354,7 +358,7 @@ impl Connection {
     }
 
     async fn refuse_other_streams(&self) -> Result<std::convert::Infallible, End> {
-        self.quic.accept_bi().await?;
+        self.transport.accept_bi().await?;
         Err(Violation::BadStream("a second control stream").into())
     }
 
@@ -381,8 +385,7 @@ impl Connection {
             debug!("the client did not take the last frames in time");
         }
         self.session().closed();
-        self.quic
-            .close(code.code().into(), reason.as_bytes().get(..reason.len().min(200)).unwrap_or_default());
+        self.transport.close(code.code(), reason.as_bytes().get(..reason.len().min(200)).unwrap_or_default());
         if let Some(peer) = self.peer.get() {
             self.context.metrics.sessions.dec();
             for shard in &self.context.shards {
@@ -392,7 +395,7 @@ impl Connection {
     }
 
     async fn last_words(&self) {
-        if self.quic.close_reason().is_some() {
+        if self.transport.close_reason().is_some() {
             return;
         }
         let mut out = BytesMut::new();

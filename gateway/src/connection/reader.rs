@@ -14,16 +14,19 @@ use super::driver::{Connection, End};
 const READ_MAX: usize = 64 * 1024;
 
 impl Connection {
-    pub(super) async fn read_control(self: &Arc<Self>, stream: quinn::RecvStream) -> Result<Infallible, End> {
+    pub(super) async fn read_control(
+        self: &Arc<Self>,
+        stream: fulmar_transport::RecvStream,
+    ) -> Result<Infallible, End> {
         self.read_stream(stream, Channel::Control).await
     }
 
     pub(super) async fn read_uplink(self: &Arc<Self>) -> Result<Infallible, End> {
-        let stream = self.quic.accept_uni().await?;
+        let stream = self.transport.accept_uni().await?;
         tokio::select! {
             biased;
             end = self.read_stream(stream, Channel::Uplink) => end,
-            second = self.quic.accept_uni() => {
+            second = self.transport.accept_uni() => {
                 second?;
                 Err(Violation::BadStream("a second uplink").into())
             }
@@ -32,19 +35,19 @@ impl Connection {
 
     async fn read_stream(
         self: &Arc<Self>,
-        mut stream: quinn::RecvStream,
+        mut stream: fulmar_transport::RecvStream,
         channel: Channel,
     ) -> Result<Infallible, End> {
         let mut decoder = Decoder::new(channel.frame_limit());
         let mut header = (None, None);
         loop {
-            let chunk = match stream.read_chunk(READ_MAX, true).await {
-                Ok(Some(chunk)) => chunk.bytes,
+            let chunk = match stream.read_chunk(READ_MAX).await {
+                Ok(Some(chunk)) => chunk,
                 Ok(None) => return Err(Violation::BadStream("the client closed a stream it needs").into()),
-                Err(quinn::ReadError::Reset(_)) => {
+                Err(fulmar_transport::ReadError::Reset(_)) => {
                     return Err(Violation::BadStream("the client reset a stream it needs").into());
                 }
-                Err(quinn::ReadError::ConnectionLost(error)) => return Err(error.into()),
+                Err(fulmar_transport::ReadError::ConnectionLost(error)) => return Err(error.into()),
                 Err(error) => return Err(End::Lost(error.to_string())),
             };
             self.context.metrics.bytes_in(chunk.len() as u64);
@@ -74,7 +77,7 @@ impl Connection {
 
     pub(super) async fn read_datagrams(self: &Arc<Self>) -> Result<Infallible, End> {
         loop {
-            let datagram: Bytes = self.quic.read_datagram().await?;
+            let datagram: Bytes = self.transport.read_datagram().await?;
             self.context.metrics.bytes_in(datagram.len() as u64);
             let mut decoder = Decoder::new(Channel::Datagram.frame_limit());
             decoder.push(datagram);

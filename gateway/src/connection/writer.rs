@@ -109,11 +109,11 @@ impl Connection {
         }
         for event in events {
             let frame = Frame::Event(event);
-            let fits =
-                frame.encoded_len() <= DATAGRAM_BYTES_MAX.min(self.quic.max_datagram_size().unwrap_or(0));
+            let fits = frame.encoded_len()
+                <= DATAGRAM_BYTES_MAX.min(self.transport.max_datagram_size().unwrap_or(0));
             if fits && peer.features.has(Features::DATAGRAM_EVENTS) {
                 // Lost or dropped is as good as stale.
-                let _ = self.quic.send_datagram(frame.to_bytes());
+                let _ = self.transport.send_datagram(frame.to_bytes());
             } else {
                 self.tell(|session| session.transmit(frame))?;
             }
@@ -178,7 +178,7 @@ impl Connection {
                 let now = self.now();
                 let mut watched = self.copies();
                 if watched.wants_rtt() {
-                    watched.seed(self.quic.rtt());
+                    watched.seed(self.transport.rtt());
                 }
                 watched.wrote(records, gathered, &mut lone, now);
             }
@@ -189,7 +189,7 @@ impl Connection {
         let stream = match &mut lane.stream {
             Some(stream) => stream,
             None => {
-                let stream = self.quic.open_uni().await?;
+                let stream = self.transport.open_uni().await?;
                 let _ = stream.set_priority(2);
                 if let Some(header) = Channel::Lane(u8::try_from(index).unwrap_or(0)).header() {
                     let mut bytes = BytesMut::new();
@@ -207,7 +207,7 @@ impl Connection {
     pub(super) async fn write_backlog(self: &Arc<Self>) -> Result<Infallible, End> {
         self.wait_ready().await?;
         let owed = Arc::clone(&self.peer()?.owed);
-        let mut stream: Option<quinn::SendStream> = None;
+        let mut stream: Option<fulmar_transport::SendStream> = None;
         loop {
             let pull = self.pulls.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop_front();
             if let Some(pull) = pull {
@@ -226,7 +226,7 @@ impl Connection {
 
     async fn catch_up(
         &self,
-        stream: &mut Option<quinn::SendStream>,
+        stream: &mut Option<fulmar_transport::SendStream>,
         conversation: ConversationId,
         from: Seq,
         to: Seq,
@@ -256,7 +256,11 @@ impl Connection {
         Ok(())
     }
 
-    async fn answer_pull(&self, stream: &mut Option<quinn::SendStream>, pull: Pull) -> Result<(), End> {
+    async fn answer_pull(
+        &self,
+        stream: &mut Option<fulmar_transport::SendStream>,
+        pull: Pull,
+    ) -> Result<(), End> {
         let peer = self.peer()?;
         let head = match self.context.conversation(pull.conversation) {
             Ok(shard) => {
@@ -321,7 +325,11 @@ impl Connection {
         }
     }
 
-    async fn write_block(&self, stream: &mut Option<quinn::SendStream>, frame: Frame) -> Result<(), End> {
+    async fn write_block(
+        &self,
+        stream: &mut Option<fulmar_transport::SendStream>,
+        frame: Frame,
+    ) -> Result<(), End> {
         let mut out = BytesMut::with_capacity(frame.encoded_len() + 2);
         let stream = match stream {
             Some(stream) => stream,
@@ -329,7 +337,7 @@ impl Connection {
                 if let Some(header) = Channel::Backlog.header() {
                     header.encode(&mut out);
                 }
-                let opened = self.quic.open_uni().await?;
+                let opened = self.transport.open_uni().await?;
                 let _ = opened.set_priority(-1);
                 stream.insert(opened)
             }
@@ -343,7 +351,7 @@ impl Connection {
                 self.copies().left(size, now);
                 Ok(())
             }
-            Err(quinn::WriteError::ConnectionLost(error)) => Err(error.into()),
+            Err(fulmar_transport::WriteError::ConnectionLost(error)) => Err(error.into()),
             Err(error) => Err(End::Close(CloseCode::BadStream, error.to_string())),
         }
     }
@@ -351,7 +359,7 @@ impl Connection {
 
 #[derive(Debug, Default)]
 struct Lane {
-    stream: Option<quinn::SendStream>,
+    stream: Option<fulmar_transport::SendStream>,
     frames: Vec<Bytes>,
 }
 
