@@ -3,6 +3,7 @@
 //! Everything here runs other tools, reads files of this workspace, and reports. Progress goes to standard error;
 //! standard output carries only what a command is asked for, so `cargo xtask test` closes it with one summary line.
 
+mod client_rig;
 mod fuzz;
 mod layering;
 mod rig;
@@ -37,6 +38,7 @@ use crate::tally::Tally;
         cargo xtask crash --rounds 10000\n  \
         cargo xtask power-cut --images 100000\n  \
         cargo xtask store-kill --rounds 10000 --open-rounds 3000\n  \
+        cargo xtask client-kill --rounds 10000\n  \
         cargo xtask bench codec"
 )]
 struct Cli {
@@ -87,6 +89,16 @@ enum Command {
         open_rounds: u64,
         #[command(flatten)]
         args: RigArgs,
+    },
+    /// Kill apps that use the SDK over a bad network, again and again: what was queued is stored once and in order, and
+    /// every end is told
+    ClientKill {
+        /// How often an app is killed
+        #[arg(long, value_name = "N", default_value_t = 500)]
+        rounds: u64,
+        /// What every choice follows from; without it, another one each time
+        #[arg(long, value_name = "S")]
+        seed: Option<u64>,
     },
     /// Damage files of the store: every answer must be right, or refused with a report
     Damage {
@@ -174,6 +186,7 @@ fn carry_out(command: Command) -> anyhow::Result<bool> {
         Command::StoreKill { rounds, open_rounds, args } => {
             closed(steps::store_kill(&workspace, rounds, open_rounds, &args)?)
         }
+        Command::ClientKill { rounds, seed } => closed(client_rig::kill(&workspace, rounds, seed, false)?),
         Command::Damage { images, args } => closed(steps::damage(&workspace, images, &args)?),
         Command::Bench { name, args } => {
             let mut command = workspace.cargo(["bench", "--package", "fulmar-benches"]);

@@ -14,7 +14,7 @@ use clap::ValueEnum;
 use crate::rig::RigArgs;
 use crate::run::{Workspace, on_ci, run as run_program};
 use crate::tally::{Tally, of_libtest, of_nextest};
-use crate::{fuzz, layering, rig, tool};
+use crate::{client_rig, fuzz, layering, rig, tool};
 
 /// Time of a whole run on two cores from an empty target folder; more is said aloud.
 const WHOLE_RUN: Duration = Duration::from_secs(60 * 60);
@@ -59,6 +59,8 @@ pub(crate) enum StepName {
     Damage,
     /// The crash loop
     Crash,
+    /// Kills of the SDK
+    ClientKill,
     /// Short fuzzing
     Fuzz,
 }
@@ -116,6 +118,11 @@ const STEPS: &[Step] = &[
         name: StepName::Crash,
         what: "a gateway killed under load 200 times; nothing acked may be lost",
         run: crash,
+    },
+    Step {
+        name: StepName::ClientKill,
+        what: "planted faults are found; then apps killed 500 times: what was queued is stored once, every end is told",
+        run: |workspace, _| client_rig::kill(workspace, 500, None, true),
     },
     Step { name: StepName::Fuzz, what: "each target of fuzz/Cargo.toml for 30 s", run: fuzz_shortly },
 ];

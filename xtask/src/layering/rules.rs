@@ -48,8 +48,15 @@ const WORLD_CRATES: &[&str] = &[
 ];
 
 /// Packages that only run or test the others.
-const OUTER_CRATES: &[&str] =
-    &["fulmar-benches", "fulmar-netlab", "fulmar-fuzz", "fulmar-faultdisk", "fulmar-store-rig", "xtask"];
+const OUTER_CRATES: &[&str] = &[
+    "fulmar-benches",
+    "fulmar-netlab",
+    "fulmar-fuzz",
+    "fulmar-faultdisk",
+    "fulmar-store-rig",
+    "fulmar-client-rig",
+    "xtask",
+];
 
 /// Everything by which a file stops being pure: runtimes, transports, engines, clocks, dice, sockets, files, threads.
 /// Addresses (`std::net::IpAddr`) and durations are values and stay allowed.
@@ -139,7 +146,14 @@ pub(crate) const CRATES: &[CrateRule] = &[
         folder: "transport",
         forbids: &[
             OUTER_CRATES,
-            &["fulmar-protocol", "fulmar-store", "fulmar-gateway", "fulmar-client", "fulmar-sim", "fulmar-badnet"],
+            &[
+                "fulmar-protocol",
+                "fulmar-store",
+                "fulmar-gateway",
+                "fulmar-client",
+                "fulmar-sim",
+                "fulmar-badnet",
+            ],
         ],
         because: "the transport carries bytes; gateway and SDK say what they mean",
     },
@@ -152,6 +166,18 @@ pub(crate) const CRATES: &[CrateRule] = &[
         folder: "sim/badnet",
         forbids: &[OUTER_CRATES, &["fulmar-gateway", "fulmar-store", "fulmar-client", "fulmar-sim"]],
         because: "bad networks and the checker are pure; the gateway's demo and the world use them, not they these",
+    },
+    CrateRule {
+        folder: "client-sdk/rig",
+        forbids: &[&[
+            "fulmar-store",
+            "fulmar-gateway",
+            "fulmar-protocol",
+            "fulmar-transport",
+            "quinn",
+            "xtask",
+        ]],
+        because: "the rig tries the SDK as apps use it, and the gateway as a program",
     },
     CrateRule {
         folder: "sim",
