@@ -26,7 +26,7 @@ use crate::{
     db::{ConversationSummary, Db, Settled, WaitingSend},
     driver::{self, Call, Request},
     error::Error,
-    event::{Attempt, ClientEvent, ConnectionState, OfflineReason},
+    event::{Attempt, ClientEvent, ConnectionState, OfflineReason, TransportKind},
     messages::{Events, Messages, States},
     options::Options,
     platform::{Platform, within},
@@ -605,6 +605,18 @@ impl Client {
     #[must_use]
     pub fn attempts(&self) -> Vec<Attempt> {
         lock(&self.shared.attempts).iter().cloned().collect()
+    }
+
+    /// By which way the client is connected; `None`: it is not. Everything works the same by each of them.
+    #[must_use]
+    pub fn transport(&self) -> Option<TransportKind> {
+        let meter = self.shared.traffic();
+        let kind = meter.link.as_ref()?.kind();
+        Some(match kind {
+            fulmar_transport::Kind::Quic => TransportKind::Quic,
+            fulmar_transport::Kind::Tls => TransportKind::Tls,
+            fulmar_transport::Kind::WebSocket => TransportKind::WebSocket,
+        })
     }
 
     /// What the connections have cost so far.

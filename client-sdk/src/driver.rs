@@ -45,6 +45,7 @@ use crate::{
     networks::{NetworkKey, Networks},
     options::{BoxFuture, Options, Token},
     platform::{Platform, within},
+    race::Verdict,
     state::{Action, Event, Machine, State},
     transport::{
         Dialer, Tls,
@@ -108,6 +109,8 @@ struct Driver {
     machine: Machine,
     dialer: Arc<Dialer>,
     race: Option<Racing>,
+    /// Tries whether QUIC gets through again, beside a connection by another way.
+    probe: Option<Racing>,
     /// The race was won; its winner waits for the proof.
     won: Option<Box<Won>>,
     /// Says who the user is on the next connection.
@@ -193,6 +196,7 @@ pub(crate) async fn run(
         started: shared.platform.monotonic(),
         machine: Machine::new(),
         race: None,
+        probe: None,
         won: None,
         proof: None,
         proving: None,
@@ -241,6 +245,7 @@ fn sleep_of(platform: &dyn Platform) -> Duration {
 enum Woken {
     Link(LinkEvent),
     Race(RaceEvent),
+    Probe(RaceEvent),
     Proven(Result<AuthProof, String>),
     Committed(Result<ledger::Committed, Error>),
     Fed(Result<feed::Fed, Error>),
@@ -270,6 +275,7 @@ impl Driver {
             match self.woken(inbox, &mut app).await {
                 Woken::Link(event) => self.link_event(event),
                 Woken::Race(event) => self.raced(event),
+                Woken::Probe(event) => self.probed(event),
                 Woken::Proven(proof) => self.proven(proof),
                 Woken::Committed(Ok(committed)) => self.committed(committed),
                 Woken::Fed(Ok(fed)) => {
@@ -312,7 +318,7 @@ impl Driver {
         let platform = Arc::clone(&self.shared.platform);
         let records = self.ledger.has_room();
         let now = self.now();
-        let Self { link, race, proving, flight, ledger, feed, .. } = self;
+        let Self { link, race, probe, proving, flight, ledger, feed, .. } = self;
         let io = poll_fn(|cx| {
             use std::task::Poll::{Pending, Ready};
             if let Some(link) = link
@@ -324,6 +330,11 @@ impl Driver {
                 && let Ready(event) = race.poll(flight.as_deref(), now, cx)
             {
                 return Ready(Woken::Race(event));
+            }
+            if let Some(probe) = probe
+                && let Ready(event) = probe.poll(None, now, cx)
+            {
+                return Ready(Woken::Probe(event));
             }
             if let Some(proof) = proving
                 && let Ready(proof) = proof.as_mut().poll(cx)
@@ -355,6 +366,8 @@ impl Driver {
             self.machine.poll_timeout(),
             self.overdue_at(),
             self.race.as_ref().and_then(Racing::poll_timeout),
+            self.probe.as_ref().and_then(Racing::poll_timeout),
+            self.probe_at(),
             self.ping_at(),
             self.feed.poll_timeout(self.now(), self.shared.platform.unix_millis()),
             self.ponged_at.map(|at| at + SYNC_MAX),
@@ -380,13 +393,17 @@ impl Driver {
             self.half.ping(now);
         }
         if self.machine.poll_timeout().is_some_and(|at| at <= now) {
-            // Suspected for nothing: something was heard meanwhile.
-            if self.machine.state() != State::Suspect
-                || !self.listen()
-                || self.machine.state() == State::Suspect
-            {
+            if self.machine.state() == State::Suspect {
+                // Maybe for nothing: something was heard meanwhile.
+                self.listen();
+            }
+            if self.machine.poll_timeout().is_some_and(|at| at <= now) {
                 self.step(Event::Timer);
             }
+        }
+        if self.probe_at().is_some_and(|at| at <= now) {
+            let memory = self.networks.network(self.network).memory(self.wall());
+            self.probe = Some(Racing::by_quic(&self.dialer, memory));
         }
         let slept = sleep_of(&*self.shared.platform);
         if slept.saturating_sub(std::mem::replace(&mut self.slept, slept)) >= SLEEP_MIN {
@@ -394,6 +411,20 @@ impl Driver {
             self.keepalive.forget();
             self.step(Event::Woke { srtt: self.srtt() });
         }
+    }
+
+    /// When it is time to see whether UDP gets through again.
+    fn probe_at(&self) -> Option<Duration> {
+        let link = self.link.as_ref().filter(|_| self.machine.state() == State::Live)?;
+        let idle = self.race.is_none() && self.probe.is_none();
+        let other = idle && link.connection().kind() != fulmar_transport::Kind::Quic;
+        let at = self.networks.network(self.network).udp_probe_at().filter(|_| other)?;
+        Some(self.now() + at.saturating_sub(self.wall()))
+    }
+
+    /// Time since 1970 by the device's clock.
+    fn wall(&self) -> Duration {
+        Duration::from_millis(self.shared.platform.unix_millis())
     }
 
     /// When a PING is due because all is quiet.
@@ -503,7 +534,7 @@ impl Driver {
         let now = self.now();
         self.end_race();
         let known = self.networks.network(self.network);
-        let wall = Duration::from_millis(self.shared.platform.unix_millis());
+        let wall = self.wall();
         let ticket =
             self.identity.ticket.as_deref().filter(|_| self.identity.server == self.options.server_name);
         self.by_ticket = ticket.is_some();
@@ -536,7 +567,7 @@ impl Driver {
     }
 
     fn end_race(&mut self) {
-        (self.race, self.won, self.proving) = (None, None, None);
+        (self.race, self.probe, self.won, self.proving) = (None, None, None, None);
         if self.flight.take().is_some() {
             let now = self.now();
             self.half.disconnected(now);
@@ -573,10 +604,34 @@ impl Driver {
                 self.note_attempts();
                 self.race = None;
                 if let Some(verdict) = verdict {
-                    let wall = Duration::from_millis(self.shared.platform.unix_millis());
+                    let wall = self.wall();
                     self.networks.on(self.network).udp_was(verdict, wall);
                 }
             }
+        }
+    }
+
+    /// QUIC was tried beside another way.
+    fn probed(&mut self, event: RaceEvent) {
+        self.probe = None;
+        let wall = self.wall();
+        let network = self.networks.on(self.network);
+        match event {
+            RaceEvent::Won(won) => {
+                network.won(won.win);
+                network.udp_was(Verdict::Works, wall);
+                let ticket = self.identity.ticket.as_deref().map(AuthProof::ticket);
+                if let Some(proof) = ticket.filter(|_| self.machine.state() == State::Live) {
+                    self.won_at = Some(self.now());
+                    (self.won, self.proof, self.by_ticket) = (Some(won), Some(proof), true);
+                    self.step(Event::Goaway { spread: Duration::ZERO });
+                    self.step(Event::Reached);
+                } else {
+                    won.link.close(CloseCode::Done);
+                }
+            }
+            RaceEvent::Nobody(_) => network.udp_was(Verdict::Blocked, wall),
+            RaceEvent::Over(_) => {}
         }
     }
 

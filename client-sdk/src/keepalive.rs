@@ -106,6 +106,7 @@ impl Keepalive {
     }
 
     /// The silence after which a PING leaves when no message was exchanged lately.
+    #[cfg(test)]
     pub(crate) const fn interval(&self) -> Duration {
         self.interval
     }

@@ -41,14 +41,11 @@ mod db;
 mod driver;
 mod error;
 mod event;
-#[cfg_attr(not(test), allow(dead_code, reason = "the driver takes it over next"))]
 mod keepalive;
 mod messages;
-#[cfg_attr(not(test), allow(dead_code, reason = "the driver takes it over next"))]
 mod networks;
 mod options;
 mod platform;
-#[cfg_attr(not(test), allow(dead_code, reason = "the driver takes it over next"))]
 mod race;
 mod send;
 mod state;

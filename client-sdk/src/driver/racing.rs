@@ -66,6 +66,7 @@ struct Runner {
 /// See the module's text.
 pub(super) struct Racing {
     dialer: Arc<Dialer>,
+    offered: &'static [Transport],
     memory: Memory,
     resolving: Option<BoxFuture<Result<Vec<SocketAddr>, String>>>,
     race: Option<Race>,
@@ -79,11 +80,21 @@ pub(super) struct Racing {
 }
 
 impl Racing {
-    /// A race that begins now.
+    /// A race that begins now, by every way there is.
     pub(super) fn new(dialer: &Arc<Dialer>, memory: Memory, early: bool) -> Self {
+        Self::by(dialer.offered(), dialer, memory, early)
+    }
+
+    /// The same by QUIC alone: for a connection by another way that is fine, but could be better.
+    pub(super) fn by_quic(dialer: &Arc<Dialer>, memory: Memory) -> Self {
+        Self::by(&[Transport::Quic], dialer, memory, false)
+    }
+
+    fn by(offered: &'static [Transport], dialer: &Arc<Dialer>, memory: Memory, early: bool) -> Self {
         let looking = Arc::clone(dialer);
         Self {
             dialer: Arc::clone(dialer),
+            offered,
             memory,
             resolving: Some(Box::pin(async move { looking.resolve().await })),
             race: None,
@@ -125,8 +136,7 @@ impl Racing {
             self.resolving = None;
             match found {
                 Ok(addresses) => {
-                    let offered = self.dialer.offered();
-                    self.race = Some(Race::new(addresses.len(), offered, &self.memory, now));
+                    self.race = Some(Race::new(addresses.len(), self.offered, &self.memory, now));
                     self.addresses = addresses;
                 }
                 Err(error) => return Poll::Ready(RaceEvent::Nobody(error)),
