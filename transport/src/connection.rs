@@ -349,14 +349,7 @@ impl SendStream {
     pub async fn write_all_chunks(&mut self, chunks: &mut [Bytes]) -> Result<(), WriteError> {
         match &mut self.0 {
             SendInner::Quic(quic) => Ok(quic.write_all_chunks(chunks).await?),
-            SendInner::Muxed(muxed) => {
-                for chunk in chunks {
-                    while !chunk.is_empty() {
-                        poll_fn(|cx| muxed.poll_write(cx, chunk)).await?;
-                    }
-                }
-                Ok(())
-            }
+            SendInner::Muxed(muxed) => poll_fn(|cx| muxed.poll_write_chunks(cx, chunks)).await,
         }
     }
 

@@ -9,7 +9,7 @@
 pub(crate) mod driver;
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
@@ -55,9 +55,9 @@ pub(crate) struct Shared {
 pub(crate) struct State {
     mux: Mux,
     driver: Option<Waker>,
-    readers: HashMap<StreamId, Waker>,
-    writers: HashMap<StreamId, Waker>,
-    stopped: HashMap<StreamId, Vec<Waker>>,
+    readers: BTreeMap<StreamId, Waker>,
+    writers: BTreeMap<StreamId, Waker>,
+    stopped: BTreeMap<StreamId, Vec<Waker>>,
     error: Option<ConnectionError>,
     stats: Stats,
     /// The ping that is under way, and since when.
@@ -70,9 +70,9 @@ impl Shared {
         let state = State {
             mux,
             driver: None,
-            readers: HashMap::new(),
-            writers: HashMap::new(),
-            stopped: HashMap::new(),
+            readers: BTreeMap::new(),
+            writers: BTreeMap::new(),
+            stopped: BTreeMap::new(),
             error: None,
             stats: Stats { rtt, ..Stats::default() },
             pinged: None,
@@ -138,9 +138,10 @@ impl Shared {
         if state.error.is_none() {
             state.error = Some(error);
         }
-        wake(state.readers.drain().map(|(_, waker)| waker));
-        wake(state.writers.drain().map(|(_, waker)| waker));
-        wake(state.stopped.drain().flat_map(|(_, wakers)| wakers));
+        // In the order of their ids: a simulated world repeats itself.
+        wake(std::mem::take(&mut state.readers).into_values());
+        wake(std::mem::take(&mut state.writers).into_values());
+        wake(std::mem::take(&mut state.stopped).into_values().flatten());
         self.opened.iter().chain(&self.available).for_each(Notify::notify_waiters);
         self.datagrams.notify_waiters();
         self.closed.notify_waiters();
@@ -268,6 +269,16 @@ impl Muxed {
     }
 }
 
+impl From<qmux::WriteError> for WriteError {
+    fn from(error: qmux::WriteError) -> Self {
+        match error {
+            qmux::WriteError::Stopped(code) => Self::Stopped(code),
+            // Who is blocked waits and is told nothing.
+            qmux::WriteError::Closed | qmux::WriteError::Blocked => Self::ClosedStream,
+        }
+    }
+}
+
 /// The sending half of a stream.
 #[derive(Debug)]
 pub(crate) struct MuxedSend {
@@ -276,34 +287,49 @@ pub(crate) struct MuxedSend {
 }
 
 impl MuxedSend {
-    /// Writes as much from the front of `bytes` as there is room for.
-    pub(crate) fn poll_write(
+    /// Writes from the front of `chunks`, which become empty; ready when all are.
+    pub(crate) fn poll_write_chunks(
         &mut self,
         cx: &mut Context<'_>,
-        bytes: &mut Bytes,
-    ) -> Poll<Result<usize, WriteError>> {
+        chunks: &mut [Bytes],
+    ) -> Poll<Result<(), WriteError>> {
         let id = self.id;
-        let written = self.connection.shared().with(|state| match state.mux.write(id, bytes) {
-            Ok(written) => Poll::Ready(Ok(written)),
-            Err(qmux::WriteError::Blocked) => {
-                state.writers.insert(id, cx.waker().clone());
-                Poll::Pending
+        let written = self.connection.shared().with(|state| {
+            for chunk in chunks {
+                while !chunk.is_empty() {
+                    match state.mux.write(id, chunk) {
+                        Ok(_) => {}
+                        Err(qmux::WriteError::Blocked) => {
+                            state.writers.insert(id, cx.waker().clone());
+                            return Poll::Pending;
+                        }
+                        Err(error) => return Poll::Ready(Err(error.into())),
+                    }
+                }
             }
-            Err(qmux::WriteError::Stopped(code)) => Poll::Ready(Err(WriteError::Stopped(code))),
-            Err(qmux::WriteError::Closed) => Poll::Ready(Err(WriteError::ClosedStream)),
+            Poll::Ready(Ok(()))
         });
         written.unwrap_or_else(|error| Poll::Ready(Err(error.into())))
     }
 
-    /// Writes a copy of a part of `bytes`: no more is copied than there was room for a moment ago.
+    /// Writes a copy of a part of `bytes`.
     pub(crate) fn poll_write_copy(
         &mut self,
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<Result<usize, WriteError>> {
         const COPY_MAX: usize = 16 * 1024;
+        let id = self.id;
         let mut copy = Bytes::copy_from_slice(bytes.get(..COPY_MAX).unwrap_or(bytes));
-        self.poll_write(cx, &mut copy)
+        let written = self.connection.shared().with(|state| match state.mux.write(id, &mut copy) {
+            Ok(written) => Poll::Ready(Ok(written)),
+            Err(qmux::WriteError::Blocked) => {
+                state.writers.insert(id, cx.waker().clone());
+                Poll::Pending
+            }
+            Err(error) => Poll::Ready(Err(error.into())),
+        });
+        written.unwrap_or_else(|error| Poll::Ready(Err(error.into())))
     }
 
     pub(crate) fn finish(&mut self) -> Result<(), ClosedStream> {
