@@ -8,6 +8,8 @@
 //! - Every queue has a bound ([`Config`]); what does not fit is dropped as by a full router, and counted.
 //! - A gateway that is gone (its port answers "refused") stops nothing: flows stay, and traffic goes on when it
 //!   listens again.
+//! - With [`Config::tcp`] it takes TCP connections on the same port, too, and carries them through the same path. They
+//!   are no flows: a fault meets them when it is for all flows.
 //! - Counts of packets and bytes are taken *before* loss: what the two ends really sent. What the kernel drops
 //!   before the proxy reads it is not seen; the listening socket asks for a large buffer for that reason.
 //! - Real time is not exact: packets leave up to about two milliseconds late (the runtime's timer), more when the
@@ -17,6 +19,7 @@
 
 mod driver;
 mod ready;
+mod tcp;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -56,12 +59,38 @@ pub struct Config {
     pub bytes_max: usize,
     /// Packets under way per flow and direction.
     pub flow_packets_max: usize,
+    /// Whether TCP connections are carried, too, from the same port to the gateway's port of the same number.
+    pub tcp: bool,
+}
+
+/// What gets through at all, whatever the path does to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admits {
+    /// UDP.
+    pub udp: bool,
+    /// TCP.
+    pub tcp: bool,
+}
+
+impl Admits {
+    /// Everything.
+    pub const ALL: Self = Self { udp: true, tcp: true };
+    /// Nothing: no network at all.
+    pub const NONE: Self = Self { udp: false, tcp: false };
+    /// TCP only, as many a hotel does it.
+    pub const TCP_ONLY: Self = Self { udp: false, tcp: true };
+}
+
+impl Default for Admits {
+    fn default() -> Self {
+        Self::ALL
+    }
 }
 
 impl Config {
     /// A proxy on a free port of 127.0.0.1 towards `gateway`: seed 0, nothing impaired, 4 096 flows forgotten after
     /// 60 s when room is needed, no NAT timeout, 65 536 packets and 64 MiB under way, 2 048 packets per flow and
-    /// direction.
+    /// direction, UDP only.
     #[must_use]
     pub fn towards(gateway: SocketAddr) -> Self {
         Self {
@@ -75,7 +104,15 @@ impl Config {
             packets_max: 65_536,
             bytes_max: 64 * 1024 * 1024,
             flow_packets_max: 2_048,
+            tcp: false,
         }
+    }
+
+    /// The same, with TCP carried or not.
+    #[must_use]
+    pub fn tcp(mut self, tcp: bool) -> Self {
+        self.tcp = tcp;
+        self
     }
 
     /// The same with another seed.
@@ -167,6 +204,28 @@ impl Traffic {
     }
 }
 
+/// One direction of all TCP connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TcpTraffic {
+    /// Segments offered to the path, repeated ones included.
+    pub segments: u64,
+    /// Their bytes, headers of 40 bytes included.
+    pub bytes: u64,
+    /// Segments the path dropped, which had to be offered again.
+    pub repeated: u64,
+}
+
+/// What the TCP connections have done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TcpTotals {
+    /// Connections there have been.
+    pub connections: u64,
+    /// Client to gateway.
+    pub up: TcpTraffic,
+    /// Gateway to client.
+    pub down: TcpTraffic,
+}
+
 /// What one flow has done so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowReport {
@@ -201,12 +260,15 @@ pub struct Totals {
     pub blackouts: u64,
     /// Planned or asked faults that met no flow.
     pub faults_missed: u64,
-    /// Packets of clients that could not become a flow: too many of them, or no socket to be had.
+    /// Packets of clients that could not become a flow (too many of them, or no socket to be had), and TCP connections
+    /// beyond that number.
     pub refused_flows: u64,
+    /// TCP, which is in none of the figures above but the last one.
+    pub tcp: TcpTotals,
 }
 
 impl Totals {
-    /// Bytes that both ends sent, before loss.
+    /// Bytes that both ends sent by UDP, before loss.
     #[must_use]
     pub fn wire_bytes(&self) -> u64 {
         self.up.bytes + self.down.bytes
@@ -248,7 +310,11 @@ enum Command {
     Apply(Target, Fault),
     Play(FaultPlan),
     Gateway(SocketAddr),
+    Admit(Admits),
 }
+
+/// How often a port is sought that is free for both UDP and TCP.
+const PORTS_TRIED: usize = 50;
 
 impl Proxy {
     /// Starts a proxy on a thread of its own. Returns when it listens.
@@ -262,7 +328,7 @@ impl Proxy {
             }
         }
         let refused = |source| Error::Listen { addr: config.listen, source };
-        let listen = driver::listen(config.listen).map_err(refused)?;
+        let (listen, tcp) = sockets(&config).map_err(refused)?;
         let addr = listen.local_addr().map_err(refused)?;
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_io()
@@ -275,7 +341,7 @@ impl Proxy {
         let thread = std::thread::Builder::new()
             .name("fulmar-proxy".to_owned())
             .spawn(move || {
-                if let Err(error) = runtime.block_on(driver::run(config, listen, waiting, theirs)) {
+                if let Err(error) = runtime.block_on(driver::run(config, listen, tcp, waiting, theirs)) {
                     tracing::error!(%error, "the proxy could not use its listening socket");
                 }
             })
@@ -346,6 +412,14 @@ impl Proxy {
         self.command(Command::Play(plan))
     }
 
+    /// From now on only this gets through. What is under way still arrives.
+    ///
+    /// # Errors
+    /// [`Error::Busy`], [`Error::Stopped`].
+    pub fn admit(&self, admits: Admits) -> Result<(), Error> {
+        self.command(Command::Admit(admits))
+    }
+
     /// From now on the gateway is elsewhere (it was restarted on another port). Every flow gets a new source port.
     ///
     /// # Errors
@@ -372,6 +446,12 @@ impl Proxy {
         totals.blackouts = self.shared.blackouts.load(Relaxed);
         totals.faults_missed = self.shared.faults_missed.load(Relaxed);
         totals.refused_flows = self.shared.refused_flows.load(Relaxed);
+        let tcp = &self.shared.tcp;
+        totals.tcp = TcpTotals {
+            connections: tcp.connections.load(Relaxed),
+            up: tcp.up.read(),
+            down: tcp.down.read(),
+        };
         totals
     }
 
@@ -412,6 +492,30 @@ impl Drop for Proxy {
     }
 }
 
+/// The listening sockets, on one port.
+fn sockets(config: &Config) -> io::Result<(std::net::UdpSocket, Option<std::net::TcpListener>)> {
+    let mut tried = 0;
+    loop {
+        let udp = driver::listen(config.listen)?;
+        if !config.tcp {
+            return Ok((udp, None));
+        }
+        tried += 1;
+        match std::net::TcpListener::bind(udp.local_addr()?) {
+            Ok(tcp) => {
+                tcp.set_nonblocking(true)?;
+                return Ok((udp, Some(tcp)));
+            }
+            // Free for UDP and not for TCP: the system picks another one.
+            Err(error)
+                if error.kind() == io::ErrorKind::AddrInUse
+                    && config.listen.port() == 0
+                    && tried < PORTS_TRIED => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 /// What the driver counts and the handle reads.
 #[derive(Debug, Default)]
 struct Shared {
@@ -419,6 +523,31 @@ struct Shared {
     blackouts: AtomicU64,
     faults_missed: AtomicU64,
     refused_flows: AtomicU64,
+    tcp: AllTcpCells,
+}
+
+#[derive(Debug, Default)]
+struct AllTcpCells {
+    connections: AtomicU64,
+    up: TcpCells,
+    down: TcpCells,
+}
+
+#[derive(Debug, Default)]
+struct TcpCells {
+    segments: AtomicU64,
+    bytes: AtomicU64,
+    repeated: AtomicU64,
+}
+
+impl TcpCells {
+    fn read(&self) -> TcpTraffic {
+        TcpTraffic {
+            segments: self.segments.load(Relaxed),
+            bytes: self.bytes.load(Relaxed),
+            repeated: self.repeated.load(Relaxed),
+        }
+    }
 }
 
 impl Shared {

@@ -15,12 +15,13 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use tokio::net::UdpSocket;
-use tokio::sync::mpsc;
+use tokio::net::{TcpListener, UdpSocket};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::ready::{Bell, Ready};
-use super::{Command, Config, FlowCells, Shared, TrafficCells};
+use super::tcp::{self, Rules};
+use super::{Admits, Command, Config, FlowCells, Shared, TrafficCells};
 use crate::fault::{Fault, FlowId, Planned, Target};
 use crate::net::{Link, Verdict};
 use crate::rng::Rng;
@@ -53,14 +54,39 @@ pub(super) fn listen(addr: SocketAddr) -> io::Result<std::net::UdpSocket> {
 pub(super) async fn run(
     config: Config,
     listen: std::net::UdpSocket,
+    tcp: Option<std::net::TcpListener>,
     mut commands: mpsc::Receiver<Command>,
     shared: Arc<Shared>,
 ) -> io::Result<()> {
     let listen = UdpSocket::from_std(listen)?;
     let started = Instant::now();
+    let root = Rng::new(config.seed);
+    let (tcp_rules, rules) = watch::channel(Rules {
+        path: config.path.clone(),
+        paths: 0,
+        gateway: config.gateway,
+        admits: Admits::ALL,
+        dark_until: SimTime::START,
+        rebinds: 0,
+    });
+    if let Some(tcp) = tcp {
+        // Its chance is apart from that of every flow; it ends with the runtime.
+        let chance = root.fork(u64::MAX);
+        let serving = tcp::serve(
+            TcpListener::from_std(tcp)?,
+            rules,
+            chance,
+            started,
+            config.flows_max,
+            Arc::clone(&shared),
+        );
+        tokio::spawn(serving);
+    }
     let mut driver = Driver {
-        root: Rng::new(config.seed),
+        root,
         config,
+        admits: Admits::ALL,
+        tcp_rules,
         listen,
         shared,
         flows: HashMap::new(),
@@ -107,6 +133,8 @@ pub(super) async fn run(
 struct Driver {
     config: Config,
     root: Rng,
+    admits: Admits,
+    tcp_rules: watch::Sender<Rules>,
     listen: UdpSocket,
     shared: Arc<Shared>,
     flows: HashMap<FlowId, Flow>,
@@ -199,10 +227,19 @@ impl Driver {
             }
             Command::Gateway(gateway) => {
                 self.config.gateway = gateway;
+                self.tcp_rules.send_modify(|rules| {
+                    rules.gateway = gateway;
+                    rules.rebinds += 1;
+                });
                 let flows: Vec<FlowId> = self.flows.keys().copied().collect();
                 for flow in flows {
                     self.rebind(flow, now);
                 }
+            }
+            Command::Admit(admits) => {
+                self.admits = admits;
+                self.tcp_rules.send_modify(|rules| rules.admits = admits);
+                tracing::debug!(?admits, "what gets through");
             }
         }
     }
@@ -220,8 +257,18 @@ impl Driver {
     }
 
     fn apply(&mut self, target: Target, fault: &Fault, now: SimTime) {
-        if let (Target::All, Fault::Path(path)) = (target, fault) {
-            self.config.path = (**path).clone();
+        if target == Target::All {
+            if let Fault::Path(path) = fault {
+                self.config.path = (**path).clone();
+            }
+            self.tcp_rules.send_modify(|rules| match fault {
+                Fault::Rebind => rules.rebinds += 1,
+                Fault::Blackout(lasts) => rules.dark_until = rules.dark_until.max(now + *lasts),
+                Fault::Path(path) => {
+                    rules.path = (**path).clone();
+                    rules.paths += 1;
+                }
+            });
         }
         let mut met: Vec<FlowId> = match target {
             Target::Flow(flow) if self.flows.contains_key(&flow) => vec![flow],
@@ -428,6 +475,10 @@ impl Driver {
                 return;
             }
             flow.last_active = now;
+        }
+        if !self.admits.udp {
+            cells.dark.fetch_add(1, Relaxed);
+            return;
         }
         let direction = match way {
             Way::Up => &mut flow.up,
