@@ -208,7 +208,7 @@ mod tests {
             wrote(&mut copies, seq..seq + 1, at);
             let last = copies.hedges.next_due();
             assert_eq!(last, Some(ms(due)), "record {seq}");
-            copies.acked(&[(c(1), Seq::new(seq).unwrap())], ms(at + 50));
+            copies.hedges.clear();
         }
     }
 
@@ -220,7 +220,7 @@ mod tests {
         for n in 0..100 {
             wrote(&mut copies, 10 + n..11 + n, 1_200 + 10 * n);
             let watched = !copies.hedges.is_empty();
-            copies.acked(&[(c(1), Seq::new(10 + n).unwrap())], ms(1_200 + 10 * n));
+            copies.hedges.clear();
             assert_eq!(watched, n % 11 < CROWD_MAX as u64, "record {n}, one every 10 ms");
         }
     }
