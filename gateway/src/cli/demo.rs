@@ -15,14 +15,13 @@ mod display;
 mod phone;
 mod plan;
 mod play;
-mod process;
 mod verdict;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
@@ -30,7 +29,6 @@ use fulmar_badnet::fault::FaultRates;
 use fulmar_badnet::history::{Conversation, Event};
 use fulmar_badnet::{FaultPlan, Profile, Proxy, Rng, dialogue, proxy};
 use fulmar_client::{Database, Durability, Options, Trust};
-use fulmar_protocol::id::UnixMillis;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
@@ -39,11 +37,8 @@ use self::display::Display;
 use self::phone::Phone;
 use self::plan::Plan;
 use self::play::{Opened, play};
-use self::process::GatewayProcess;
-use self::verdict::{Outside, Verdict, number, ratio};
-use crate::config::{DEMO_APP, DEV_ISSUER};
-use crate::data_folder::open_dev_key;
-use crate::identity::token::{Mint, mint};
+use self::verdict::{Outside, Verdict};
+use super::rehearsal::{GatewayProcess, number, ratio, tokens};
 use crate::open_files;
 
 const EXAMPLES: &str = "\
@@ -222,7 +217,7 @@ async fn perform(args: &DemoArgs, plan: Arc<Plan>, folder: &Path) -> anyhow::Res
     let proxy = Proxy::start(config).context("the bad network can't be started")?;
 
     display.stage("connecting the phones");
-    let tokens = mint_tokens(&data, &plan)?;
+    let tokens = tokens(&data, &plan.phones)?;
     let certificate = data.join("tls/cert.pem");
     let mut phones = Vec::with_capacity(plan.phones.len());
     for (number, (name, token)) in plan.phones.iter().zip(tokens).enumerate() {
@@ -295,17 +290,6 @@ async fn perform(args: &DemoArgs, plan: Arc<Plan>, folder: &Path) -> anyhow::Res
     gateway.stop().await?;
     proxy.stop();
     Ok(verdict)
-}
-
-/// One token per phone.
-fn mint_tokens(data: &Path, plan: &Plan) -> anyhow::Result<Vec<String>> {
-    let key = open_dev_key(data)?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the system clock is not set")?;
-    let now = u64::try_from(now.as_millis()).ok().and_then(UnixMillis::new);
-    let now = now.context("the system clock is beyond the end of time")?;
-    let day = 24 * 60 * 60;
-    let token = |user: &String| mint(&key, Mint { app: DEMO_APP, issuer: DEV_ISSUER, user, ttl_s: day }, now);
-    Ok(plan.phones.iter().map(token).collect::<Result<_, _>>()?)
 }
 
 /// Waits until every phone is connected and knows its number.

@@ -9,6 +9,7 @@ pub mod chat;
 pub mod completions;
 pub mod demo;
 pub mod inspect;
+mod rehearsal;
 pub mod serve;
 pub mod store;
 pub mod token;

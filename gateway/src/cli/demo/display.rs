@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::board::Board;
-use super::verdict::{grouped, number};
+use crate::cli::rehearsal::{grouped, number};
 
 const ON_TERMINAL: Duration = Duration::from_millis(150);
 const ELSEWHERE: Duration = Duration::from_secs(5);

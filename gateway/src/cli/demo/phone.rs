@@ -10,18 +10,12 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use fulmar_badnet::history::Event;
-use fulmar_client::{Client, ConnectionState, Conversation, Error, Options};
+use fulmar_client::{Client, ConnectionState, Conversation, Options};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep};
 
 use super::board::{Board, client_of};
 use super::plan::Plan;
-
-/// How long a request is asked again when the network ate it.
-const ASK_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Pause between two tries.
-const ASK_PAUSE: Duration = Duration::from_millis(300);
+use crate::cli::rehearsal::again;
 
 /// How long closing may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -104,17 +98,6 @@ impl Phone {
         let _ = tokio::time::timeout(CLOSE_TIMEOUT, self.client.close()).await;
         for task in &self.tasks {
             task.abort();
-        }
-    }
-}
-
-/// Asks until there is an answer, or for [`ASK_TIMEOUT`].
-async fn again<T, F: Future<Output = Result<T, Error>>>(ask: impl Fn() -> F) -> Result<T, Error> {
-    let until = Instant::now() + ASK_TIMEOUT;
-    loop {
-        match ask().await {
-            Err(Error::TimedOut | Error::TooMany) if Instant::now() < until => sleep(ASK_PAUSE).await,
-            answer => return answer,
         }
     }
 }

@@ -12,6 +12,7 @@ use fulmar_badnet::figures::Figures;
 
 use super::board::Seen;
 use super::plan::Plan;
+use crate::cli::rehearsal::{grouped, number, ratio};
 
 /// Lines of explanation that are shown.
 const PROBLEMS_MAX: usize = 20;
@@ -207,31 +208,6 @@ impl Verdict {
     }
 }
 
-/// `1234567` as `1,234,567`.
-pub(super) fn grouped(count: u64) -> String {
-    let digits = count.to_string();
-    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
-    for (at, digit) in digits.chars().enumerate() {
-        if at > 0 && (digits.len() - at).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// A count as the report keeps it.
-pub(super) fn number(count: usize) -> u64 {
-    u64::try_from(count).unwrap_or(u64::MAX)
-}
-
-/// `count / of`; 0 when there is nothing to divide by.
-pub(super) fn ratio(count: u64, of: u64) -> f64 {
-    #[expect(clippy::cast_precision_loss, reason = "shown with one decimal; counts are far below 2^53")]
-    let (count, of) = (count as f64, of.max(1) as f64);
-    count / of
-}
-
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
@@ -404,14 +380,5 @@ mod tests {
         });
         assert!(!verdict.passed());
         assert!(verdict.table().contains("that nobody said"), "{}", verdict.table());
-    }
-
-    #[test]
-    fn numbers_are_grouped() {
-        for (count, want) in
-            [(0, "0"), (999, "999"), (1_000, "1,000"), (123_456, "123,456"), (1_234_567, "1,234,567")]
-        {
-            assert_eq!(grouped(count), want);
-        }
     }
 }

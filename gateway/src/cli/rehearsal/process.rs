@@ -37,7 +37,7 @@ const LAST_WORDS_BYTES: u64 = 2_000;
 
 /// A gateway process, or the place where one was.
 #[derive(Debug)]
-pub(super) struct GatewayProcess {
+pub(in crate::cli) struct GatewayProcess {
     program: PathBuf,
     data: PathBuf,
     log: PathBuf,
@@ -51,7 +51,7 @@ impl GatewayProcess {
     ///
     /// # Errors
     /// What failed, with its last words.
-    pub(super) async fn start(data: &Path, log: &Path) -> anyhow::Result<Self> {
+    pub(in crate::cli) async fn start(data: &Path, log: &Path) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("the path of this program can't be found")?;
         let mut gateway = Self {
             program,
@@ -69,7 +69,7 @@ impl GatewayProcess {
     }
 
     /// Where it listens for QUIC.
-    pub(super) fn address(&self) -> SocketAddr {
+    pub(in crate::cli) fn address(&self) -> SocketAddr {
         self.address
     }
 
@@ -77,7 +77,7 @@ impl GatewayProcess {
     ///
     /// # Errors
     /// It had ended by itself before, or can't be killed.
-    pub(super) async fn kill(&mut self) -> anyhow::Result<()> {
+    pub(in crate::cli) async fn kill(&mut self) -> anyhow::Result<()> {
         self.still_runs()?;
         if let Some(child) = &mut self.child {
             child.kill().context("the gateway can't be killed")?;
@@ -90,7 +90,7 @@ impl GatewayProcess {
     ///
     /// # Errors
     /// What failed, with its last words.
-    pub(super) async fn launch(&mut self) -> anyhow::Result<()> {
+    pub(in crate::cli) async fn launch(&mut self) -> anyhow::Result<()> {
         let log = OpenOptions::new().create(true).append(true).open(&self.log);
         let log = log.with_context(|| format!("{} can't be written", self.log.display()))?;
         let mut command = Command::new(&self.program);
@@ -130,7 +130,7 @@ impl GatewayProcess {
     ///
     /// # Errors
     /// How it ended, with its last words.
-    pub(super) fn still_runs(&mut self) -> anyhow::Result<()> {
+    pub(in crate::cli) fn still_runs(&mut self) -> anyhow::Result<()> {
         let ended = match &mut self.child {
             Some(child) => child.try_wait().context("the gateway can't be watched")?,
             None => return Err(anyhow!("the gateway is not running")),
@@ -145,7 +145,7 @@ impl GatewayProcess {
     }
 
     /// Asks it to leave, and kills it when it does not.
-    pub(super) async fn stop(mut self) -> anyhow::Result<()> {
+    pub(in crate::cli) async fn stop(mut self) -> anyhow::Result<()> {
         if let Some(child) = &self.child {
             let pid = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw);
             let pid = pid.context("the gateway has no process number")?;
