@@ -7,7 +7,6 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, Weak, atomic::AtomicU64},
-    thread::JoinHandle,
     time::Duration,
 };
 
@@ -33,7 +32,7 @@ use crate::{
     context::Context,
     conversation::{
         route::Route,
-        shard::{self, CommitLog, ShardHandle, ShardLimits, repair_links},
+        shard::{self, CommitLog, ShardHandle, ShardLimits, Worker, repair_links},
     },
     data_folder::{DataFolder, FolderLock},
     drain::Drain,
@@ -78,7 +77,7 @@ pub struct Gateway {
     http: Option<HttpServer>,
     store: Arc<Store>,
     shards: Vec<ShardHandle>,
-    threads: Vec<JoinHandle<()>>,
+    workers: Vec<Worker>,
     metrics: Metrics,
 }
 
@@ -158,12 +157,12 @@ impl Gateway {
         let opened = blocking(move || open_store(&path, &options)).await;
         let (store, taken) = opened.context("opening the log panicked")??;
         let limits = shard_limits(&config);
-        let (mut shards, mut threads) = (Vec::new(), Vec::new());
+        let (mut shards, mut workers) = (Vec::new(), Vec::new());
         for (id, writer, reader) in taken {
-            let (handle, thread) = shard::start(id, wrap(id, writer), reader, limits, metrics.clone())
+            let (handle, worker) = shard::start(id, wrap(id, writer), reader, limits, metrics.clone())
                 .context("a shard's thread can't start")?;
             shards.push(handle);
-            threads.extend(thread);
+            workers.push(worker);
         }
 
         let mut endpoint = endpoint_config(&folder.endpoint_keys, &config.transport);
@@ -181,7 +180,7 @@ impl Gateway {
             http,
             store,
             shards,
-            threads,
+            workers,
             metrics,
         })
     }
@@ -233,7 +232,7 @@ impl Gateway {
             http,
             store,
             shards,
-            threads,
+            workers,
             metrics,
         } = self;
         let verifier = Verifier::new(&config.apps, &config.auth, &folder.dev_key)?;
@@ -305,12 +304,11 @@ impl Gateway {
         sweeping.shutdown().await;
         // The shards end when nobody can ask them any more.
         drop(context);
-        let ended = blocking(move || {
-            let panicked = threads.into_iter().map(JoinHandle::join).filter(Result::is_err).count();
-            (panicked, store.close())
-        });
-        let (panicked, closed) = ended.await.context("closing the store panicked")?;
-        closed?;
+        let mut panicked = 0;
+        for worker in workers {
+            panicked += usize::from(!worker.ended().await);
+        }
+        blocking(move || store.close()).await.context("closing the store panicked")??;
         anyhow::ensure!(panicked == 0, "{panicked} shard threads had panicked; what was acked is on disk");
         info!("bye");
         Ok(())

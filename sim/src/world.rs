@@ -308,7 +308,7 @@ impl Sim {
         for device in self.phones.borrow().iter() {
             device.kill();
         }
-        self.gateway.crash().await;
+        self.gateway.stop().await;
     }
 
     /// The gateway.
@@ -487,6 +487,12 @@ impl Phone {
         self.net.is_attached(self.device.id())
     }
 
+    /// The app's process ends, after the app itself has come to an end.
+    pub fn end_app(&self) {
+        self.started.store(false, Ordering::Relaxed);
+        self.device.kill();
+    }
+
     /// Suspends the phone (`true`) or wakes it up.
     pub fn freeze(&self, frozen: bool) {
         self.device.set_frozen(frozen);
@@ -661,6 +667,13 @@ impl Gateway {
 
     /// Kills it: nothing more is sent, stored or said. What was committed stays.
     pub async fn crash(&self) {
+        if self.running.borrow().is_some() {
+            self.net.bite(Bite::GatewayCrashed, format_args!("gateway"));
+            self.stop().await;
+        }
+    }
+
+    async fn stop(&self) {
         let Some(running) = self.running.take() else { return };
         running.dead.store(true, Ordering::Relaxed);
         self.net.vanish(Owner::Gateway);
@@ -668,7 +681,6 @@ impl Gateway {
         running.task.abort();
         let _ = running.task.await;
         self.disk.crashed();
-        self.net.bite(Bite::GatewayCrashed, format_args!("gateway"));
     }
 
     /// It begins to leave in order; [`Gateway::drain`] waits for the end of that.

@@ -160,25 +160,26 @@ impl Store {
         Ok(fresh)
     }
 
-    /// Receipts of members; those of the own user confirm its read marks.
-    pub(crate) fn receipts(&self, receipts: &[Receipt], own: Option<UserId>) -> Result<(), Error> {
+    /// Receipts of members; those of the own user confirm its read marks. What is known with them: a gateway that was killed may
+    /// have forgotten what it told before, but a receipt never goes back.
+    pub(crate) fn receipts(&self, receipts: &[Receipt], own: Option<UserId>) -> Result<Vec<Receipt>, Error> {
+        let mut known = Vec::with_capacity(receipts.len());
         for receipt in receipts {
-            self.sql
-                .prepare_cached(
-                    "INSERT INTO receipts VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO UPDATE
-                         SET recv = max(recv, excluded.recv), read = max(read, excluded.read)",
-                )?
-                .execute(params![
-                    int(receipt.conversation),
-                    int(receipt.user),
-                    int(receipt.recv),
-                    int(receipt.read)
-                ])?;
+            let mut upsert = self.sql.prepare_cached(
+                "INSERT INTO receipts VALUES (?1, ?2, ?3, ?4) ON CONFLICT DO UPDATE
+                     SET recv = max(recv, excluded.recv), read = max(read, excluded.read)
+                     RETURNING recv, read",
+            )?;
+            let merged = upsert.query_row(
+                params![int(receipt.conversation), int(receipt.user), int(receipt.recv), int(receipt.read)],
+                |row| Ok(Receipt { recv: number(row, 0)?, read: number(row, 1)?, ..*receipt }),
+            )?;
+            known.push(merged);
             if own == Some(receipt.user) {
                 self.read_known(receipt.conversation, receipt.read)?;
             }
         }
-        Ok(())
+        Ok(known)
     }
 
     /// What is known of the receipts of a conversation.

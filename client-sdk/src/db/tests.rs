@@ -399,7 +399,9 @@ fn unread_counts_complete_messages_of_others() {
     assert_eq!(unread(&store), 1);
     assert_eq!(store.restore().unwrap().marks, [(c(7), s(1))]);
     let receipt = Receipt { conversation: c(7), user: user(1), recv: s(6), read: s(3) };
-    store.receipts(&[receipt], Some(user(1))).unwrap();
+    assert_eq!(store.receipts(&[receipt], Some(user(1))).unwrap(), [receipt]);
+    let earlier = Receipt { recv: s(1), read: s(1), ..receipt };
+    assert_eq!(store.receipts(&[earlier], Some(user(1))).unwrap(), [receipt], "receipts don't go back");
     assert!(store.restore().unwrap().marks.is_empty(), "the gateway has it");
     assert_eq!(unread(&store), 0);
     assert_eq!(store.receipts_of(c(7)).unwrap(), [receipt]);

@@ -185,8 +185,7 @@ fn apply(store: &mut Store, changes: Vec<Change>, now: UnixMillis, own: Own) -> 
             }
             Change::Heads(heads) => committed.delivered.fresh.extend(store.heads(&heads)?),
             Change::Receipts(receipts) => {
-                store.receipts(&receipts, Some(own.user))?;
-                committed.receipts.extend(receipts);
+                committed.receipts.extend(store.receipts(&receipts, Some(own.user))?);
             }
             Change::Names(names) => {
                 for (user, name) in &names {

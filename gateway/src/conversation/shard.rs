@@ -49,7 +49,7 @@ use crate::{
         ring::{Ring, RingLimits},
         roster::Roster,
     },
-    ground::{is_simulated, now, unix_now},
+    ground::{blocking, is_simulated, now, unix_now},
     metrics::Metrics,
     record,
 };
@@ -163,7 +163,7 @@ pub fn start<W: CommitLog>(
     reader: ShardReader,
     limits: ShardLimits,
     metrics: Metrics,
-) -> std::io::Result<(ShardHandle, Option<std::thread::JoinHandle<()>>)> {
+) -> std::io::Result<(ShardHandle, Worker)> {
     let (commands, queue) = mpsc::channel(QUEUE_MAX);
     let directory = Directory::new(reader.clone());
     let (fault_told, fault) = watch::channel(None);
@@ -190,12 +190,31 @@ pub fn start<W: CommitLog>(
         unreadable_told: None,
     };
     if is_simulated() {
-        tokio::task::spawn_local(shard().run(writer, queue));
-        return Ok((handle, None));
+        let task = tokio::task::spawn_local(shard().run(writer, queue));
+        return Ok((handle, Worker::Task(task)));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
     let run = move || runtime.block_on(shard().run(writer, queue));
-    Ok((handle, Some(std::thread::Builder::new().name(name).spawn(run)?)))
+    Ok((handle, Worker::Thread(std::thread::Builder::new().name(name).spawn(run)?)))
+}
+
+/// What a shard runs on. It ends when nobody can ask the shard any more and everything is written down.
+#[derive(Debug)]
+pub enum Worker {
+    /// A thread of its own.
+    Thread(std::thread::JoinHandle<()>),
+    /// In a simulated world, a task of the world's thread.
+    Task(tokio::task::JoinHandle<()>),
+}
+
+impl Worker {
+    /// Waits for the end; whether it was one in order.
+    pub async fn ended(self) -> bool {
+        match self {
+            Self::Thread(thread) => blocking(move || thread.join().is_ok()).await.unwrap_or(false),
+            Self::Task(task) => task.await.is_ok(),
+        }
+    }
 }
 
 #[derive(Debug)]
