@@ -32,9 +32,15 @@ use fulmar_protocol::{
     },
     id::{ConversationId, DeviceClass, DeviceUid, Pseq, Seq, ShardId, UnixMillis},
     session::client::{Client as Half, ClientConfig, Output, Restored},
-    version::ALPN,
+    version::{ALPN, WEBSOCKET_PATH, WEBSOCKET_PROTOCOL},
 };
 use fulmar_store::ShardWriter;
+use fulmar_transport::{
+    Connection, ConnectionError, Kind, RecvStream, SendStream, Setup,
+    qmux::{Config as StreamConfig, Parameters, Side},
+    secure,
+    websocket::Names,
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     sync::mpsc,
@@ -127,6 +133,53 @@ impl Running {
     }
 }
 
+/// TLS settings that trust the gateway of `folder` and no other.
+pub fn client_tls(folder: &Path) -> rustls::ClientConfig {
+    use rustls::pki_types::{CertificateDer, pem::PemObject};
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in CertificateDer::pem_file_iter(folder.join("tls/cert.pem")).unwrap() {
+        roots.add(certificate.unwrap()).unwrap();
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth()
+}
+
+/// What a WebSocket of the protocol is called.
+pub const NAMES: Names = Names { path: WEBSOCKET_PATH, protocol: WEBSOCKET_PROTOCOL };
+
+/// A connection over a byte stream, by TLS or by WebSocket.
+pub async fn connect_stream(
+    kind: Kind,
+    tls: &rustls::ClientConfig,
+    server: SocketAddr,
+) -> Result<Connection, String> {
+    let stream = tokio::net::TcpStream::connect(server).await.map_err(|error| error.to_string())?;
+    fulmar_transport::tcp::tune(&stream).unwrap();
+    let config = StreamConfig {
+        // What docs/wire.md says every gateway allows.
+        assumed: Some(Parameters {
+            max_data: 65_536,
+            max_stream_data_bidi_remote: 32_768,
+            max_stream_data_uni: 32_768,
+            max_streams_bidi: 1,
+            max_streams_uni: 1,
+            ..Parameters::default()
+        }),
+        ..StreamConfig::default()
+    };
+    let setup = Setup { side: Side::Client, remote: server, config, initial_rtt: Duration::from_millis(50) };
+    let spawn = |task| drop(tokio::spawn(task));
+    let connected = match kind {
+        Kind::WebSocket => secure::connect_websocket(stream, SERVER_NAME, tls, NAMES, setup, spawn).await,
+        _ => secure::connect_tls(stream, SERVER_NAME, tls, ALPN, setup, spawn).await,
+    };
+    connected.map_err(|error| error.to_string())
+}
+
 /// A client endpoint that trusts the gateway of `folder` and no other.
 pub fn endpoint(folder: &Path) -> quinn::Endpoint {
     endpoint_with(folder, None)
@@ -134,17 +187,7 @@ pub fn endpoint(folder: &Path) -> quinn::Endpoint {
 
 /// The same, which takes no more than so many bytes per stream and twice that in all before somebody reads them.
 fn endpoint_with(folder: &Path, window: Option<u32>) -> quinn::Endpoint {
-    use rustls::pki_types::{CertificateDer, pem::PemObject};
-    let mut roots = rustls::RootCertStore::empty();
-    for certificate in CertificateDer::pem_file_iter(folder.join("tls/cert.pem")).unwrap() {
-        roots.add(certificate.unwrap()).unwrap();
-    }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+    let mut tls = client_tls(folder);
     tls.alpn_protocols = vec![ALPN.to_vec()];
     let mut config =
         quinn::ClientConfig::new(Arc::new(quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap()));
@@ -162,9 +205,9 @@ fn endpoint_with(folder: &Path, window: Option<u32>) -> quinn::Endpoint {
 }
 
 struct Live {
-    quic: quinn::Connection,
-    control: quinn::SendStream,
-    uplink: quinn::SendStream,
+    connection: Connection,
+    control: SendStream,
+    uplink: SendStream,
     frames: mpsc::Receiver<(Channel, Frame)>,
     readers: Vec<JoinHandle<()>>,
 }
@@ -174,7 +217,7 @@ impl Drop for Live {
         for reader in &self.readers {
             reader.abort();
         }
-        self.quic.close(0u32.into(), b"");
+        self.connection.close(0, b"");
     }
 }
 
@@ -182,6 +225,8 @@ impl Drop for Live {
 pub struct Phone {
     pub name: String,
     endpoint: quinn::Endpoint,
+    tls: rustls::ClientConfig,
+    kind: Kind,
     /// Frames that wait to be handled.
     frames_max: usize,
     server: SocketAddr,
@@ -207,7 +252,7 @@ pub struct Phone {
     pub heads: Vec<fulmar_protocol::frame::Head>,
     pub connects: usize,
     /// How the last connection ended.
-    pub ended: Option<quinn::ConnectionError>,
+    pub ended: Option<ConnectionError>,
 }
 
 impl Phone {
@@ -223,6 +268,8 @@ impl Phone {
         Self {
             name: name.to_owned(),
             endpoint: endpoint(folder),
+            tls: client_tls(folder),
+            kind: Kind::Quic,
             frames_max: 256,
             server,
             token: token(folder, name),
@@ -256,6 +303,12 @@ impl Phone {
         Self { endpoint, frames_max: 8, ..Self::new(name, folder, server) }
     }
 
+    /// From now on it connects by `kind`.
+    pub fn by(mut self, kind: Kind) -> Self {
+        self.kind = kind;
+        self
+    }
+
     pub fn now(&self) -> Duration {
         self.started.elapsed()
     }
@@ -280,9 +333,19 @@ impl Phone {
     /// One attempt to connect; says HELLO. `false`: nobody there.
     pub async fn connect(&mut self) -> bool {
         self.disconnect();
-        let Ok(connecting) = self.endpoint.connect(self.server, SERVER_NAME) else { return false };
-        let quic = match tokio::time::timeout(Duration::from_secs(2), connecting).await {
-            Ok(Ok(quic)) => quic,
+        let connecting = async {
+            match self.kind {
+                Kind::Quic => match self.endpoint.connect(self.server, SERVER_NAME) {
+                    Ok(connecting) => Ok(Connection::from(connecting.await?)),
+                    Err(error) => Err(ConnectionError::Lost(error.to_string().into())),
+                },
+                kind => connect_stream(kind, &self.tls, self.server)
+                    .await
+                    .map_err(|error| ConnectionError::Lost(error.into())),
+            }
+        };
+        let connection = match tokio::time::timeout(Duration::from_secs(2), connecting).await {
+            Ok(Ok(connection)) => connection,
             Ok(Err(error)) => {
                 self.ended = Some(error);
                 return false;
@@ -290,14 +353,14 @@ impl Phone {
             Err(_) => return false,
         };
         let (sender, frames) = mpsc::channel(self.frames_max);
-        let Ok((control, control_in)) = quic.open_bi().await else { return false };
-        let Ok(uplink) = quic.open_uni().await else { return false };
+        let Ok((control, control_in)) = connection.open_bi().await else { return false };
+        let Ok(uplink) = connection.open_uni().await else { return false };
         let readers = vec![
             tokio::spawn(read_stream(control_in, Some(Channel::Control), sender.clone())),
-            tokio::spawn(accept_streams(quic.clone(), sender.clone())),
-            tokio::spawn(read_datagrams(quic.clone(), sender)),
+            tokio::spawn(accept_streams(connection.clone(), sender.clone())),
+            tokio::spawn(read_datagrams(connection.clone(), sender)),
         ];
-        let mut live = Live { quic, control, uplink, frames, readers };
+        let mut live = Live { connection, control, uplink, frames, readers };
         let mut header = BytesMut::new();
         Channel::Control.header().unwrap().encode(&mut header);
         let control = live.control.write_all(&header).await;
@@ -327,7 +390,7 @@ impl Phone {
 
     pub fn disconnect(&mut self) {
         if let Some(live) = self.live.take() {
-            self.ended = live.quic.close_reason();
+            self.ended = live.connection.close_reason();
             drop(live);
             self.half.disconnected(self.now());
         }
@@ -454,7 +517,7 @@ impl Phone {
                 match channel {
                     Channel::Control => frame.encode(&mut control),
                     Channel::Uplink => frame.encode(&mut uplink),
-                    _ => drop(live.quic.send_datagram(frame.to_bytes())),
+                    _ => drop(live.connection.send_datagram(frame.to_bytes())),
                 }
             }
             failed |= live.control.write_all(&control).await.is_err();
@@ -538,7 +601,7 @@ impl Phone {
 }
 
 async fn read_stream(
-    mut stream: quinn::RecvStream,
+    mut stream: RecvStream,
     channel: Option<Channel>,
     sender: mpsc::Sender<(Channel, Frame)>,
 ) {
@@ -548,8 +611,8 @@ async fn read_stream(
         Some(_) => (Some(0), Some(0)),
         None => (None, None),
     };
-    while let Ok(Some(chunk)) = stream.read_chunk(64 * 1024, true).await {
-        decoder.push(chunk.bytes);
+    while let Ok(Some(chunk)) = stream.read_chunk(64 * 1024).await {
+        decoder.push(chunk);
         if kind.is_none() {
             kind = decoder.next_varint();
         }
@@ -567,15 +630,15 @@ async fn read_stream(
     }
 }
 
-async fn accept_streams(quic: quinn::Connection, sender: mpsc::Sender<(Channel, Frame)>) {
+async fn accept_streams(connection: Connection, sender: mpsc::Sender<(Channel, Frame)>) {
     let mut streams = tokio::task::JoinSet::new();
-    while let Ok(stream) = quic.accept_uni().await {
+    while let Ok(stream) = connection.accept_uni().await {
         streams.spawn(read_stream(stream, None, sender.clone()));
     }
 }
 
-async fn read_datagrams(quic: quinn::Connection, sender: mpsc::Sender<(Channel, Frame)>) {
-    while let Ok(datagram) = quic.read_datagram().await {
+async fn read_datagrams(connection: Connection, sender: mpsc::Sender<(Channel, Frame)>) {
+    while let Ok(datagram) = connection.read_datagram().await {
         let mut decoder = Decoder::new(2_000);
         decoder.push(datagram);
         while let Some(frame) = decoder.next().expect("datagrams of the gateway decode") {
