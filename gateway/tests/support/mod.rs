@@ -119,6 +119,18 @@ impl Running {
         values.sum()
     }
 
+    /// A metric's value where one of its labels has this value; 0 when it was never counted.
+    pub async fn labelled(&self, name: &str, label: &str) -> f64 {
+        let (_, text) = self.page("/metrics").await;
+        let wanted = format!("\"{label}\"}}");
+        let value = text.lines().find_map(|line| {
+            let (key, value) = line.rsplit_once(' ')?;
+            (key.split('{').next() == Some(name) && key.ends_with(&wanted))
+                .then(|| value.parse::<f64>().unwrap())
+        });
+        value.unwrap_or(0.0)
+    }
+
     pub fn drain(&self) {
         self.trigger.start(Cause::Request);
     }
@@ -319,6 +331,11 @@ impl Phone {
 
     pub fn unacked(&self) -> usize {
         self.half.unacked()
+    }
+
+    /// The port it sends from.
+    pub fn port(&self) -> u16 {
+        self.endpoint.local_addr().unwrap().port()
     }
 
     pub fn has_room(&self) -> bool {
