@@ -277,6 +277,66 @@ async fn a_live_message_overtakes_all_backlog_but_the_record_under_way() {
     reading.abort();
 }
 
+/// Bytes that somebody who had stopped reading gets before the live message.
+async fn bytes_before_live(tuned: bool) -> usize {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(16 * 1024).unwrap();
+    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
+    socket.listen(1).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let listener = TcpListener::from_std(socket.into()).unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    if tuned {
+        tcp::tune(&stream).unwrap();
+    }
+    let (mut peer, _) = listener.accept().await.unwrap();
+    let config = Config {
+        assumed: Some(Parameters {
+            max_data: 1 << 30,
+            max_stream_data_uni: 1 << 30,
+            max_streams_uni: 4,
+            ..Parameters::default()
+        }),
+        ..Config::default()
+    };
+    let client = Connection::over(stream, Kind::Tls, Setup { config, ..setup(Side::Client) }, on_tokio);
+    let mut live = client.open_uni().await.unwrap();
+    live.set_priority(2).unwrap();
+    let mut backlog = client.open_uni().await.unwrap();
+    backlog.set_priority(-1).unwrap();
+    let writing = tokio::spawn(async move { backlog.write_all(&vec![0; 64 << 20]).await });
+    // Until nothing moves any more.
+    let mut sent = 0;
+    loop {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let now = client.stats().bytes_out;
+        if std::mem::replace(&mut sent, now) == now {
+            break;
+        }
+    }
+    live.write_all(b"live").await.unwrap();
+    let (mut heard, mut before) = (Vec::new(), 0);
+    while !heard.windows(4).any(|window: &[u8]| window == b"live") {
+        let from = heard.len().saturating_sub(3);
+        heard.drain(..from);
+        let mut piece = vec![0; 8 * 1024];
+        let len = peer.read(&mut piece).await.unwrap();
+        assert!(len > 0);
+        heard.extend_from_slice(&piece[..len]);
+        before += len;
+    }
+    writing.abort();
+    before
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn the_system_keeps_little_that_was_not_sent() {
+    let (tuned, untuned) = (bytes_before_live(true).await, bytes_before_live(false).await);
+    // What is on its way to the peer's buffer, and 16 KiB.
+    assert!(tuned < 150_000 && 4 * tuned < untuned, "{tuned}, and {untuned} as it was");
+}
+
 #[tokio::test(start_paused = true)]
 async fn silence_ends_a_connection_and_answers_keep_it() {
     let (one, two) = duplex(1024);
