@@ -53,6 +53,8 @@ pub(crate) struct Spec {
     pub(crate) congestion: Option<String>,
     /// Log filter of clients and gateway, if they shall tell.
     pub(crate) trace: Option<String>,
+    /// Keep every message, not the slowest only.
+    pub(crate) samples: bool,
     /// Where servers put their files; removed by whoever made it.
     pub(crate) folder: PathBuf,
 }
@@ -95,7 +97,12 @@ pub(crate) fn run(argument: &str) -> anyhow::Result<()> {
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     }
     let condition = Condition::named(&spec.condition).context("no such network")?;
-    let weather = Weather { rtt: Duration::from_millis(spec.rtt_ms), condition, seed: spec.seed };
+    let weather = Weather {
+        rtt: Duration::from_millis(spec.rtt_ms),
+        condition,
+        seed: spec.seed,
+        udp: spec.peer.has_udp(),
+    };
     let log = spec.trace.as_deref().unwrap_or("warn");
     let lab = Lab::start(spec.peer, &spec.folder, weather, spec.congestion.as_deref(), log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
@@ -116,7 +123,7 @@ async fn measure(spec: &Spec, lab: &Lab) -> anyhow::Result<Outcome> {
 
     // Everybody is connected before the wire turns bad: the same start for all peers.
     let players = match spec.peer {
-        Peer::FulmarQuic => {
+        Peer::FulmarQuic | Peer::FulmarTls => {
             Players::Fulmar(fulmar::connect_all(&address.to_string(), &spec.folder, spec.pairs).await?)
         }
         Peer::MosquittoTls => {
@@ -162,7 +169,8 @@ async fn measure(spec: &Spec, lab: &Lab) -> anyhow::Result<Outcome> {
     playing.shutdown().await;
     let connections: u64 = sdk_clients.iter().map(|client| client.traffic().connections).sum();
     let first = u64::from(spec.pairs) * 2;
-    let figures = measure::figures(logs.iter().map(|log| &**log), zero.elapsed())?;
+    let kept = if spec.samples { usize::MAX } else { measure::SLOWEST };
+    let figures = measure::figures(logs.iter().map(|log| &**log), zero.elapsed(), kept)?;
     let ([up, down], [up_before, down_before]) = (wire, before);
     Ok(Outcome {
         figures,

@@ -78,7 +78,7 @@ pub(crate) struct Lab {
 /// Where the server of this peer listens.
 pub(crate) const fn address(peer: Peer) -> SocketAddr {
     let port = match peer {
-        Peer::FulmarQuic => FULMAR_PORT,
+        Peer::FulmarQuic | Peer::FulmarTls => FULMAR_PORT,
         Peer::MosquittoTls => MQTT_PORT,
     };
     SocketAddr::new(std::net::IpAddr::V4(SERVER), port)
@@ -213,7 +213,7 @@ impl Lab {
             }
         });
         let mark = match peer {
-            Peer::FulmarQuic => "Clients ",
+            Peer::FulmarQuic | Peer::FulmarTls => "Clients ",
             Peer::MosquittoTls => " running",
         };
         let mut said = Vec::new();
@@ -277,7 +277,7 @@ pub(crate) fn become_server(argument: &str) -> anyhow::Result<std::process::Exit
     raise(FAR, SERVER, CLIENTS)?;
     set_congestion(far.congestion.as_deref())?;
     match far.peer {
-        Peer::FulmarQuic => {
+        Peer::FulmarQuic | Peer::FulmarTls => {
             let listen = address(far.peer).to_string();
             let data = far.folder.into_os_string();
             let words: [&OsStr; 10] = [

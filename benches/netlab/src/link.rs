@@ -44,7 +44,7 @@ const LOOK_UP: Duration = Duration::from_millis(20);
 /// What one direction did to packets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Counts {
-    /// Packets that came in.
+    /// Packets that came in and were not blocked.
     pub(crate) packets: u64,
     /// Their bytes, IP headers included.
     pub(crate) bytes: u64,
@@ -52,6 +52,8 @@ pub(crate) struct Counts {
     pub(crate) lost: u64,
     /// Dropped in a dark spell.
     pub(crate) dark: u64,
+    /// Dropped because they were UDP.
+    pub(crate) blocked: u64,
     /// Dropped because too many waited, or because the interface took no more: never on purpose.
     pub(crate) overflow: u64,
 }
@@ -64,6 +66,7 @@ impl Counts {
             bytes: self.bytes - before.bytes,
             lost: self.lost - before.lost,
             dark: self.dark - before.dark,
+            blocked: self.blocked - before.blocked,
             overflow: self.overflow - before.overflow,
         }
     }
@@ -82,6 +85,7 @@ struct Waiting {
 struct Direction {
     link: Link,
     rng: Rng,
+    udp: bool,
     /// When it turned bad, and the spells from then on.
     bad: Option<(SimTime, Spells)>,
     next_spell: Option<(SimTime, SimTime)>,
@@ -91,10 +95,11 @@ struct Direction {
 }
 
 impl Direction {
-    fn new(impairment: Impairment, rng: Rng) -> Self {
+    fn new(impairment: Impairment, rng: Rng, udp: bool) -> Self {
         Self {
             link: Link::new(impairment),
             rng,
+            udp,
             bad: None,
             next_spell: None,
             waiting: BinaryHeap::new(),
@@ -120,6 +125,10 @@ impl Direction {
         {
             self.link.black_out(to);
             self.next_spell = self.draw_spell();
+        }
+        if !self.udp && is_udp(&packet) {
+            self.counts.blocked += 1;
+            return;
         }
         self.counts.packets += 1;
         self.counts.bytes += u64::try_from(packet.len()).unwrap_or_default();
@@ -163,6 +172,12 @@ impl Direction {
     }
 }
 
+/// Whether this is an IPv4 packet with UDP in it.
+fn is_udp(packet: &[u8]) -> bool {
+    const UDP: u8 = 17;
+    packet.first().is_some_and(|first| first >> 4 == 4) && packet.get(9) == Some(&UDP)
+}
+
 /// What a direction tells the rest of the program.
 #[derive(Debug)]
 struct Shared {
@@ -190,6 +205,8 @@ pub(crate) struct Weather {
     pub(crate) condition: Condition,
     /// Where its chance comes from.
     pub(crate) seed: u64,
+    /// UDP gets through; else it is dropped from the start, as where a firewall does it.
+    pub(crate) udp: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -216,7 +233,11 @@ impl Wire {
                 to: Arc::clone(to),
                 begin,
                 weather,
-                direction: Direction::new(plan::calm(weather.rtt), plan::link_rng(weather.seed, number)),
+                direction: Direction::new(
+                    plan::calm(weather.rtt),
+                    plan::link_rng(weather.seed, number),
+                    weather.udp,
+                ),
                 stop: Arc::clone(&stop),
                 bad_from: Arc::clone(&bad_from),
                 shared: Arc::clone(&shared),
@@ -276,7 +297,7 @@ impl Carrier {
         while !self.stop.load(Ordering::Acquire) {
             if !bad && let Some(from) = self.bad_from.get().filter(|from| Instant::now() >= **from) {
                 bad = true;
-                let Weather { rtt, condition, seed } = self.weather;
+                let Weather { rtt, condition, seed, .. } = self.weather;
                 let from = self.moment(*from);
                 self.direction.turn_bad(from, condition.impairment(rtt), condition.spells(seed));
             }
@@ -327,7 +348,7 @@ mod tests {
     const RTT: Duration = Duration::from_millis(100);
 
     fn direction() -> Direction {
-        Direction::new(plan::calm(RTT), plan::link_rng(1, 0))
+        Direction::new(plan::calm(RTT), plan::link_rng(1, 0), true)
     }
 
     #[test]
@@ -350,7 +371,7 @@ mod tests {
     fn both_directions_are_dark_at_the_same_moments() {
         let condition = Condition::named("dark-10").unwrap();
         let dark = |number: u64| {
-            let mut direction = Direction::new(plan::calm(RTT), plan::link_rng(5, number));
+            let mut direction = Direction::new(plan::calm(RTT), plan::link_rng(5, number), true);
             direction.turn_bad(SimTime::from_millis(1_000), condition.impairment(RTT), condition.spells(5));
             (0..60_000u64)
                 .filter(|ms| {
@@ -384,6 +405,21 @@ mod tests {
         direction.turn_bad(SimTime::from_millis(10_000), condition.impairment(RTT), condition.spells(1));
         let lost = offer_all(&mut direction, 10_000);
         assert!((900..1_100).contains(&lost), "{lost}");
+    }
+
+    #[test]
+    fn udp_alone_is_blocked() {
+        let packet = |first: u8, protocol: u8| {
+            let mut packet = vec![0; 28];
+            (packet[0], packet[9]) = (first, protocol);
+            packet
+        };
+        let mut direction = Direction::new(plan::calm(RTT), plan::link_rng(1, 0), false);
+        // UDP, TCP, ICMP, IPv6 with something at that place, and what is no packet.
+        for packet in [packet(0x45, 17), packet(0x45, 6), packet(0x45, 1), packet(0x60, 17), vec![0x45]] {
+            direction.offer(SimTime::START, packet);
+        }
+        assert_eq!((direction.counts.blocked, direction.counts.packets), (1, 4));
     }
 
     #[test]

@@ -94,6 +94,9 @@ struct Flags {
     /// Write everything to this file as well, with points for plots and the slowest messages
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write every message to the file, not only the slowest
+    #[arg(long, requires = "json")]
+    samples: bool,
     /// Where servers keep their files while a cell runs; the system's temporary folder unless named
     #[arg(long, value_name = "DIR")]
     folder: Option<PathBuf>,
@@ -169,6 +172,7 @@ fn spec(flags: &Flags, peer: Peer, network: Condition) -> Spec {
         rtt_ms: flags.rtt,
         congestion: flags.congestion.clone(),
         trace: flags.trace.clone(),
+        samples: flags.samples,
         folder: PathBuf::new(),
     }
 }

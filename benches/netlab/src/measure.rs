@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::plan::Planned;
 
-/// Messages a cell names as its slowest.
-const SLOWEST: usize = 12;
+/// Messages a cell names as its slowest, unless all are asked for.
+pub(crate) const SLOWEST: usize = 12;
 
 /// The moment everything counts from, by both clocks.
 #[derive(Clone, Copy, Debug)]
@@ -241,13 +241,14 @@ fn millis(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1_000.0
 }
 
-/// The figures of all pairs together, after waiting until `waited` from [`Zero`] on.
+/// The figures of all pairs together, after waiting until `waited` from [`Zero`] on, with the `kept` slowest messages.
 ///
 /// # Errors
 /// A pair failed, or nothing was sent.
 pub(crate) fn figures<'a>(
     logs: impl IntoIterator<Item = &'a Log>,
     waited: Duration,
+    kept: usize,
 ) -> anyhow::Result<Figures> {
     let histogram = || Histogram::<u64>::new_with_bounds(1, 3_600_000_000, 3);
     let [mut latency, mut ack, mut up, mut down, mut handed_late] =
@@ -298,7 +299,7 @@ pub(crate) fn figures<'a>(
     }
     anyhow::ensure!(!latency.is_empty(), "nothing was sent: the schedule is too short");
     slowest.sort_by(|a, b| b.total.total_cmp(&a.total));
-    slowest.truncate(SLOWEST);
+    slowest.truncate(kept);
     let known = |histogram: &Histogram<u64>| (!histogram.is_empty()).then(|| Curve::of(histogram));
     Ok(Figures {
         sent: latency.len(),
@@ -332,7 +333,7 @@ mod tests {
         log.read(&payload(4, 0), None);
         log.read(&payload(4, 2), None);
         assert!(!log.is_over());
-        let figures = figures([&log], Duration::from_secs(7)).unwrap();
+        let figures = figures([&log], Duration::from_secs(7), SLOWEST).unwrap();
         assert_eq!((figures.sent, figures.lost), (2, 1));
         assert!((figures.latency.max - 6_999.0).abs() < 10.0, "{}", figures.latency.max);
         assert!(figures.latency.p50 < 1_000.0);
@@ -350,7 +351,7 @@ mod tests {
         log.read(&payload(5, 0), None);
         log.read(&payload(4, 3), None);
         assert!(log.is_over());
-        let figures = figures([&log], Duration::ZERO).unwrap();
+        let figures = figures([&log], Duration::ZERO, 1).unwrap();
         assert_eq!((figures.lost, figures.duplicates, figures.disorder, figures.strangers), (0, 1, 1, 3));
         assert!(figures.up.is_some_and(|up| up.count == 2));
     }
@@ -361,8 +362,8 @@ mod tests {
         log.failed("the connection ended");
         log.failed("and again");
         assert!(log.is_over());
-        let error = figures([&log], Duration::ZERO).unwrap_err();
+        let error = figures([&log], Duration::ZERO, 1).unwrap_err();
         assert_eq!(error.to_string(), "pair 4: the connection ended");
-        assert!(figures([&Log::new(1, Zero::ahead(Duration::ZERO), &[])], Duration::ZERO).is_err());
+        assert!(figures([&Log::new(1, Zero::ahead(Duration::ZERO), &[])], Duration::ZERO, 1).is_err());
     }
 }

@@ -34,18 +34,21 @@ const LABEL_LINK: u64 = 3 << 32;
 pub(crate) enum Peer {
     /// `fulmar serve` and the SDK over QUIC
     FulmarQuic,
+    /// The same where UDP is blocked: the SDK goes over TLS and TCP by itself
+    FulmarTls,
     /// mosquitto and an MQTT 3.1.1 client over TLS 1.3 and TCP, QoS 1
     MosquittoTls,
 }
 
 impl Peer {
     /// Everybody there is, in the order of the table.
-    pub(crate) const ALL: [Self; 2] = [Self::FulmarQuic, Self::MosquittoTls];
+    pub(crate) const ALL: [Self; 3] = [Self::FulmarQuic, Self::FulmarTls, Self::MosquittoTls];
 
     /// As on the command line.
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::FulmarQuic => "fulmar-quic",
+            Self::FulmarTls => "fulmar-tls",
             Self::MosquittoTls => "mosquitto-tls",
         }
     }
@@ -54,13 +57,24 @@ impl Peer {
     pub(crate) const fn title(self) -> &'static str {
         match self {
             Self::FulmarQuic => "Fulmar, QUIC",
+            Self::FulmarTls => "Fulmar, TLS",
             Self::MosquittoTls => "mosquitto, TLS",
         }
     }
 
-    /// Whether the bars are about it.
+    /// Whether it is the gateway and the SDK.
     pub(crate) const fn is_fulmar(self) -> bool {
+        matches!(self, Self::FulmarQuic | Self::FulmarTls)
+    }
+
+    /// Whether the bars are about it.
+    pub(crate) const fn has_bars(self) -> bool {
         matches!(self, Self::FulmarQuic)
+    }
+
+    /// Whether UDP gets through: what makes the SDK go over TLS.
+    pub(crate) const fn has_udp(self) -> bool {
+        !matches!(self, Self::FulmarTls)
     }
 }
 

@@ -89,7 +89,7 @@ pub(crate) fn table(cells: &[Cell]) -> String {
         for cell in of_it {
             let (figures, ms) = (&cell.outcome.figures, |value: f64| format!("{value:.0}"));
             let bar =
-                condition.bar_ms.filter(|_| cell.spec.rtt_ms == BARS_RTT_MS && cell.spec.peer.is_fulmar());
+                condition.bar_ms.filter(|_| cell.spec.rtt_ms == BARS_RTT_MS && cell.spec.peer.has_bars());
             rows.push([
                 condition.title.to_owned(),
                 cell.spec.peer.title().to_owned(),
@@ -221,6 +221,7 @@ mod tests {
             rtt_ms,
             congestion: None,
             trace: None,
+            samples: false,
             folder: "/nowhere".into(),
         };
         let wire = [Counts { bytes: 3_000, ..Counts::default() }; 2];
