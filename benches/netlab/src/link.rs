@@ -119,7 +119,8 @@ impl Direction {
         spells.next().map(|(from, to)| (*begin + from, *begin + to))
     }
 
-    fn offer(&mut self, now: SimTime, mut packet: Vec<u8>) {
+    /// Takes a packet in and says in a word what becomes of it.
+    fn offer(&mut self, now: SimTime, mut packet: Vec<u8>) -> &'static str {
         while let Some((from, to)) = self.next_spell
             && from <= now
         {
@@ -128,13 +129,19 @@ impl Direction {
         }
         if !self.udp && is_udp(&packet) {
             self.counts.blocked += 1;
-            return;
+            return "blocked";
         }
         self.counts.packets += 1;
         self.counts.bytes += u64::try_from(packet.len()).unwrap_or_default();
         match self.link.offer(now, packet.len(), &mut self.rng) {
-            Verdict::Drop(DropCause::Dark) => self.counts.dark += 1,
-            Verdict::Drop(_) => self.counts.lost += 1,
+            Verdict::Drop(DropCause::Dark) => {
+                self.counts.dark += 1;
+                "dark"
+            }
+            Verdict::Drop(_) => {
+                self.counts.lost += 1;
+                "lost"
+            }
             Verdict::Deliver(arrival) => {
                 if let Some(bit) = arrival.flipped_bit
                     && let Ok(byte) = usize::try_from(bit / 8)
@@ -146,6 +153,7 @@ impl Direction {
                     self.wait(again, packet.clone());
                 }
                 self.wait(arrival.at, packet);
+                "carried"
             }
         }
     }
@@ -176,6 +184,12 @@ impl Direction {
 fn is_udp(packet: &[u8]) -> bool {
     const UDP: u8 = 17;
     packet.first().is_some_and(|first| first >> 4 == 4) && packet.get(9) == Some(&UDP)
+}
+
+/// The larger of the two ports of an IPv4 packet without options: the client's, which the kernel chose.
+fn client_port(packet: &[u8]) -> Option<u16> {
+    let ports = packet.get(20..24)?.as_chunks().0.iter().map(|port: &[u8; 2]| u16::from_be_bytes(*port));
+    ports.max()
 }
 
 /// What a direction tells the rest of the program.
@@ -225,10 +239,11 @@ impl Wire {
         let (near, far) = (Arc::new(near), Arc::new(far));
         let begin = Instant::now();
         let mut threads = Vec::new();
-        let mut start = |name: &str, number: u64, from: &Arc<OwnedFd>, to: &Arc<OwnedFd>| {
+        let mut start = |way: &'static str, number: u64, from: &Arc<OwnedFd>, to: &Arc<OwnedFd>| {
             let late = Histogram::new_with_bounds(1, 60_000_000, 3)?;
             let shared = Arc::new(Mutex::new(Shared { counts: Counts::default(), late }));
             let carrier = Carrier {
+                way,
                 from: Arc::clone(from),
                 to: Arc::clone(to),
                 begin,
@@ -242,11 +257,12 @@ impl Wire {
                 bad_from: Arc::clone(&bad_from),
                 shared: Arc::clone(&shared),
             };
-            threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(move || carrier.run())?);
+            threads
+                .push(std::thread::Builder::new().name(format!("wire-{way}")).spawn(move || carrier.run())?);
             anyhow::Ok(shared)
         };
-        let up = start("wire-up", 0, &near, &far)?;
-        let down = start("wire-down", 1, &far, &near)?;
+        let up = start("up", 0, &near, &far)?;
+        let down = start("down", 1, &far, &near)?;
         Ok(Self { stop, bad_from, up, down, threads })
     }
 
@@ -280,6 +296,7 @@ impl Drop for Wire {
 
 /// The thread of one direction.
 struct Carrier {
+    way: &'static str,
     from: Arc<OwnedFd>,
     to: Arc<OwnedFd>,
     begin: Instant,
@@ -307,7 +324,13 @@ impl Carrier {
                 let Ok(length @ 1..) = rustix::io::read(&self.from, &mut buffer) else { break };
                 let packet = buffer.get(..length).unwrap_or_default().to_vec();
                 let now = self.moment(Instant::now());
-                self.direction.offer(now, packet);
+                if tracing::enabled!(tracing::Level::TRACE) {
+                    let (bytes, port) = (packet.len(), client_port(&packet));
+                    let fate = self.direction.offer(now, packet);
+                    tracing::trace!(way = self.way, ?port, bytes, fate, "packet");
+                } else {
+                    self.direction.offer(now, packet);
+                }
             }
             self.hand_over();
         }

@@ -100,7 +100,7 @@ struct Flags {
     /// Where servers keep their files while a cell runs; the system's temporary folder unless named
     #[arg(long, value_name = "DIR")]
     folder: Option<PathBuf>,
-    /// What clients and gateway log, for instance fulmar_client=debug,fulmar_gateway=debug
+    /// What clients, gateway and wire log, for instance fulmar_client=debug,fulmar_netlab=trace (every packet)
     #[arg(long, value_name = "FILTER")]
     trace: Option<String>,
 }
