@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use fulmar_badnet::checker::{Report, Rules, check};
-use fulmar_badnet::history::{Client as Who, Conversation, Digest, Event, Tag};
+use fulmar_badnet::history::{Client as Who, Conversation, Digest, Event, History, Tag};
 use fulmar_badnet::{Rng, Share, SimTime};
 use fulmar_client::{
     Client, ClientEvent, ConnectionState, ConversationId, Error, NetworkKind, Received, RecordKind,
@@ -688,21 +688,52 @@ async fn converge(sim: &Sim, stage: &Arc<Stage>, calm: Instant) -> Report {
     }
 }
 
+/// A membership: its first and its last position.
+type Stay = (u64, Option<u64>);
+
+/// Asks the checker. What it is told of memberships comes from the records:
+///
+/// - Who is removed while away can't come in any more to get what it missed: its membership ends with the last it got.
+/// - A gap is only worth a word where it is not between two memberships.
 fn judge(sim: &Sim, stage: &Stage) -> Report {
-    let mut history = sim.history();
+    let seen = sim.history();
+    let mut got: BTreeMap<(Who, u64), BTreeSet<u64>> = BTreeMap::new();
+    for record in seen.records() {
+        if let Event::Delivered { client, conversation, seq, .. } | Event::Notice { client, conversation, seq } =
+            record.event
+        {
+            got.entry((client, conversation.0)).or_default().insert(seq);
+        }
+    }
+    let mut stays: BTreeMap<(Who, u64), Vec<Stay>> = BTreeMap::new();
     for ((conversation, seq), (joined, users)) in &stage.board().moves {
-        let conversation = Conversation(*conversation);
-        for (phone, user) in stage.plan.phones.iter().enumerate() {
-            if users.contains(user) {
-                let client = who(phone);
-                history.record(
-                    SimTime::END,
-                    if *joined {
-                        Event::Joined { client, conversation, first: *seq }
-                    } else {
-                        Event::Left { client, conversation, last: *seq }
-                    },
-                );
+        for (phone, _) in stage.plan.phones.iter().enumerate().filter(|(_, user)| users.contains(user)) {
+            let key = (who(phone), *conversation);
+            let stays = stays.entry(key).or_default();
+            if *joined {
+                stays.push((*seq, None));
+            } else if let Some((first, open @ None)) = stays.last_mut() {
+                let last = got.get(&key).and_then(|got| got.range(*first..=*seq).next_back().copied());
+                *open = Some(last.unwrap_or(first.saturating_sub(1)));
+            }
+        }
+    }
+    let mut history = History::new();
+    for record in seen.records() {
+        if let Event::GapTold { client, conversation, from, to } = record.event
+            && let Some(stays) = stays.get(&(client, conversation.0))
+            && !stays.iter().any(|(first, last)| *first <= to && last.is_none_or(|last| from <= last))
+        {
+            continue;
+        }
+        history.record(record.at, record.event);
+    }
+    for ((client, conversation), stays) in stays {
+        let conversation = Conversation(conversation);
+        for (first, last) in stays {
+            history.record(SimTime::END, Event::Joined { client, conversation, first });
+            if let Some(last) = last {
+                history.record(SimTime::END, Event::Left { client, conversation, last });
             }
         }
     }

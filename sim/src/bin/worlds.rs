@@ -3,13 +3,15 @@
 //! - Seeds that once found something ([`KEPT`]) come first.
 //! - Every hundredth seed runs twice; both event logs must be equal to the byte.
 //! - A seed that fails is printed with the command that shows it again.
+//! - Each world has a process of its own: tokio draws the order in which the watchers of a channel are woken from a counter of
+//!   the process, so that only the first world of a process repeats to the byte. Besides, one that hangs can be ended.
 //!
 //! Not here: what happens in a world (the library).
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::io::{Read as _, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -30,8 +32,8 @@ const FAILURES_TOLD_MAX: usize = 20;
 /// Between two lines of progress.
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 
-/// A seed that takes longer than this on the clock on the wall is told: it may hang.
-const SLOW: Duration = Duration::from_secs(60);
+/// A seed that takes longer than this on the clock on the wall is ended: it hangs.
+const HANGS: Duration = Duration::from_secs(120);
 
 /// Runs whole worlds (real SDK, real gateway, bad network, virtual time), one for each seed
 #[derive(Debug, Parser)]
@@ -51,6 +53,41 @@ struct Args {
     /// Worlds at a time; as many as there are cores unless said
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Runs this one seed here and writes what came of it as JSON
+    #[arg(long, value_name = "SEED", hide = true)]
+    one: Option<u64>,
+}
+
+/// What came of a seed, as a child tells it.
+#[derive(Debug, Default, serde::Serialize, serde::Deserialize)]
+struct Told {
+    seed: u64,
+    failures: Vec<String>,
+    bites: BTreeMap<String, u64>,
+    sent: u64,
+    acked: u64,
+    delivered: u64,
+    log_count: u64,
+    log_hash: u64,
+    lasted: Duration,
+    converged_after: Duration,
+}
+
+impl From<&SeedReport> for Told {
+    fn from(report: &SeedReport) -> Self {
+        Self {
+            seed: report.seed,
+            failures: report.failures.clone(),
+            bites: report.bites.iter().map(|(bite, count)| (bite.word().to_owned(), count)).collect(),
+            sent: report.counters.sent,
+            acked: report.counters.acked,
+            delivered: report.counters.delivered,
+            log_count: report.log_count,
+            log_hash: report.log_hash,
+            lasted: report.lasted,
+            converged_after: report.converged_after,
+        }
+    }
 }
 
 #[derive(Default)]
@@ -67,27 +104,25 @@ struct Found {
     lasted: Duration,
     converged: Vec<Duration>,
     log_lines: u64,
-    log: Option<Vec<u8>>,
 }
 
 impl Found {
-    fn add(&mut self, report: SeedReport, twice: bool) {
+    fn add(&mut self, report: Told, twice: bool) {
         self.runs += 1;
         self.twice += u64::from(twice);
-        for (bite, count) in report.bites.iter() {
-            let (seeds, times) = self.bites.entry(bite).or_default();
-            *seeds += 1;
-            *times += count;
+        for bite in Bite::ALL {
+            if let Some(count) = report.bites.get(bite.word()) {
+                let (seeds, times) = self.bites.entry(*bite).or_default();
+                *seeds += 1;
+                *times += count;
+            }
         }
-        self.sent += report.counters.sent;
-        self.acked += report.counters.acked;
-        self.delivered += report.counters.delivered;
+        self.sent += report.sent;
+        self.acked += report.acked;
+        self.delivered += report.delivered;
         self.lasted += report.lasted;
         self.converged.push(report.converged_after);
         self.log_lines += report.log_count;
-        if report.log.is_some() {
-            self.log = report.log;
-        }
         if !report.failures.is_empty() {
             self.failed_count += 1;
             if self.failed.len() < FAILURES_TOLD_MAX {
@@ -122,6 +157,9 @@ fn main() -> ExitCode {
 }
 
 fn work(args: &Args) -> anyhow::Result<bool> {
+    if let Some(seed) = args.one {
+        return one(seed, args.log.as_deref());
+    }
     let mut seeds: Vec<u64> = match args.from {
         Some(_) => Vec::new(),
         None => kept()?,
@@ -133,19 +171,14 @@ fn work(args: &Args) -> anyhow::Result<bool> {
     let found = Mutex::new(Found::default());
     let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
     let started = Instant::now();
-    let keep_log = args.log.is_some();
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
                 while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
-                    let began = Instant::now();
                     let twice = seed % TWICE_EVERY == 0;
-                    let mut report = run_seed(seed, keep_log);
+                    let mut report = in_a_child(seed, args.log.as_deref());
                     if twice {
                         report.failures.extend(difference(seed, &report));
-                    }
-                    if began.elapsed() > SLOW {
-                        tell(&format!("seed {seed} took {:.0?}\n", began.elapsed()));
                     }
                     found.lock().unwrap_or_else(PoisonError::into_inner).add(report, twice);
                     done.fetch_add(1, Ordering::Relaxed);
@@ -156,9 +189,6 @@ fn work(args: &Args) -> anyhow::Result<bool> {
     });
     let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
     summary(&found, started.elapsed());
-    if let (Some(file), Some(log)) = (&args.log, &found.log) {
-        std::fs::write(file, log).with_context(|| format!("can't write {}", file.display()))?;
-    }
     if let Some(file) = &args.json {
         let json = serde_json::to_vec_pretty(&json(&found, &seeds, started.elapsed()))?;
         std::fs::write(file, json).with_context(|| format!("can't write {}", file.display()))?;
@@ -177,20 +207,72 @@ fn kept() -> anyhow::Result<Vec<u64>> {
         .collect()
 }
 
+/// Runs a seed in this process.
+fn one(seed: u64, log: Option<&Path>) -> anyhow::Result<bool> {
+    let report = run_seed(seed, log.is_some());
+    if let (Some(file), Some(lines)) = (log, &report.log) {
+        std::fs::write(file, lines).with_context(|| format!("can't write {}", file.display()))?;
+    }
+    serde_json::to_writer(std::io::stdout().lock(), &Told::from(&report))?;
+    Ok(true)
+}
+
+/// Runs a seed in a process of its own; what goes wrong with that is a failure of the seed.
+fn in_a_child(seed: u64, log: Option<&Path>) -> Told {
+    child(seed, log).unwrap_or_else(|error| Told { seed, failures: vec![format!("{error:#}")], ..Told::default() })
+}
+
+fn child(seed: u64, log: Option<&Path>) -> anyhow::Result<Told> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["--one", &seed.to_string()]).stdin(Stdio::null()).stdout(Stdio::piped());
+    if let Some(log) = log {
+        command.arg("--log").arg(log);
+    }
+    let mut child = command.spawn().context("a child can't start")?;
+    let mut output = child.stdout.take().context("a child without output")?;
+    let reading = std::thread::spawn(move || {
+        let mut text = String::new();
+        output.read_to_string(&mut text).map(|_| text)
+    });
+    let began = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if began.elapsed() > HANGS {
+            child.kill()?;
+            child.wait()?;
+            anyhow::bail!("the world still ran after {HANGS:?}");
+        }
+        std::thread::park_timeout(Duration::from_millis(2));
+    };
+    let text = reading.join().map_err(|_| anyhow::anyhow!("a child could not be read"))??;
+    serde_json::from_str(&text).with_context(|| format!("a child ended with {status} and said {text:?}"))
+}
+
 /// What a second run of the seed does differently.
-fn difference(seed: u64, first: &SeedReport) -> Option<String> {
-    let second = run_seed(seed, false);
+fn difference(seed: u64, first: &Told) -> Option<String> {
+    let second = in_a_child(seed, None);
     if (second.log_hash, second.log_count) == (first.log_hash, first.log_count) {
         return None;
     }
-    let (one, two) =
-        (run_seed(seed, true).log.unwrap_or_default(), run_seed(seed, true).log.unwrap_or_default());
-    let (one, two) = (String::from_utf8_lossy(&one), String::from_utf8_lossy(&two));
+    let log = |number: u8| -> anyhow::Result<String> {
+        let file = std::env::temp_dir().join(format!("fulmar-sim-{}-{seed}-{number}.log", std::process::id()));
+        child(seed, Some(&file))?;
+        let text = std::fs::read(&file)?;
+        std::fs::remove_file(&file)?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    };
+    let (one, two) = match (log(1), log(2)) {
+        (Ok(one), Ok(two)) => (one, two),
+        (Err(error), _) | (_, Err(error)) => return Some(format!("two runs differ; their logs can't be had: {error:#}")),
+    };
     let mut lines = one.lines().zip(two.lines()).enumerate();
     Some(match lines.find(|(_, (one, two))| one != two) {
         Some((number, (one, two))) => {
             format!("two runs differ, first in line {}:\n      {one}\n      {two}", number + 1)
         }
+        None if one.len() != two.len() => "two runs differ: one goes on where the other ends".to_owned(),
         None => "two runs differed, two more did not".to_owned(),
     })
 }
