@@ -13,6 +13,7 @@ mod rehearsal;
 pub mod serve;
 pub mod store;
 pub mod token;
+pub mod weak;
 
 use std::ffi::OsString;
 use std::io::{self, Write as _};
@@ -58,6 +59,8 @@ pub enum Command {
     Serve(serve::ServeArgs),
     /// The main job in one command: phones on a bad network, kill -9 in the middle, everything checked
     Demo(demo::DemoArgs),
+    /// Weak networks with names, played one after the other, measured, checked and drawn
+    Weak(weak::WeakArgs),
     /// Chat on this terminal
     Chat(chat::ChatArgs),
     /// Make a development token, and print it
@@ -113,6 +116,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let done = match cli.command {
         Command::Serve(args) => serve::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Weak(args) => weak::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Token(args) => token::run(&args),
         Command::Inspect(args) => inspect::run(&args),
