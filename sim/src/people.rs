@@ -699,8 +699,8 @@ fn judge(sim: &Sim, stage: &Stage) -> Report {
     let seen = sim.history();
     let mut got: BTreeMap<(Who, u64), BTreeSet<u64>> = BTreeMap::new();
     for record in seen.records() {
-        if let Event::Delivered { client, conversation, seq, .. } | Event::Notice { client, conversation, seq } =
-            record.event
+        if let Event::Delivered { client, conversation, seq, .. }
+        | Event::Notice { client, conversation, seq } = record.event
         {
             got.entry((client, conversation.0)).or_default().insert(seq);
         }

@@ -1,6 +1,7 @@
 //! The weak-network figures, measured in the world: exact, and the same every time. `cargo xtask bars --help`.
 //!
 //! - Each figure stands beside its bar. Round trips are those of the path between a phone and the gateway.
+//! - Where one direction is measured, the other phone stands beside the gateway: from a send to its read is half a round trip.
 //! - "Read" is the moment the other user's app is handed the message, "acked" the moment the sender's app is told.
 //!
 //! Not here: what stock quinn and TCP give in the same network (docs), noisy measurements in real time (`benches/netlab`).
@@ -8,12 +9,12 @@
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
-use fulmar_client::{Client, Conversation, NetworkKind};
+use fulmar_client::{Client, ConnectionState, Conversation, NetworkKind};
 use fulmar_sim::net::{Delay, Impairment, Loss, Path};
 use fulmar_sim::{Direction, Phone, Profile, Rng, Share, Sim, World};
 use tokio::time::Instant;
@@ -30,7 +31,13 @@ struct Args {
     /// Writes the figures as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<std::path::PathBuf>,
+    /// Writes the event log of the last world
+    #[arg(long, value_name = "FILE")]
+    log: Option<std::path::PathBuf>,
 }
+
+/// Where the event log of the last world goes.
+static LOG: OnceLock<std::path::PathBuf> = OnceLock::new();
 
 /// The round trip of most figures.
 const RTT: Duration = Duration::from_millis(100);
@@ -79,6 +86,9 @@ fn main() -> ExitCode {
 }
 
 fn work(args: &Args) -> anyhow::Result<()> {
+    if let Some(file) = &args.log {
+        LOG.get_or_init(|| file.clone());
+    }
     let chosen: Vec<&Bar> =
         BARS.iter().filter(|(name, _)| args.only.as_ref().is_none_or(|only| name.contains(only))).collect();
     let mut out = std::io::stdout().lock();
@@ -214,9 +224,35 @@ async fn live(client: &Client) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Waits until the gateway has answered for the first time.
+async fn welcomed(client: &Client) -> anyhow::Result<()> {
+    let mut states = client.state();
+    let answered = async {
+        while let Some(state) = states.next().await {
+            if matches!(state, ConnectionState::Syncing | ConnectionState::Live) {
+                return true;
+            }
+        }
+        false
+    };
+    let answered = tokio::time::timeout(Duration::from_secs(600), answered).await;
+    anyhow::ensure!(answered.context("no answer within ten minutes")?, "the client closed");
+    Ok(())
+}
+
 impl Pair {
     async fn meet(sim: &Sim) -> anyhow::Result<Self> {
+        Self::meet_with(sim, None).await
+    }
+
+    /// The same with the phone at the far end of this direction beside the gateway, so that only one way counts.
+    async fn meet_with(sim: &Sim, only: Option<Direction>) -> anyhow::Result<Self> {
         let (alice_phone, bob_phone) = (sim.phone("alice"), sim.phone("bob"));
+        match only {
+            Some(Direction::Up) => bob_phone.set_path(plain(Duration::ZERO)),
+            Some(Direction::Down) => alice_phone.set_path(plain(Duration::ZERO)),
+            None => {}
+        }
         let (alice, bob) = (alice_phone.connect().await?, bob_phone.connect().await?);
         live(&alice).await?;
         live(&bob).await?;
@@ -245,17 +281,29 @@ fn in_worlds<T: Send + 'static>(
     for seed in 0..worlds {
         let measure = measure.clone();
         let world = World::new(seed).path(path.clone()).limit(Duration::from_secs(100_000));
-        all.extend(world.run(async move |sim| measure(sim, Rng::new(seed).fork(9)).await).value?);
+        let world = world.keep_log(LOG.get().is_some());
+        let ended = world.run(async move |sim| measure(sim, Rng::new(seed).fork(9)).await);
+        if let (Some(file), Some(log)) = (LOG.get(), ended.log) {
+            std::fs::write(file, log)?;
+        }
+        all.extend(ended.value?);
     }
     Ok(all)
 }
 
 fn lone_loss(worlds: u64, direction: Direction, jitter: Duration) -> Measured {
-    let way = Impairment { delay: Delay::fixed(RTT / 2).with_jitter(jitter), ..Impairment::default() };
+    // The mean stays half a round trip.
+    let way =
+        Impairment { delay: Delay::fixed(RTT / 2 - jitter / 2).with_jitter(jitter), ..Impairment::default() };
     let mut times = in_worlds(worlds, &Path::symmetric(way), async move |sim, mut rng| {
-        let pair = Pair::meet(sim).await?;
+        let pair = Pair::meet_with(sim, Some(direction)).await?;
         let mut times = Vec::new();
-        for number in 0..60 {
+        for number in 0..50 {
+            // Messages that are not lost come between: the loss is a lone one, not the manner of the path.
+            for other in 0..6 {
+                sim.sleep(rng.duration(ms(1_000), ms(4_000))).await;
+                pair.to_bob.send(message(3_000_000 + number * 10 + other)).await?;
+            }
             sim.sleep(rng.duration(ms(2_000), ms(5_000))).await;
             let since = Instant::now();
             if direction == Direction::Up {
@@ -291,8 +339,13 @@ fn lone_loss(worlds: u64, direction: Direction, jitter: Duration) -> Measured {
 }
 
 /// (read, acked) of messages sent once in `every`.
-async fn chat(sim: &Sim, count: u64, every: Duration) -> anyhow::Result<Vec<(Duration, Duration)>> {
-    let pair = Pair::meet(sim).await?;
+async fn chat(
+    sim: &Sim,
+    only: Option<Direction>,
+    count: u64,
+    every: Duration,
+) -> anyhow::Result<Vec<(Duration, Duration)>> {
+    let pair = Pair::meet_with(sim, only).await?;
     let acks: Arc<Mutex<BTreeMap<u64, Duration>>> = Arc::default();
     let mut sent = Vec::new();
     for number in 0..count {
@@ -323,18 +376,29 @@ async fn chat(sim: &Sim, count: u64, every: Duration) -> anyhow::Result<Vec<(Dur
 }
 
 fn chat_at_loss(worlds: u64) -> Measured {
-    let times = in_worlds(worlds, &lossy(RTT, 5), async |sim, _| chat(sim, 400, ms(1_000)).await)?;
-    let (mut reads, mut acks): (Vec<_>, Vec<_>) = times.into_iter().unzip();
-    let count = reads.len();
-    Ok(vec![
-        rtts("chat at 5 % loss: send to read p99", at(&mut reads, 99), 2.0, count),
-        rtts("chat at 5 % loss: send to ack p99", at(&mut acks, 99), 2.5, count),
-    ])
+    let mut figures = Vec::new();
+    for (direction, what) in [(Direction::Up, "up"), (Direction::Down, "down")] {
+        let times = in_worlds(worlds, &lossy(RTT, 5), async move |sim, _| {
+            chat(sim, Some(direction), 400, ms(1_000)).await
+        })?;
+        let (mut reads, mut acks): (Vec<_>, Vec<_>) = times.into_iter().unzip();
+        let count = reads.len();
+        figures.push(rtts(
+            &format!("chat at 5 % loss, {what}: send to read p99"),
+            at(&mut reads, 99),
+            2.0,
+            count,
+        ));
+        if direction == Direction::Up {
+            figures.push(rtts("chat at 5 % loss: send to ack p99", at(&mut acks, 99), 2.5, count));
+        }
+    }
+    Ok(figures)
 }
 
 fn mobile_profile(worlds: u64) -> Measured {
     let path = Profile::MobileTail.path();
-    let times = in_worlds(worlds, &path, async |sim, _| chat(sim, 300, ms(2_000)).await)?;
+    let times = in_worlds(worlds, &path, async |sim, _| chat(sim, None, 300, ms(2_000)).await)?;
     let (_, mut acks): (Vec<_>, Vec<_>) = times.into_iter().unzip();
     let count = acks.len();
     Ok(vec![
@@ -350,7 +414,7 @@ fn connect_at_loss(worlds: u64) -> Measured {
             let phone = sim.phone(&format!("user-{number}"));
             let since = Instant::now();
             let client = phone.connect().await?;
-            live(&client).await?;
+            welcomed(&client).await?;
             let full = since.elapsed();
             sim.sleep(ms(2_000)).await;
             client.close().await?;
@@ -358,7 +422,7 @@ fn connect_at_loss(worlds: u64) -> Measured {
             sim.sleep(ms(2_000)).await;
             let since = Instant::now();
             let client = phone.connect().await?;
-            live(&client).await?;
+            welcomed(&client).await?;
             times.push((full, since.elapsed()));
             client.close().await?;
         }
@@ -367,10 +431,10 @@ fn connect_at_loss(worlds: u64) -> Measured {
     let (mut full, mut again): (Vec<_>, Vec<_>) = times.into_iter().unzip();
     let count = full.len();
     Ok(vec![
-        millis("connect at 5 % loss, full: live p50", at(&mut full, 50), f64::INFINITY, count),
-        millis("connect at 5 % loss, full: live p99", at(&mut full, 99), 800.0, count),
-        millis("connect at 5 % loss, 0-RTT: live p50", at(&mut again, 50), f64::INFINITY, count),
-        millis("connect at 5 % loss, 0-RTT: live p99", at(&mut again, 99), 500.0, count),
+        millis("connect at 5 % loss, full: answer p50", at(&mut full, 50), f64::INFINITY, count),
+        millis("connect at 5 % loss, full: answer p99", at(&mut full, 99), 800.0, count),
+        millis("connect at 5 % loss, 0-RTT: answer p50", at(&mut again, 50), f64::INFINITY, count),
+        millis("connect at 5 % loss, 0-RTT: answer p99", at(&mut again, 99), 500.0, count),
     ])
 }
 

@@ -219,7 +219,11 @@ fn one(seed: u64, log: Option<&Path>) -> anyhow::Result<bool> {
 
 /// Runs a seed in a process of its own; what goes wrong with that is a failure of the seed.
 fn in_a_child(seed: u64, log: Option<&Path>) -> Told {
-    child(seed, log).unwrap_or_else(|error| Told { seed, failures: vec![format!("{error:#}")], ..Told::default() })
+    child(seed, log).unwrap_or_else(|error| Told {
+        seed,
+        failures: vec![format!("{error:#}")],
+        ..Told::default()
+    })
 }
 
 fn child(seed: u64, log: Option<&Path>) -> anyhow::Result<Told> {
@@ -257,7 +261,8 @@ fn difference(seed: u64, first: &Told) -> Option<String> {
         return None;
     }
     let log = |number: u8| -> anyhow::Result<String> {
-        let file = std::env::temp_dir().join(format!("fulmar-sim-{}-{seed}-{number}.log", std::process::id()));
+        let file =
+            std::env::temp_dir().join(format!("fulmar-sim-{}-{seed}-{number}.log", std::process::id()));
         child(seed, Some(&file))?;
         let text = std::fs::read(&file)?;
         std::fs::remove_file(&file)?;
@@ -265,7 +270,9 @@ fn difference(seed: u64, first: &Told) -> Option<String> {
     };
     let (one, two) = match (log(1), log(2)) {
         (Ok(one), Ok(two)) => (one, two),
-        (Err(error), _) | (_, Err(error)) => return Some(format!("two runs differ; their logs can't be had: {error:#}")),
+        (Err(error), _) | (_, Err(error)) => {
+            return Some(format!("two runs differ; their logs can't be had: {error:#}"));
+        }
     };
     let mut lines = one.lines().zip(two.lines()).enumerate();
     Some(match lines.find(|(_, (one, two))| one != two) {
