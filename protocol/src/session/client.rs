@@ -234,8 +234,6 @@ pub struct Client {
     acks_sent: u64,
     /// When the last ACK of this connection left.
     acked_at: Option<Duration>,
-    /// When the HELLO left.
-    hello_at: Duration,
     /// The changed cursors of the last HELLO.
     told: Vec<(ConversationId, Seq)>,
     marks: BTreeMap<ConversationId, Marked>,
@@ -282,7 +280,6 @@ impl Client {
             commits: 0,
             acks_sent: 0,
             acked_at: None,
-            hello_at: Duration::ZERO,
             told: Vec::new(),
             marks: BTreeMap::new(),
             marks_due: BTreeSet::new(),
@@ -386,7 +383,6 @@ impl Client {
             self.disconnected(now);
         }
         self.enter(ClientInput::Connect);
-        self.hello_at = now;
         if network.rtt_ms > 0 {
             self.hedges.reseed(Duration::from_millis(network.rtt_ms.into()));
         }
@@ -602,9 +598,6 @@ impl Client {
         if self.epoch == Epoch::ZERO && welcome.epoch != Epoch::ZERO {
             self.epoch = welcome.epoch;
             self.outputs.push_back(Output::NewEpoch { epoch: self.epoch, unsettled: Vec::new() });
-        }
-        if self.hedges.rtt().smoothed().is_none() {
-            self.hedges.reseed(now.saturating_sub(self.hello_at));
         }
         // The first flight is behind this: what is overdue from here on was lost. How long its answers take says little.
         for send in self.inflight.flying().take(FIRST_FLIGHT_SENDS_MAX) {

@@ -5,6 +5,7 @@
 //!   losses hardly move the estimate; after [`LATE_IN_A_ROW`] of them in a row the path itself has become slower, and
 //!   the shortest of them is the new estimate.
 //! - A seed is what a network was like before: a first sample of about that size is taken in, any other replaces it.
+//!   What a handshake takes is no seed: it is two round trips or three.
 //!
 //! Not here: who asks and who answers (`client`, `hedge`).
 
@@ -59,7 +60,7 @@ impl Rtt {
         let (Some(smoothed), Some(overdue)) = (self.smoothed, self.overdue_after()) else {
             return self.restart(took);
         };
-        if core::mem::take(&mut self.seeded) && (took < smoothed / 2 || took > smoothed * 2) {
+        if core::mem::take(&mut self.seeded) && (took < smoothed * 3 / 4 || took > smoothed * 2) {
             return self.restart(took);
         }
         if !repeated && took <= overdue {
