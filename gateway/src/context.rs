@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use fulmar_protocol::{
     close::RefusalCode,
-    id::{AppId, ConversationId, UserId},
+    id::{AppId, ConversationId, FolderId, UserId},
 };
 
 use crate::{
@@ -37,6 +37,8 @@ pub struct Context {
     pub verifier: Verifier,
     /// Seals and opens tickets.
     pub tickets: Tickets,
+    /// What the data folder calls itself.
+    pub folder: FolderId,
     /// Counts.
     pub metrics: Metrics,
     /// Says once what hostile input is wrong.

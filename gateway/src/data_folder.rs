@@ -4,6 +4,7 @@
 //! fulmar-data/
 //!   fulmar.toml          configuration, if the operator puts it here
 //!   LOCK                 held by the one process that uses the folder
+//!   folder.id            what the folder calls itself: clients keep numbers and cursors of this log only
 //!   store/               the log; the store's own layout
 //!   tls/cert.pem         self-signed certificate, for trying things out
 //!   tls/key.pem          its private key
@@ -15,7 +16,8 @@
 //!   keys/cid.key         recognises our own connection ids
 //! ```
 //!
-//! - What is there is never overwritten; what is missing is made. Two processes starting at once agree on one key.
+//! - What is there is never overwritten; what is missing is made. Two processes starting at once agree on one key. Only
+//!   `folder.id` is drawn again when the log is gone: the numbers of the next one mean something else.
 //! - No file is ever half there: it is written beside its place, synced, and renamed into it.
 //! - Private files are readable by their owner only, from the moment they exist.
 //! - Every error is one line that says what to do.
@@ -32,6 +34,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
 use ed25519_dalek::pkcs8::{DecodePrivateKey as _, EncodePrivateKey as _, EncodePublicKey as _};
 use ed25519_dalek::{SigningKey, VerifyingKey};
+use fulmar_protocol::id::FolderId;
 use rustix::fs::{FlockOperation, RenameFlags};
 
 /// 2026-01-01T00:00:00Z: an earlier clock has not been set.
@@ -201,6 +204,24 @@ impl DataFolder {
         }
         file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(failed)?;
         Ok(FolderLock { _file: file })
+    }
+
+    /// What the folder calls itself, drawn when its log is begun. To be asked before the log is opened, by the process that
+    /// has the lock. `elsewhere`: the log is not on this disk.
+    ///
+    /// # Errors
+    /// One line: not readable or writable, no space, damaged.
+    pub fn identity(&self, elsewhere: bool) -> Result<FolderId, FolderError> {
+        let path = self.path.join("folder.id");
+        if !elsewhere && !self.store().join("FORMAT").exists() {
+            match std::fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(explain(&e, "remove", &path)),
+                _ => {}
+            }
+        }
+        let mut id = [0; 16];
+        random_file(&path, &mut id, "clients that know this gateway then refuse it")?;
+        Ok(FolderId(id))
     }
 
     /// The folder itself.
@@ -389,12 +410,16 @@ fn read_whole(path: &Path) -> Result<Vec<u8>, FolderError> {
 
 /// Reads a key, or makes it.
 fn symmetric_key(folder: &Path, name: &str, key: &mut [u8], if_deleted: &str) -> Result<(), FolderError> {
-    let path = folder.join("keys").join(name);
+    random_file(&folder.join("keys").join(name), key, if_deleted)
+}
+
+/// Reads a file of random bytes, or makes it.
+fn random_file(path: &Path, key: &mut [u8], if_deleted: &str) -> Result<(), FolderError> {
     fill_random(key)?;
-    if write_new(&path, key, Access::Owner)? {
+    if write_new(path, key, Access::Owner)? {
         return Ok(());
     }
-    let bytes = read_whole(&path)?;
+    let bytes = read_whole(path)?;
     if bytes.len() != key.len() {
         return Err(FolderError(format!(
             "{} is damaged ({} bytes, not {}): restore it, or delete it to have a new one made ({if_deleted})",
@@ -549,6 +574,27 @@ mod tests {
             assert_eq!(folder.ticket_key.0, folders[0].ticket_key.0);
         }
         assert_eq!(snapshot(&path).len(), 8, "no file is left beside its place");
+    }
+
+    #[test]
+    fn a_folder_keeps_its_name_as_long_as_it_keeps_its_log() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("data");
+        let prepare = || DataFolder::prepare(&path, &[]).unwrap();
+        let never_begun = prepare().identity(false).unwrap();
+        let kept = prepare().identity(false).unwrap();
+        assert_ne!(kept, never_begun, "a start that did not come as far as the log");
+        std::fs::write(path.join("store/FORMAT"), "the log is there").unwrap();
+        for _ in 0..2 {
+            assert_eq!(prepare().identity(false).unwrap(), kept);
+        }
+        assert_eq!(std::fs::read(path.join("folder.id")).unwrap(), kept.0);
+        std::fs::remove_file(path.join("store/FORMAT")).unwrap();
+        assert_eq!(prepare().identity(true).unwrap(), kept, "the log is elsewhere");
+        assert_ne!(prepare().identity(false).unwrap(), kept, "the log is gone");
+        std::fs::write(path.join("folder.id"), "short").unwrap();
+        let error = prepare().identity(true).unwrap_err().to_string();
+        assert!(error.contains("folder.id is damaged (5 bytes, not 16)"), "{error}");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use fulmar_protocol::id::ShardId;
+use fulmar_protocol::id::{FolderId, ShardId};
 use fulmar_store::{
     ColdOptions, CommitError, MemoryDisk, OpenError, ShardError, ShardReader, ShardWriter, Store,
     StoreOptions,
@@ -70,6 +70,7 @@ pub struct Sockets {
 pub struct Gateway {
     config: Config,
     folder: DataFolder,
+    identity: FolderId,
     _lock: FolderLock,
     certificate: Arc<Certificate>,
     endpoint: quinn::Endpoint,
@@ -133,6 +134,7 @@ impl Gateway {
 
         let folder = DataFolder::prepare(&config.data.path, &config.tls.names)?;
         let lock = folder.lock()?;
+        let identity = folder.identity(memory.is_some())?;
         let certificate = Certificate::load(&config.tls, &folder)?;
         let quic = server_config(
             tls_config(&config.tls, Arc::clone(&certificate))?,
@@ -173,6 +175,7 @@ impl Gateway {
         Ok(Self {
             config,
             folder,
+            identity,
             _lock: lock,
             certificate,
             endpoint,
@@ -225,6 +228,7 @@ impl Gateway {
         let Self {
             config,
             folder,
+            identity,
             _lock,
             certificate,
             endpoint,
@@ -246,6 +250,7 @@ impl Gateway {
             route,
             verifier,
             tickets: Tickets::new(&folder.ticket_key),
+            folder: identity,
             metrics: metrics.clone(),
             complaints: Complaints::new(repeat),
             drain: drain.clone(),

@@ -236,6 +236,20 @@ impl core::fmt::Debug for DeviceUid {
     }
 }
 
+/// What a gateway's data folder calls itself: 16 random bytes, drawn when its log was begun. All numbers the gateway hands
+/// out mean something in this folder only.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FolderId(pub [u8; 16]);
+
+impl core::fmt::Debug for FolderId {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        for byte in self.0 {
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
 /// What kind of device it is; login policies and push work per class.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[repr(u8)]

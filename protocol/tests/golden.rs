@@ -11,7 +11,7 @@ use fulmar_protocol::{
         NetworkKind, Open, OpenTarget, Opened, Origin, Ping, Pong, Pull, Receipt, Receipts, RecordKind,
         Reply, Resumption, Send, SendAck, SendRefused, Welcome, WireTime,
     },
-    id::{DeviceClass, DeviceUid, UnixMillis},
+    id::{DeviceClass, DeviceUid, FolderId, UnixMillis},
 };
 
 fn n<T: TryFrom<u64>>(number: u64) -> T {
@@ -57,6 +57,25 @@ fn deliver() -> Deliver {
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn golden() -> Vec<(&'static str, Frame, &'static str)> {
     let time: UnixMillis = n(1_790_000_000_000);
+    let welcome = |folder| {
+        Frame::Welcome(Welcome {
+            minor: 0,
+            features: 5,
+            session: n(9),
+            ticket: Bytes8(vec![0xee, 0xff]),
+            user: n(513),
+            device: n(1),
+            epoch: n(2),
+            class_epoch: n(3),
+            server_time: time,
+            lanes: 4,
+            limits: Limits::default(),
+            keepalive_ms: (15_000, 120_000),
+            resumption: Resumption::Resumed,
+            addresses: vec!["g2:443".to_owned()],
+            folder,
+        })
+    };
     vec![
         (
             "length | type | minor | features 5 | token, 3 bytes | \"jwt\" | device uid | class desktop | epoch 2 | digest | \
@@ -92,23 +111,13 @@ fn golden() -> Vec<(&'static str, Frame, &'static str)> {
         (
             "length | type | minor | features | session 9 | ticket | user 513 | device 1 | epoch 2 | class epoch 3 | server time | \
              lanes | limits: payload 16384, 64, 256, 32 | keepalive 15000 to 120000 | resumed | one address",
-            Frame::Welcome(Welcome {
-                minor: 0,
-                features: 5,
-                session: n(9),
-                ticket: Bytes8(vec![0xee, 0xff]),
-                user: n(513),
-                device: n(1),
-                epoch: n(2),
-                class_epoch: n(3),
-                server_time: time,
-                lanes: 4,
-                limits: Limits::default(),
-                keepalive_ms: (15_000, 120_000),
-                resumption: Resumption::Resumed,
-                addresses: vec!["g2:443".to_owned()],
-            }),
+            welcome(None),
             "28 04 00 05 09 02 eeff 8104 01 02 03 80d8c1a28c34 04 808001 40 8002 20 9875 c0a907 00 01 06 67323a343433",
+        ),
+        (
+            "the same | extension 1: the data folder",
+            welcome(Some(FolderId([0xcd; 16]))),
+            "3a 04 00 05 09 02 eeff 8104 01 02 03 80d8c1a28c34 04 808001 40 8002 20 9875 c0a907 00 01 06 67323a343433 01 10 cdcdcdcdcdcdcdcdcdcdcdcdcdcdcdcd",
         ),
         ("length | type | token", Frame::Auth(Auth { token: "jwt".to_owned() }), "05 06 03 6a7774"),
         (

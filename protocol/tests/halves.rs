@@ -58,6 +58,7 @@ fn welcome(epoch: u64, resumption: Resumption) -> Welcome {
         keepalive_ms: (15_000, 120_000),
         resumption,
         addresses: Vec::new(),
+        folder: None,
     }
 }
 

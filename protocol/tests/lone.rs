@@ -511,6 +511,7 @@ fn welcome(hedges: bool) -> Welcome {
         keepalive_ms: (15_000, 120_000),
         resumption: Resumption::Resumed,
         addresses: Vec::new(),
+        folder: None,
     }
 }
 

@@ -396,6 +396,7 @@ impl Session {
             keepalive_ms: (1_000, 60_000),
             resumption: if known { Resumption::NeedCursors } else { Resumption::Fresh },
             addresses: Vec::new(),
+            folder: None,
         };
         drop(world);
         self.half.welcome(welcome, now);

@@ -365,6 +365,7 @@ impl Connection {
             ),
             resumption,
             addresses: context.config.listen.public_addresses.clone(),
+            folder: Some(context.folder),
         };
         let at = self.now();
         self.session().welcome(welcome, at);

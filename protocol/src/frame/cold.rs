@@ -4,13 +4,13 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{Body, Fields, skip_tlvs};
+use super::{Body, Fields, put_varint, read_tlvs};
 use crate::{
     close::{CloseCode, RefusalCode, Retry},
     error::DecodeError,
     id::{
-        ClassEpoch, ConversationId, DeviceClass, DeviceId, DeviceUid, Epoch, Pseq, RequestId, Seq, SessionId,
-        UnixMillis, UserId,
+        ClassEpoch, ConversationId, DeviceClass, DeviceId, DeviceUid, Epoch, FolderId, Pseq, RequestId, Seq,
+        SessionId, UnixMillis, UserId,
     },
     limit::{
         ADDRESSES_MAX, ENTRIES_PER_FRAME_MAX, NAME_BYTES_MAX, TEXT_BYTES_MAX, TICKET_BYTES_MAX,
@@ -50,12 +50,24 @@ fn encode_core(core: &impl Serialize, out: &mut BytesMut) {
     }
 }
 
+/// Extension of WELCOME: the [`FolderId`].
+const TAG_FOLDER: u64 = 0x01;
+
 fn decode_core<T: DeserializeOwned>(fields: &mut Fields<'_>, frame: &'static str) -> Result<T, DecodeError> {
+    decode_core_with(fields, frame, |_, _, _| Ok(()))
+}
+
+/// The core, and its extensions as `take` knows them.
+fn decode_core_with<T: DeserializeOwned>(
+    fields: &mut Fields<'_>,
+    frame: &'static str,
+    mut take: impl FnMut(&mut T, u64, &[u8]) -> Result<(), DecodeError>,
+) -> Result<T, DecodeError> {
     let whole = fields.0.clone();
-    let (core, rest) = postcard::take_from_bytes(&whole).map_err(|_| DecodeError::BadCore { frame })?;
+    let (mut core, rest) = postcard::take_from_bytes(&whole).map_err(|_| DecodeError::BadCore { frame })?;
     let consumed = whole.len() - rest.len();
     fields.take(consumed, "core")?;
-    skip_tlvs(fields)?;
+    read_tlvs(fields, |tag, value| take(&mut core, tag, value))?;
     Ok(core)
 }
 
@@ -86,11 +98,6 @@ macro_rules! cold {
 cold! {
     Hello => |f| within(
         f.auth.len_ok() && f.changed.len() <= ENTRIES_PER_FRAME_MAX, "hello");
-    Welcome => |f| within(
-        f.ticket.len() <= TICKET_BYTES_MAX
-            && f.addresses.len() <= ADDRESSES_MAX
-            && f.addresses.iter().all(|a| a.len() <= NAME_BYTES_MAX)
-            && f.lanes >= 1 && f.lanes <= crate::limit::LANES_MAX, "welcome");
     Auth => |f| within(f.token.len() <= TOKEN_BYTES_MAX, "token");
     Open => |f| within(f.target.len_ok() && f.id != RequestId::ZERO, "target");
     Opened => |f| within(f.name.len() <= NAME_BYTES_MAX, "name");
@@ -101,6 +108,41 @@ cold! {
             && f.addresses.iter().all(|a| a.len() <= NAME_BYTES_MAX), "goaway");
     Kicked => |f| within(f.by.len() <= TEXT_BYTES_MAX, "by");
     Error => |f| within(f.text.len() <= TEXT_BYTES_MAX, "text");
+}
+
+impl Body for Welcome {
+    fn decode(fields: &mut Fields<'_>) -> Result<Self, DecodeError> {
+        let f: Self = decode_core_with(fields, "Welcome", |welcome: &mut Self, tag, value| {
+            if tag == TAG_FOLDER {
+                let folder = value.try_into().map_err(|_| DecodeError::BadValue { field: "folder" })?;
+                welcome.folder = Some(FolderId(folder));
+            }
+            Ok(())
+        })?;
+        within(
+            f.ticket.len() <= TICKET_BYTES_MAX
+                && f.addresses.len() <= ADDRESSES_MAX
+                && f.addresses.iter().all(|a| a.len() <= NAME_BYTES_MAX)
+                && f.lanes >= 1
+                && f.lanes <= crate::limit::LANES_MAX,
+            "welcome",
+        )?;
+        Ok(f)
+    }
+
+    fn len(&self) -> usize {
+        // Tag and length take a byte each.
+        core_len(self) + self.folder.map_or(0, |folder| 2 + folder.0.len())
+    }
+
+    fn encode(&self, out: &mut BytesMut) {
+        encode_core(self, out);
+        if let Some(folder) = self.folder {
+            put_varint(out, TAG_FOLDER);
+            put_varint(out, folder.0.len() as u64);
+            out.put_slice(&folder.0);
+        }
+    }
 }
 
 /// How a client proves who it is.
@@ -274,6 +316,9 @@ pub struct Welcome {
     pub resumption: Resumption,
     /// Other addresses of the gateway, `host:port`.
     pub addresses: Vec<String>,
+    /// The gateway's data folder, an extension: numbers and cursors a client keeps are of this one.
+    #[serde(skip)]
+    pub folder: Option<FolderId>,
 }
 
 /// A fresh token before the old one ends.

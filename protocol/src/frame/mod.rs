@@ -350,16 +350,19 @@ pub fn grease(out: &mut BytesMut, seed: u64) {
     out.extend(body.iter().take(len));
 }
 
-/// Checks the TLVs after a cold frame's core and skips them: this version knows none.
-fn skip_tlvs(fields: &mut Fields<'_>) -> Result<(), DecodeError> {
+/// Hands the TLVs after a cold frame's core to `take`, tag and value; what it does not know it skips.
+fn read_tlvs(
+    fields: &mut Fields<'_>,
+    mut take: impl FnMut(u64, &[u8]) -> Result<(), DecodeError>,
+) -> Result<(), DecodeError> {
     if fields.0.len() > TLV_BYTES_MAX {
         return Err(DecodeError::BadValue { field: "extensions" });
     }
     while !fields.0.is_empty() {
-        fields.varint("extension tag")?;
+        let tag = fields.varint("extension tag")?;
         let len = fields.varint("extension length")?;
         let len = usize::try_from(len).map_err(|_| DecodeError::BadValue { field: "extension length" })?;
-        fields.take(len, "extension")?;
+        take(tag, &fields.take(len, "extension")?)?;
     }
     Ok(())
 }

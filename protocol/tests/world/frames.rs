@@ -8,7 +8,7 @@ use fulmar_protocol::{
         Open, OpenTarget, Opened, Origin, Ping, Pong, Pull, Receipt, Receipts, RecordKind, Reply, Resumption,
         Send, SendAck, SendRefused, Side, Welcome, WireTime,
     },
-    id::{DeviceClass, DeviceUid, Pseq, Seq, UnixMillis},
+    id::{DeviceClass, DeviceUid, FolderId, Pseq, Seq, UnixMillis},
     limit::{EVENT_PAYLOAD_BYTES_MAX, LANES_MAX, SEND_PAYLOAD_BYTES_MAX},
 };
 
@@ -200,6 +200,7 @@ pub(crate) fn welcome(s: &mut Source<'_>) -> Welcome {
             _ => Resumption::Fresh,
         },
         addresses: s.list(8, |s| s.text(128)),
+        folder: (s.below(2) == 1).then(|| FolderId([s.byte(); 16])),
     }
 }
 

@@ -862,6 +862,7 @@ impl World {
             keepalive_ms: (15_000, 120_000),
             resumption,
             addresses: Vec::new(),
+            folder: None,
         };
         if let Some(link) = &mut self.devices[index].link {
             link.gateway.welcome(welcome, now);
