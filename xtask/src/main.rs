@@ -8,6 +8,7 @@ mod fuzz;
 mod layering;
 mod rig;
 mod run;
+mod sim;
 mod steps;
 mod tally;
 mod tool;
@@ -19,6 +20,7 @@ use clap::{Parser, Subcommand};
 
 use crate::rig::RigArgs;
 use crate::run::Workspace;
+use crate::sim::{BarsArgs, SimArgs};
 use crate::steps::{Options, StepName};
 use crate::tally::Tally;
 
@@ -39,6 +41,9 @@ use crate::tally::Tally;
         cargo xtask power-cut --images 100000\n  \
         cargo xtask store-kill --rounds 10000 --open-rounds 3000\n  \
         cargo xtask client-kill --rounds 10000\n  \
+        cargo xtask sim --seeds 100000 --json campaign.json\n  \
+        cargo xtask sim --from 131 --seeds 1 --log seed-131.log\n  \
+        cargo xtask bars --only blackout\n  \
         cargo xtask bench codec"
 )]
 struct Cli {
@@ -108,6 +113,16 @@ enum Command {
         #[command(flatten)]
         args: RigArgs,
     },
+    /// Run whole worlds in virtual time, one for each seed: real SDK, real gateway, bad network, faults, and a checker
+    Sim {
+        /// How many seeds
+        #[arg(long, value_name = "N", default_value_t = 2_000)]
+        seeds: u64,
+        #[command(flatten)]
+        args: SimArgs,
+    },
+    /// Measure what the weak-network bars are about, in virtual time
+    Bars(BarsArgs),
     /// Run the benchmarks, each beside the floor it is measured against
     Bench {
         /// Benchmark to run, by its name in benches/Cargo.toml; without it, all
@@ -188,6 +203,8 @@ fn carry_out(command: Command) -> anyhow::Result<bool> {
         }
         Command::ClientKill { rounds, seed } => closed(client_rig::kill(&workspace, rounds, seed, false)?),
         Command::Damage { images, args } => closed(steps::damage(&workspace, images, &args)?),
+        Command::Sim { seeds, args } => closed(sim::worlds(&workspace, seeds, &args)?),
+        Command::Bars(args) => sim::bars(&workspace, &args),
         Command::Bench { name, args } => {
             let mut command = workspace.cargo(["bench", "--package", "fulmar-benches"]);
             if let Some(name) = name {

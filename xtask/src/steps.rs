@@ -13,8 +13,9 @@ use clap::ValueEnum;
 
 use crate::rig::RigArgs;
 use crate::run::{Workspace, on_ci, run as run_program};
+use crate::sim::SimArgs;
 use crate::tally::{Tally, of_libtest, of_nextest};
-use crate::{client_rig, fuzz, layering, rig, tool};
+use crate::{client_rig, fuzz, layering, rig, sim, tool};
 
 /// Time of a whole run on two cores from an empty target folder; more is said aloud.
 const WHOLE_RUN: Duration = Duration::from_secs(60 * 60);
@@ -61,6 +62,8 @@ pub(crate) enum StepName {
     Crash,
     /// Kills of the SDK
     ClientKill,
+    /// Worlds of the simulator
+    Sim,
     /// Short fuzzing
     Fuzz,
 }
@@ -123,6 +126,11 @@ const STEPS: &[Step] = &[
         name: StepName::ClientKill,
         what: "planted faults are found; then apps killed 500 times: what was queued is stored once, every end is told",
         run: |workspace, _| client_rig::kill(workspace, 500, None, true),
+    },
+    Step {
+        name: StepName::Sim,
+        what: "2 000 whole worlds in virtual time: every promise is kept, and 1 % run twice to the same byte",
+        run: |workspace, _| sim::worlds(workspace, 2_000, &SimArgs::default()),
     },
     Step { name: StepName::Fuzz, what: "each target of fuzz/Cargo.toml for 30 s", run: fuzz_shortly },
 ];
