@@ -41,8 +41,10 @@ use crate::{
 /// Apps that are killed, each on a database of its own.
 const PHONES: u32 = 2;
 
-/// A run of an app lives at most this long after the moment its kill counts from.
+/// A run of an app lives at most this long after the moment its kill counts from; longer where a fault is to be planted,
+/// for which there has to be something in the database.
 const LIFE_MS: u64 = 220;
+const LIFE_MS_TO_PLANT: u64 = 900;
 
 /// A new group is made after so many kills of the first app, up to so many.
 const GROUP_EVERY: u64 = 12;
@@ -492,7 +494,8 @@ async fn kills(
         if shared.over.load(Ordering::Relaxed) {
             break;
         }
-        let result = one_kill(&phone, &mut rng, &shared).await;
+        let to_plant = ask.plant.is_some() && phone.number == 1 && !shared.planted.load(Ordering::Relaxed);
+        let result = one_kill(&phone, &mut rng, &shared, to_plant).await;
         if let Err(error) = result {
             shared.over.store(true, Ordering::Relaxed);
             return Err(error.context(format!("{}, kill {}", phone.name, round + 1)));
@@ -518,9 +521,10 @@ async fn kills(
     Ok(())
 }
 
-async fn one_kill(phone: &Phone, rng: &mut Rng, shared: &Shared) -> anyhow::Result<()> {
-    let (seed, life) = (rng.next_u64(), Duration::from_micros(rng.below(LIFE_MS * 1_000)));
-    let from_work = rng.below(100) < 50;
+async fn one_kill(phone: &Phone, rng: &mut Rng, shared: &Shared, to_plant: bool) -> anyhow::Result<()> {
+    let life_ms = if to_plant { LIFE_MS_TO_PLANT } else { LIFE_MS };
+    let (seed, life) = (rng.next_u64(), Duration::from_micros(rng.below(life_ms * 1_000)));
+    let from_work = rng.below(100) < 50 || to_plant;
     let before = phone.log_bytes();
     let mut app = phone.start(seed, shared, false)?;
     let began = Instant::now();
