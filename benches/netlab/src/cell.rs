@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::Context as _;
+use fulmar_client::{Client, TransportKind};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
@@ -23,6 +24,9 @@ use crate::{
 
 /// Between everybody being connected and the first message.
 const BREATH: Duration = Duration::from_millis(500);
+
+/// How long clients may take to be connected by what is to be measured.
+const SETTLE_MAX: Duration = Duration::from_secs(60);
 
 /// How often it is looked whether everything has come.
 const LOOK: Duration = Duration::from_millis(50);
@@ -72,10 +76,38 @@ pub(crate) struct Outcome {
     pub(crate) load: [f64; 2],
     /// TCP's congestion control as it really was.
     pub(crate) congestion: String,
-    /// Connections of all clients beyond the first of each; `None`: the peer's client does not reconnect.
+    /// Connections that were made anew after the wire turned bad; `None`: the peer's client does not reconnect.
     pub(crate) reconnects: Option<u64>,
+    /// SDK clients by how they were connected at the end; `None`: the peer has none.
+    pub(crate) transports: Option<Transports>,
     /// Messages of the warm-up and those that count.
     pub(crate) messages: u64,
+}
+
+/// How many clients were connected by what.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Transports {
+    pub(crate) quic: u32,
+    pub(crate) tls: u32,
+    pub(crate) websocket: u32,
+    /// Not connected just then.
+    pub(crate) none: u32,
+}
+
+impl Transports {
+    fn of(clients: &[Client]) -> Self {
+        let mut counted = Self::default();
+        for client in clients {
+            let count = match client.transport() {
+                Some(TransportKind::Quic) => &mut counted.quic,
+                Some(TransportKind::Tls) => &mut counted.tls,
+                Some(TransportKind::WebSocket) => &mut counted.websocket,
+                _ => &mut counted.none,
+            };
+            *count += 1;
+        }
+        counted
+    }
 }
 
 /// Measures and prints the outcome.
@@ -131,6 +163,11 @@ async fn measure(spec: &Spec, lab: &Lab) -> anyhow::Result<Outcome> {
             Players::Mqtt(mqtt::connect_all(address, &certificate, spec.pairs).await?)
         }
     };
+    if let Players::Fulmar(pairs) = &players {
+        sdk_clients.extend(pairs.iter().flat_map(fulmar::Pair::clients));
+        settle(&sdk_clients, spec.peer).await?;
+    }
+    let connections_before = connections(&sdk_clients);
     let zero = Zero::ahead(BREATH);
     lab.wire.turn_bad(zero.instant());
     let before = lab.wire.counts();
@@ -145,7 +182,6 @@ async fn measure(spec: &Spec, lab: &Lab) -> anyhow::Result<Outcome> {
     match players {
         Players::Fulmar(pairs) => {
             for (pair, (log, plan)) in pairs.into_iter().zip(plans) {
-                sdk_clients.extend(pair.clients());
                 playing.spawn(pair.play(plan, log));
             }
         }
@@ -167,8 +203,6 @@ async fn measure(spec: &Spec, lab: &Lab) -> anyhow::Result<Outcome> {
     }
     let wire = lab.wire.counts();
     playing.shutdown().await;
-    let connections: u64 = sdk_clients.iter().map(|client| client.traffic().connections).sum();
-    let first = u64::from(spec.pairs) * 2;
     let kept = if spec.samples { usize::MAX } else { measure::SLOWEST };
     let figures = measure::figures(logs.iter().map(|log| &**log), zero.elapsed(), kept)?;
     let ([up, down], [up_before, down_before]) = (wire, before);
@@ -178,9 +212,32 @@ async fn measure(spec: &Spec, lab: &Lab) -> anyhow::Result<Outcome> {
         wire_late: Curve::of(&lab.wire.late()),
         load: [load_before, load()],
         congestion: lab.congestion.clone(),
-        reconnects: spec.peer.is_fulmar().then(|| connections.saturating_sub(first)),
+        reconnects: spec.peer.is_fulmar().then(|| connections(&sdk_clients) - connections_before),
+        transports: spec.peer.is_fulmar().then(|| Transports::of(&sdk_clients)),
         messages,
     })
+}
+
+fn connections(clients: &[Client]) -> u64 {
+    clients.iter().map(|client| client.traffic().connections).sum()
+}
+
+/// Waits until all clients are connected by what is to be measured: where a handshake was slow, another way won the race
+/// and is left again by the SDK itself.
+async fn settle(clients: &[Client], peer: Peer) -> anyhow::Result<()> {
+    let begin = tokio::time::Instant::now();
+    loop {
+        let by = Transports::of(clients);
+        let elsewhere = if peer.has_udp() { by.tls + by.websocket } else { by.quic };
+        if elsewhere + by.none == 0 {
+            return Ok(());
+        }
+        anyhow::ensure!(
+            begin.elapsed() < SETTLE_MAX,
+            "clients are not connected by what is to be measured: {by:?}"
+        );
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// Everybody who talks.

@@ -79,6 +79,7 @@ pub(crate) fn table(cells: &[Cell]) -> String {
             "ack p50",
             "p99",
             "reconnects",
+            "by",
             "wire late",
             "load",
         ]
@@ -120,6 +121,10 @@ pub(crate) fn table(cells: &[Cell]) -> String {
                 ms(figures.ack.p50),
                 ms(figures.ack.p99),
                 cell.outcome.reconnects.map_or_else(|| "-".to_owned(), |count| count.to_string()),
+                cell.outcome.transports.map_or_else(
+                    || "-".to_owned(),
+                    |by| format!("{}/{}/{}/{}", by.quic, by.tls, by.websocket, by.none),
+                ),
                 format!("{:.1}/{:.0}", cell.outcome.wire_late.p99, cell.outcome.wire_late.max),
                 format!("{:.1}-{:.1}", cell.outcome.load[0], cell.outcome.load[1]),
             ]);
@@ -137,6 +142,7 @@ pub(crate) fn table(cells: &[Cell]) -> String {
             text,
             "\n{} pairs, 1 to 5 messages/s each, 128 B, RTT {} ms, {} s after {} s of warm-up, seed {}; TCP: {}.\n\
              lost/twice/late: never read, read twice, read after a later one. bytes: IP, both directions, per message.\n\
+             by: clients by QUIC/TLS/WebSocket/not connected at the end.\n\
              wire late: how late the lab's own wire was, p99/max ms. bar and elsewhere: targets for Fulmar, and what \
              another run of other programs showed.",
             spec.pairs, spec.rtt_ms, spec.seconds, spec.warm_up_s, spec.seed, outcome.congestion
@@ -232,6 +238,7 @@ mod tests {
             load: [1.0, 2.0],
             congestion: "cubic".to_owned(),
             reconnects: None,
+            transports: None,
             messages: 20,
         };
         Cell { spec, outcome }
