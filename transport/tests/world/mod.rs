@@ -34,8 +34,8 @@ fn config(choices: &mut Choices<'_>) -> Config {
     Config {
         streams_bidi: 1 + choices.below(3) as u64,
         streams_uni: 1 + choices.below(4) as u64,
-        stream_window: 1 + choices.below(5_000) as u64,
-        window: 1 + choices.below(9_000) as u64,
+        stream_window: 64 + choices.below(5_000) as u64,
+        window: 64 + choices.below(9_000) as u64,
         send_buffer: 1 + choices.below(20_000),
         datagrams_in: 2_000,
         datagrams_out: 2_000,
@@ -186,7 +186,7 @@ pub(crate) fn pair(bytes: &[u8]) {
     let mut ends =
         [End::new(Side::Client, config(&mut choices)), End::new(Side::Server, config(&mut choices))];
     let mut steps = 0;
-    while !choices.is_empty() && steps < 2_000 {
+    while !choices.is_empty() && steps < 500 {
         steps += 1;
         let which = choices.below(2);
         let op = choices.below(16);
@@ -292,7 +292,7 @@ pub(crate) fn hostile(bytes: &[u8]) {
         end.feed(&[Frame::Parameters(parameters(&mut choices))]);
     }
     let mut steps = 0;
-    while !choices.is_empty() && end.mux.ended().is_none() && steps < 4_000 {
+    while !choices.is_empty() && end.mux.ended().is_none() && steps < 1_000 {
         steps += 1;
         match choices.byte() % 8 {
             0 => end.open(if choices.byte() % 2 == 0 { Direction::Bi } else { Direction::Uni }),
