@@ -685,7 +685,7 @@ impl Mux {
             || !self.ready.is_empty()
     }
 
-    /// The next record, of at most `max` bytes (but at least [`ROOM_MIN`] and what the first frame needs): what matters
+    /// The next record, of at most `max` bytes (taken for 256 if it is less): what matters
     /// most now. Call it when the byte stream can take more, not before.
     pub fn transmit(&mut self, max: usize) -> Option<Bytes> {
         let room = max.clamp(256, RECORD_BYTES + 2) - 2;
