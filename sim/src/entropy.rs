@@ -93,7 +93,7 @@ mod interposed {
                 0,
             )
         };
-        answer as isize
+        isize::try_from(answer).unwrap_or(-1)
     }
 
     /// A call of the kernel by number.
@@ -110,7 +110,7 @@ mod interposed {
         e: c_long,
         f: c_long,
     ) -> c_long {
-        if number == libc::SYS_getrandom && seeded(a as *mut u8, b.cast_unsigned() as usize) {
+        if number == libc::SYS_getrandom && seeded(a as *mut u8, usize::try_from(b).unwrap_or(0)) {
             return b;
         }
         // SAFETY: handed on as it came.
@@ -148,7 +148,8 @@ mod interposed {
     pub(super) fn keep() {}
 }
 
-#[cfg(all(test, target_os = "linux", target_env = "gnu"))]
+#[cfg(test)]
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod tests {
     use std::hash::{BuildHasher, RandomState};
 

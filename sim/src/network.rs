@@ -130,7 +130,6 @@ pub struct Traffic {
 #[derive(Debug)]
 struct Network {
     id: u32,
-    public: Ipv4Addr,
     up: Way,
     down: Way,
     rng: Rng,
@@ -318,7 +317,6 @@ impl Net {
         let rng = state.rng.fork(u64::from(id) << 8);
         let network = Network {
             id,
-            public,
             up: Way::new(path.up),
             down: Way::new(path.down),
             rng,

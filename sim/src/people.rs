@@ -567,7 +567,8 @@ async fn carry_out(sim: &Sim, stage: &Arc<Stage>, deed: &Deed) -> anyhow::Result
         Deed::SetClock { phone: number, ahead_ms } => phone(number)?.set_wall_clock(*ahead_ms),
         Deed::KillApp { phone: number } => stage.kill(*number),
         Deed::StartApp { phone: number } => {
-            if stage.client(*number).is_none() {
+            // One that is being closed starts again by itself.
+            if stage.client(*number).is_none() && !stage.is_starting(*number) {
                 stage.start(*number);
             }
         }
@@ -714,7 +715,7 @@ fn judge(sim: &Sim, stage: &Stage) -> Report {
                 stays.push((*seq, None));
             } else if let Some((first, open @ None)) = stays.last_mut() {
                 let last = got.get(&key).and_then(|got| got.range(*first..=*seq).next_back().copied());
-                *open = Some(last.unwrap_or(first.saturating_sub(1)));
+                *open = Some(last.unwrap_or_else(|| first.saturating_sub(1)));
             }
         }
     }

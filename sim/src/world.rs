@@ -447,7 +447,7 @@ impl Phone {
     /// What an app's own code makes its client from.
     #[must_use]
     pub fn options(&self) -> Options {
-        Options::new(self.database.clone(), &self.address.to_string(), SERVER_NAME, self.token.as_str())
+        Options::new(self.database.clone(), self.address.to_string(), SERVER_NAME, self.token.as_str())
             .trust(Trust::Certificate(self.certificate.clone()))
             .durability(Durability::AppKill)
             .platform(Arc::new(self.device.clone()))

@@ -1,5 +1,7 @@
 //! What an app's own tests look like: its code, a bad world, and no waiting.
 
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
 use std::process::Command;
 use std::time::Duration;
 
