@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use fulmar_protocol::{
     frame::{Head, Receipt},
-    id::{ConversationId, DeviceId, DeviceUid, Epoch, Seq, UnixMillis, UserId},
+    id::{ConversationId, DeviceId, DeviceUid, Epoch, FolderId, Seq, UnixMillis, UserId},
     service::{ConversationEntry, UNREAD_MAX},
 };
 use rusqlite::{OptionalExtension, params};
@@ -25,10 +25,10 @@ pub(crate) struct Identity {
     pub(crate) ticket: Option<Vec<u8>>,
     /// The gateway the ticket and the numbers are of.
     pub(crate) server: String,
+    /// Its data folder, when it has named one: in another one all numbers here mean something else.
+    #[cfg_attr(not(test), allow(dead_code, reason = "the driver takes it over next"))]
+    pub(crate) folder: Option<FolderId>,
 }
-
-/// Names a gateway's data folder; all numbers in the database are of this one.
-pub(crate) type FolderId = [u8; 16];
 
 /// Both clocks of the device at one moment: how long it slept, or was switched off, shows when they are read again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +76,7 @@ pub struct ConversationSummary {
 impl Store {
     /// Who this device is.
     pub(crate) fn identity(&self) -> Result<Identity, Error> {
-        let uid = self.uid()?;
+        let (uid, folder) = (self.uid()?, self.folder()?);
         let identity =
             self.sql.query_row("SELECT epoch, user, device, ticket, server FROM device", [], |row| {
                 Ok(Identity {
@@ -86,6 +86,7 @@ impl Store {
                     device: maybe(row, 2)?,
                     ticket: row.get(3)?,
                     server: row.get(4)?,
+                    folder,
                 })
             })?;
         Ok(identity)
@@ -305,7 +306,7 @@ impl Store {
                 Err(Error::DatabaseForeign(why.to_owned()))
             }
             None => {
-                self.sql.execute("UPDATE device SET folder = ?1", [&folder[..]])?;
+                self.sql.execute("UPDATE device SET folder = ?1", [&folder.0[..]])?;
                 Ok(())
             }
         }
@@ -316,7 +317,7 @@ impl Store {
         let folder: Option<Vec<u8>> =
             self.sql.query_row("SELECT folder FROM device", [], |row| row.get(0))?;
         let damaged = |_| Error::DatabaseForeign("the name of its gateway is damaged".to_owned());
-        folder.map(|folder| folder.try_into().map_err(damaged)).transpose()
+        folder.map(|folder| folder.try_into().map(FolderId).map_err(damaged)).transpose()
     }
 
     /// What is known of networks, as it was kept.

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use fulmar_protocol::{
     close::RefusalCode,
     frame::{Deliver, OpenTarget, Opened, Origin, Receipt, RecordKind, WireTime},
-    id::{ConversationId, DeviceId, Epoch, Pseq, RequestId, Seq, UnixMillis, UserId},
+    id::{ConversationId, DeviceId, Epoch, FolderId, Pseq, RequestId, Seq, UnixMillis, UserId},
     service::Roster,
 };
 use proptest::prelude::*;
@@ -472,19 +472,19 @@ fn a_database_of_format_1_is_brought_up_and_nothing_is_lost() {
             (None, None, None)
         );
     }
-    file(&path).belongs_to(&[7; 16]).unwrap();
-    assert_eq!(file(&path).folder().unwrap(), Some([7; 16]));
+    file(&path).belongs_to(&FolderId([7; 16])).unwrap();
+    assert_eq!(file(&path).folder().unwrap(), Some(FolderId([7; 16])));
 }
 
 #[test]
 fn a_database_belongs_to_one_data_folder() {
     let store = memory();
-    store.belongs_to(&[1; 16]).unwrap();
-    store.belongs_to(&[1; 16]).unwrap();
-    assert!(matches!(store.belongs_to(&[2; 16]), Err(Error::DatabaseForeign(_))));
-    assert_eq!(store.folder().unwrap(), Some([1; 16]));
+    store.belongs_to(&FolderId([1; 16])).unwrap();
+    store.belongs_to(&FolderId([1; 16])).unwrap();
+    assert!(matches!(store.belongs_to(&FolderId([2; 16])), Err(Error::DatabaseForeign(_))));
+    assert_eq!(store.identity().unwrap().folder, Some(FolderId([1; 16])));
     store.sql.execute("UPDATE device SET folder = x'00'", []).unwrap();
-    assert!(matches!(store.belongs_to(&[1; 16]), Err(Error::DatabaseForeign(_))), "damaged");
+    assert!(matches!(store.belongs_to(&FolderId([1; 16])), Err(Error::DatabaseForeign(_))), "damaged");
 }
 
 #[test]
