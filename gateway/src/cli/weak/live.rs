@@ -440,7 +440,7 @@ fn spark(row: &Row, figures: &Figures, columns: u16) -> Line<'static> {
     Line::from(spans)
 }
 
-/// Phones of a scene that are up to date, for the head of the screen.
+/// What the head of the screen says.
 pub(super) fn head(phones: usize, seed: u64) -> String {
     format!("{} phones, seed {seed}", number(phones))
 }
@@ -517,7 +517,7 @@ mod tests {
     fn milliseconds_are_spoken() {
         for (millis, want) in [
             (0.0, "0.00 ms"),
-            (3.14, "3.1 ms"),
+            (3.12, "3.1 ms"),
             (85.4, "85 ms"),
             (999.6, "1.00 s"),
             (1_240.0, "1.24 s"),

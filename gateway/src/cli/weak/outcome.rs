@@ -104,6 +104,8 @@ pub(super) struct Outcome {
     /// Bytes the phones sent and received while messages were sent.
     pub(super) sent_bytes: u64,
     pub(super) received_bytes: u64,
+    /// What both ends gave to the network in that time: UDP payloads, TCP segments with headers.
+    pub(super) network_bytes: u64,
     /// What the bad network did, connecting included.
     pub(super) network: Totals,
     pub(super) duplicates: u64,
@@ -129,6 +131,7 @@ impl Outcome {
             attempts: BTreeMap::new(),
             sent_bytes: 0,
             received_bytes: 0,
+            network_bytes: 0,
             network: Totals::default(),
             duplicates: 0,
             out_of_order: 0,

@@ -308,7 +308,11 @@ async fn chat(
         let traffic = phones.iter().map(|phone| phone.client.traffic());
         traffic.fold((0, 0), |sum, one| (sum.0 + one.sent_bytes, sum.1 + one.received_bytes))
     };
-    let before = bytes();
+    let network = || {
+        let totals = proxy.totals();
+        totals.wire_bytes() + totals.tcp.up.bytes + totals.tcp.down.bytes
+    };
+    let (before, network_before) = (bytes(), network());
     stand.live.stage(ordinal, Stage::Playing(length));
     let started = board.begins();
     let mut talking = JoinSet::new();
@@ -336,6 +340,7 @@ async fn chat(
     let after = bytes();
     outcome.sent_bytes = after.0.saturating_sub(before.0);
     outcome.received_bytes = after.1.saturating_sub(before.1);
+    outcome.network_bytes = network().saturating_sub(network_before);
     Ok(converged)
 }
 

@@ -265,8 +265,10 @@ impl Run {
         let _ = write!(
             page,
             "<section>\n<h2>What a message costs</h2>\n<p>Everything the phones' connections sent and received while \
-             they chatted, divided by the messages: handshakes, keys, acks, repeats, receipts and the text itself. UDP \
-             payloads, or what TLS carried.</p>\n{}</section>\n",
+             they chatted, divided by the messages: handshakes, keys, acks, repeats, receipts and the text itself. Bars: \
+             what the phones count, UDP payloads or what TLS carried inside. Strokes: what the network was given by both \
+             ends, lost packets included, UDP payloads or TCP segments with their headers of 40 bytes: compare QUIC and \
+             TLS by these.</p>\n{}</section>\n",
             plot::bytes(outcomes)
         );
     }
@@ -400,6 +402,7 @@ fn profile_json(outcome: &Outcome) -> Value {
         "dropped_percent": round(outcome.dropped_percent()),
         "sent_bytes": outcome.sent_bytes,
         "received_bytes": outcome.received_bytes,
+        "network_bytes": outcome.network_bytes,
         "wire_bytes_per_message": outcome.bytes_per_message().map(round),
         "messages": messages.collect::<Vec<_>>(),
     })
@@ -510,8 +513,9 @@ svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
 .missing { fill: none; stroke: var(--bad); stroke-width: 2.4; }
 .bar { fill: var(--k); fill-opacity: 0.85; } .bar.faint { fill-opacity: 0.38; }
 .spell { fill: var(--spell); } .floor { fill: none; stroke: var(--soft); stroke-width: 1.4; stroke-dasharray: 1.5 3.5; stroke-linecap: round; }
+.count { stroke: var(--ink); stroke-width: 2; }
 .event { stroke: var(--rule); stroke-width: 1.2; stroke-dasharray: 5 4; } .event.shakes { stroke: var(--bad); }
-footer, .method { margin-bottom: 60px; }
+.method { margin-bottom: 60px; }
 </style>
 </head>
 <body>
@@ -598,7 +602,7 @@ mod tests {
             .map(|n: u64| {
                 let latency = 60 + shift + n * n;
                 let speaker = usize::try_from(n % 2).unwrap();
-                message(speaker, n * 400, Some(latency / 2), Some(latency), n % 10 == 0)
+                message(speaker, n * 400, Some(latency / 2), Some(latency), n.is_multiple_of(10))
             })
             .collect();
         outcome.marks = vec![
@@ -610,6 +614,7 @@ mod tests {
         outcome.connections = 3;
         outcome.attempts.insert(("QUIC", "won"), 3);
         (outcome.sent_bytes, outcome.received_bytes) = (12_000, 24_000);
+        outcome.network_bytes = 38_000;
         outcome.network.up.packets = 1_234;
         outcome.network.up.lost = 61;
         outcome
@@ -652,7 +657,7 @@ mod tests {
             "4711",
             "2026-11-21",
             "n = 40",
-            "900 bytes, n = 40 messages",
+            "900 bytes (network: 950), n = 40",
             "<td>4.9 %</td>",
             "dark 2 s, at 6.0 s",
             "new address, untold",

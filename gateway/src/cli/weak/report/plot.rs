@@ -87,7 +87,7 @@ fn round_numbers() -> impl DoubleEndedIterator<Item = f64> {
 fn nice_above(value: f64) -> f64 {
     let steps = (-2..=9).flat_map(|power| [1.0, 2.0, 4.0, 8.0].map(|digit| digit * 10f64.powi(power)));
     let mut steps = steps.filter(|step| *step >= value);
-    steps.next().unwrap_or(value.max(1.0))
+    steps.next().unwrap_or_else(|| value.max(1.0))
 }
 
 /// The range of latencies of all these, in round milliseconds.
@@ -236,7 +236,7 @@ pub(super) fn curves(outcomes: &[Outcome]) -> String {
     legend.sort_by(|a, b| a.1.deliveries().p50.total_cmp(&b.1.deliveries().p50));
     let rows = 34.0 * f64::from(u32::try_from(legend.len()).unwrap_or(u32::MAX));
     let height = (rows + 60.0).max(430.0);
-    let frame = Frame { left: 56.0, top: 14.0, right: 740.0, bottom: height - 52.0 };
+    let frame = Frame { left: 56.0, top: 14.0, right: 720.0, bottom: height - 52.0 };
     let x = Axis::log(latency_range(outcomes.iter()), frame.left, frame.right);
     let y = Axis { log: false, low: 0.0, high: 100.0, from: frame.bottom, to: frame.top };
     let mut picture = Picture::new(
@@ -266,14 +266,14 @@ pub(super) fn curves(outcomes: &[Outcome]) -> String {
     let mut row = frame.top + 12.0;
     for (ordinal, outcome) in legend {
         let deliveries = outcome.deliveries();
-        picture.line((758.0, row - 4.0), (782.0, row - 4.0), &format!("curve {}", colour(ordinal)));
-        picture.text(790.0, row, "name", outcome.scene.title);
+        picture.line((736.0, row - 4.0), (760.0, row - 4.0), &format!("curve {}", colour(ordinal)));
+        picture.text(768.0, row, "name", outcome.scene.title);
         let count = grouped(number(outcome.messages.len()));
         let median = match deliveries.count {
             0 => "nothing delivered".to_owned(),
             _ => format!("median {}, n = {count}", spoken(deliveries.p50)),
         };
-        picture.text(790.0, row + 14.0, "tick", &median);
+        picture.text(768.0, row + 14.0, "tick", &median);
         row += 34.0;
     }
     picture.end()
@@ -384,11 +384,12 @@ fn draw_mark(picture: &mut Picture, mark: &Mark, place: usize, x: &Axis, frame: 
 
 /// What the dark itself costs: nothing sent in it can arrive before it ends.
 fn draw_floor(picture: &mut Picture, mark: &Mark, x: &Axis, y: &Axis) {
-    let (from, to) = (mark.from.as_secs_f64(), mark.to.as_secs_f64());
+    let (total, to) = (millis(mark.to.saturating_sub(mark.from)), mark.to.as_secs_f64());
     let steps = 48;
-    let points: Vec<_> = (0..steps)
-        .map(|step| from + (to - from) * f64::from(step) / f64::from(steps))
-        .map(|at| (x.at(at), y.at((to - at) * 1_000.0)))
+    // As many points for the last milliseconds as for the first seconds: the axis is logarithmic.
+    let points: Vec<_> = (0..=steps)
+        .map(|step| total * (y.low / total).min(1.0).powf(f64::from(step) / f64::from(steps)))
+        .map(|left| (x.at(to - left / 1_000.0), y.at(left)))
         .collect();
     picture.path(&points, "floor");
 }
@@ -407,7 +408,7 @@ pub(super) fn recoveries(outcomes: &[Outcome]) -> String {
     }
     let longest = all.iter().filter_map(|(.., recovery)| recovery.waits.last()).max().copied();
     let height = 34.0 * f64::from(u32::try_from(all.len()).unwrap_or(u32::MAX)) + 60.0;
-    let frame = Frame { left: 330.0, top: 10.0, right: 720.0, bottom: height - 46.0 };
+    let frame = Frame { left: 310.0, top: 10.0, right: 700.0, bottom: height - 46.0 };
     let x = Axis::linear(longest.map_or(1_000.0, millis).max(10.0), frame.left, frame.right);
     let mut picture =
         Picture::new(960.0, height, "wide", "Time to the first message after a dark spell or a new address");
@@ -456,8 +457,10 @@ pub(super) fn recoveries(outcomes: &[Outcome]) -> String {
 /// What a message costs on the wire, profile by profile.
 pub(super) fn bytes(outcomes: &[Outcome]) -> String {
     let height = 30.0 * f64::from(u32::try_from(outcomes.len()).unwrap_or(u32::MAX)) + 60.0;
-    let frame = Frame { left: 210.0, top: 10.0, right: 700.0, bottom: height - 46.0 };
-    let most = outcomes.iter().filter_map(Outcome::bytes_per_message).fold(100.0, f64::max);
+    let frame = Frame { left: 210.0, top: 10.0, right: 690.0, bottom: height - 46.0 };
+    let counted = |outcome: &Outcome| ratio(outcome.network_bytes, number(outcome.messages.len()));
+    let most = outcomes.iter().filter_map(Outcome::bytes_per_message).chain(outcomes.iter().map(counted));
+    let most = most.fold(100.0, f64::max);
     let x = Axis::linear(most, frame.left, frame.right);
     let mut picture = Picture::new(960.0, height, "wide", "Bytes on the wire per message");
     for tick in x.ticks() {
@@ -468,7 +471,7 @@ pub(super) fn bytes(outcomes: &[Outcome]) -> String {
         (frame.left + frame.right) / 2.0,
         height - 8.0,
         "axis mid",
-        "bytes per message, both phones together (full: sent; pale: received)",
+        "bytes per message, both phones together (full: sent; pale: received; stroke: counted by the network)",
     );
     let mut row = frame.top + 4.0;
     for (ordinal, outcome) in outcomes.iter().enumerate() {
@@ -480,7 +483,9 @@ pub(super) fn bytes(outcomes: &[Outcome]) -> String {
                 let sent = x.at(ratio(outcome.sent_bytes, messages));
                 picture.rect((frame.left, row + 4.0), (sent - frame.left, 14.0), &format!("bar {colour}"));
                 picture.rect((sent, row + 4.0), (x.at(bytes) - sent, 14.0), &format!("bar faint {colour}"));
-                format!("{bytes:.0} bytes, n = {} messages", grouped(messages))
+                let network = counted(outcome);
+                picture.line((x.at(network), row + 1.0), (x.at(network), row + 21.0), "count");
+                format!("{bytes:.0} bytes (network: {network:.0}), n = {}", grouped(messages))
             }
             None => "no messages".to_owned(),
         };
