@@ -326,7 +326,7 @@ impl End {
                 self.recover = None;
                 self.cwnd = self.ssthresh;
             }
-            None if self.cwnd < self.ssthresh => self.cwnd += bytes.min(SEGMENT_BYTES as u64),
+            None if self.cwnd < self.ssthresh => self.cwnd += bytes,
             None => self.cwnd += (SEGMENT_BYTES * SEGMENT_BYTES) as u64 / self.cwnd.max(1),
         }
         self.timer = (self.sent_max > self.una).then(|| now + self.rto);

@@ -46,7 +46,7 @@ fn what_was_written_in_the_lift_arrives_after_the_ride() {
 
 #[test]
 fn an_app_that_is_killed_sends_what_it_had_queued() {
-    let ended = World::new(12).run(async |sim| {
+    let ended = World::new(12).limit(Duration::from_secs(7_200)).run(async |sim| {
         let phone = sim.phone("alice");
         let bob = sim.phone("bob").connect().await?;
         let mut inbox = bob.messages();
