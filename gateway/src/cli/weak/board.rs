@@ -40,6 +40,8 @@ pub(super) struct Seen {
     digests: Vec<Digest>,
     echoed: Vec<bool>,
     pub(super) marks: Vec<Mark>,
+    /// When it became dark, while it is.
+    pub(super) dark_since: Option<Duration>,
     /// By phone.
     pub(super) states: Vec<Standing>,
     /// From a phone's start to its first being up to date.
@@ -87,6 +89,7 @@ impl Board {
                 digests: Vec::new(),
                 echoed: Vec::new(),
                 marks: Vec::new(),
+                dark_since: None,
                 states: vec![Standing::Offline; phones],
                 connects: Vec::new(),
                 troubles: Vec::new(),
@@ -111,9 +114,17 @@ impl Board {
         self.seen().record(event);
     }
 
-    /// Writes down what happened to the network.
+    /// It is dark from now on.
+    pub(super) fn darkens(&self) {
+        let mut seen = self.seen();
+        seen.dark_since = Some(seen.now());
+    }
+
+    /// Writes down what happened to the network. If that was the dark, it is over.
     pub(super) fn mark(&self, mark: Mark) {
-        self.seen().marks.push(mark);
+        let mut seen = self.seen();
+        seen.dark_since = None;
+        seen.marks.push(mark);
     }
 
     /// The phone's user has this number.

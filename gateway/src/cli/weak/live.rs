@@ -86,7 +86,9 @@ enum Source {
 struct Figures {
     now: Duration,
     messages: Vec<Message>,
+    /// Dark spells and changes, from and to; the dark that is not over lasts until now.
     marks: Vec<(Duration, Duration)>,
+    dark: bool,
     states: Vec<Standing>,
     network: Totals,
     latency: Percentiles,
@@ -129,6 +131,7 @@ impl Live {
             now: outcome.played,
             messages: outcome.messages.clone(),
             marks: spans(outcome.marks.iter().map(|mark| (mark.from, mark.to))),
+            dark: false,
             states: Vec::new(),
             network: outcome.network,
             latency: outcome.deliveries(),
@@ -153,7 +156,13 @@ impl Source {
                 Figures {
                     now: seen.now(),
                     messages: seen.messages.clone(),
-                    marks: spans(seen.marks.iter().map(|mark| (mark.from, mark.to))),
+                    marks: spans(
+                        seen.marks
+                            .iter()
+                            .map(|mark| (mark.from, mark.to))
+                            .chain(seen.dark_since.map(|since| (since, seen.now()))),
+                    ),
+                    dark: seen.dark_since.is_some(),
                     states: seen.states.clone(),
                     network,
                     latency: percentiles(seen.messages.iter().filter_map(Message::delivery_latency)),
@@ -205,7 +214,9 @@ impl Drop for Display {
 fn show_lines(live: &Live) {
     let mut next = Instant::now();
     let mut told: Vec<Option<Stage>> = vec![None; live.rows().len()];
-    while !live.over.load(Ordering::Acquire) {
+    loop {
+        // Looked at before the rows: how the last scene ended is said, too.
+        let over = live.over.load(Ordering::Acquire);
         let due = Instant::now() >= next;
         if due {
             next = Instant::now() + ELSEWHERE;
@@ -221,6 +232,9 @@ fn show_lines(live: &Live) {
         }
         for line in lines {
             eprintln!("{:6.1} s  {line}", live.started.elapsed().as_secs_f64());
+        }
+        if over {
+            return;
         }
         std::thread::park_timeout(GLANCE);
     }
@@ -243,7 +257,12 @@ fn stage_words(row: &Row, figures: &Figures) -> String {
         Stage::Waiting => "waiting".to_owned(),
         Stage::Connecting => "connecting".to_owned(),
         Stage::Playing(length) => {
-            format!("{:.0} of {} s", figures.now.as_secs_f64().min(length.as_secs_f64()), length.as_secs())
+            let dark = if figures.dark { ", dark" } else { "" };
+            format!(
+                "{:.0} of {} s{dark}",
+                figures.now.as_secs_f64().min(length.as_secs_f64()),
+                length.as_secs()
+            )
         }
         Stage::Settling => "waiting for what is under way".to_owned(),
         Stage::Done(true) => "passed".to_owned(),

@@ -398,6 +398,7 @@ async fn follow_script(
             }
             Act::Dark { ms, ends } => {
                 proxy.admit(proxy::Admits::NONE).context(silent)?;
+                board.darkens();
                 sleep_until(started + at + Duration::from_millis(ms)).await;
                 if let Ends::Moved(air) = ends {
                     proxy.set_path(scene.meets(air)).context(silent)?;
