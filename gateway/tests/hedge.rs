@@ -20,7 +20,10 @@ use fulmar_badnet::{
     net::{Delay, Impairment, Loss},
     proxy::{self, FlowReport, Proxy},
 };
-use fulmar_protocol::id::ConversationId;
+use fulmar_protocol::{
+    frame::{Frame, RecordKind, Send},
+    id::{ConversationId, Pseq, Seq},
+};
 use support::{Phone, Running, config};
 
 /// Half a round trip: long enough that a busy machine is quick beside it.
@@ -157,6 +160,42 @@ async fn a_record_that_is_lost_alone_comes_in_a_datagram() {
     let messages = world.phones[1].messages(world.conversation);
     assert_eq!(messages.len(), 7, "once");
     assert_eq!(messages.last().map(String::as_str), Some("lost on its way down"));
+    world.gateway.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_that_overtakes_waits_for_what_was_sent_before_it() {
+    let mut world = World::new().await;
+    let conversation = world.conversation;
+    let send = |pseq: u64, text: &'static str| Send {
+        kind: RecordKind::Message,
+        conversation,
+        pseq: Pseq::new(pseq).unwrap(),
+        seen: Seq::ZERO,
+        reference: None,
+        ttl: None,
+        more: false,
+        silent: false,
+        cancel: false,
+        payload: text.into(),
+    };
+    // The third of three comes first, twice, and long before the others.
+    let third = Frame::Send(send(9, "third"));
+    world.phones[0].datagram(&third);
+    world.phones[0].datagram(&third);
+    let until = std::time::Instant::now() + 4 * ONE_WAY;
+    while std::time::Instant::now() < until {
+        world.work().await;
+    }
+    assert_eq!(world.phones[1].messages(conversation).len(), 6, "it waits");
+    for text in ["first", "second", "third"] {
+        world.say(text);
+    }
+    world.settle(9).await;
+    assert_eq!(world.phones[0].refused, [], "nobody was told to try again");
+    assert_eq!(world.phones[1].messages(conversation)[6..], ["first", "second", "third"]);
+    assert_eq!(world.gateway.metric("fulmar_sends_accepted_total").await, 9.0, "each is stored once");
+    assert!(world.gateway.metric("fulmar_sends_repeated_total").await >= 1.0);
     world.gateway.stop().await;
 }
 

@@ -333,6 +333,11 @@ impl Phone {
         self.half.unacked()
     }
 
+    /// Sends a frame in a datagram, past the session half.
+    pub fn datagram(&self, frame: &Frame) {
+        self.live.as_ref().unwrap().connection.send_datagram(frame.to_bytes()).unwrap();
+    }
+
     /// The port it sends from.
     pub fn port(&self) -> u16 {
         self.endpoint.local_addr().unwrap().port()
