@@ -354,7 +354,9 @@ impl Store {
         Ok(settled)
     }
 
-    /// Turns what is left of a body into tombstones, or ends it when it has no number yet. What has one is named.
+    /// Turns a send into a tombstone, or ends it when it has no number yet. What has one is named. A body in several pieces
+    /// that has its numbers is left alone: pieces of it may be stored already, and with the rest gone whoever receives them
+    /// would take the sender's next message for the end of it.
     pub(crate) fn cancel(&self, id: u64) -> Result<Cancelled, Error> {
         let nameless = self.sql.execute(
             "UPDATE outbox SET state = ?2, payload = NULL
@@ -366,7 +368,7 @@ impl Store {
             return Ok(Cancelled { settled: Some(settled), numbered: Vec::new() });
         }
         let mut update = self.sql.prepare_cached(
-            "UPDATE outbox SET flags = flags | ?2 WHERE (id = ?1 OR body = ?1) AND state = 0
+            "UPDATE outbox SET flags = flags | ?2 WHERE id = ?1 AND state = 0 AND flags & 1 = 0
                  RETURNING conversation, pseq",
         )?;
         let rows =

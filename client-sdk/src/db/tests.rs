@@ -206,6 +206,29 @@ fn a_name_that_is_refused_ends_what_waits_for_it() {
 }
 
 #[test]
+fn a_body_in_pieces_is_taken_back_whole_or_not_at_all() {
+    let store = memory();
+    let one = store.enqueue(&to(7, "one")).unwrap().id;
+    let pieces = store.enqueue(&to(7, "0123456789")).unwrap().id;
+    let nameless = store.enqueue(&draft(bob(), "0123456789")).unwrap().id;
+    let cancelled = store.cancel(one).unwrap();
+    assert_eq!((cancelled.settled, cancelled.numbered), (None, vec![(c(7), p(1))]));
+    // Its first piece may be stored: without the others, the next message would be taken for the end of it.
+    let cancelled = store.cancel(pieces).unwrap();
+    assert_eq!((cancelled.settled, cancelled.numbered), (None, vec![]));
+    let cancels: Vec<bool> =
+        store.waiting(c(7), Pseq::ZERO, 10, 0).unwrap().iter().map(|waiting| waiting.send.cancel).collect();
+    assert_eq!(cancels, [true, false, false, false]);
+    let cancelled = store.cancel(nameless).unwrap();
+    assert_eq!(
+        cancelled.settled.map(|settled| (settled.id, settled.outcome)),
+        Some((nameless, Outcome::Expired))
+    );
+    store.resolved(&bob(), &opened(9)).unwrap();
+    assert_eq!(lane(&store, 9), [], "no piece of it was left");
+}
+
+#[test]
 fn a_body_is_shown_whole_until_its_last_piece_is_settled() {
     for refused in [false, true] {
         let store = memory();
