@@ -342,6 +342,9 @@ impl Shard {
                 }
                 for user in joined {
                     self.roster.join(conversation, user);
+                    for session in self.roster.sessions(user) {
+                        session.rejoin(conversation, record.seq);
+                    }
                 }
                 let sessions = self.roster.present(conversation);
                 if let Some(loaded) = self.loaded.get(&conversation) {

@@ -272,11 +272,13 @@ impl Owed {
         }
     }
 
-    /// The user is no longer a member; what was published up to here still goes out.
-    pub fn forget_when_sent(&self, conversation: ConversationId) {
-        let mut inner = self.lock();
-        if inner.lags.get(&conversation).is_some_and(|lag| lag.next > lag.head) {
-            inner.lags.remove(&conversation);
+    /// The user is a member again from this record on: what was said in between is not for it, and a BLOCK that begins here
+    /// says so.
+    pub fn rejoin(&self, conversation: ConversationId, seq: Seq) {
+        let behind = self.lock().lags.get(&conversation).is_some_and(|lag| lag.next < seq);
+        if behind {
+            let head = Head { conversation, head: seq, count: 0, low: Seq::ZERO };
+            self.resume(conversation, seq, true, head);
         }
     }
 
@@ -557,6 +559,27 @@ mod tests {
             got.extend(frames.iter().map(|f| u64::from_be_bytes(f[..].try_into().unwrap())));
         }
         got
+    }
+
+    #[test]
+    fn who_is_a_member_again_does_not_get_what_was_said_in_between() {
+        let (owed, ring) = (owed(), Arc::new(Ring::new(RingLimits { records: 8, bytes: 1_000 })));
+        push(&ring, 3);
+        owed.publish(conversation(1), seq(3), &ring, true);
+        assert_eq!(live(&owed), [3]);
+        // 4 is said while the user is no member; 5 is the record by which it is one again.
+        push(&ring, 4);
+        owed.rejoin(conversation(1), seq(5));
+        push(&ring, 5);
+        owed.publish(conversation(1), seq(5), &ring, true);
+        assert_eq!(live(&owed), [0u64; 0]);
+        assert_eq!(owed.take_backlog(), Some((conversation(1), seq(5), seq(5))));
+        // Where nothing was said in between, nothing is special.
+        owed.backlog_written(conversation(1), seq(6));
+        owed.rejoin(conversation(1), seq(6));
+        push(&ring, 6);
+        owed.publish(conversation(1), seq(6), &ring, true);
+        assert_eq!(live(&owed), [6]);
     }
 
     #[test]
