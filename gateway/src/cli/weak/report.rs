@@ -267,8 +267,9 @@ impl Run {
             "<section>\n<h2>What a message costs</h2>\n<p>Everything the phones' connections sent and received while \
              they chatted, divided by the messages: handshakes, keys, acks, repeats, receipts and the text itself. Bars: \
              what the phones count, UDP payloads or what TLS carried inside. Strokes: what the network was given by both \
-             ends, lost packets included, UDP payloads or TCP segments with their headers of 40 bytes: compare QUIC and \
-             TLS by these.</p>\n{}</section>\n",
+             ends, as UDP payloads or TCP segments with their headers of 40 bytes. The difference is what was lost on the \
+             way, headers, and above all attempts to connect that came to nothing, in the dark or beside a faster one. \
+             Compare QUIC and TLS by these.</p>\n{}</section>\n",
             plot::bytes(outcomes)
         );
     }
@@ -508,7 +509,7 @@ svg .name { fill: var(--ink); font-weight: 600; } svg .axis { fill: var(--ink); 
 svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
 .grid { stroke: var(--line); } .rule { stroke: var(--rule); }
 .curve { fill: none; stroke: var(--k); stroke-width: 2.2; stroke-linejoin: round; } .curve.again { stroke-dasharray: 9 3; }
-.curve.ack { stroke-dasharray: 3 3; stroke-width: 1.6; } .curve.pale { stroke: var(--line); stroke-width: 1.4; }
+.curve.ack { stroke-dasharray: 3 3; stroke-width: 1.6; } .curve.pale { stroke: var(--rule); stroke-opacity: 0.45; stroke-width: 1.3; }
 .dot { fill: var(--k); fill-opacity: 0.72; } .burst { fill: var(--card); fill-opacity: 0.6; stroke: var(--k); stroke-width: 1.4; }
 .missing { fill: none; stroke: var(--bad); stroke-width: 2.4; }
 .bar { fill: var(--k); fill-opacity: 0.85; } .bar.faint { fill-opacity: 0.38; }
