@@ -1,8 +1,9 @@
 //! The kill rig: apps at work are killed at arbitrary moments, again and again; then they come to rest, and everything
 //! that was promised to any of their runs must have come true.
 //!
-//! - Half of the kills count from the start of the process, so that they meet the opening and the handshake; the others
-//!   from the first thing that the run wrote down.
+//! - A kill counts from the start of the process, from the first thing that the run wrote down, or from when it is
+//!   connected: so it meets the opening, the handshake, and the work, however busy the machine is.
+//! - In every fifth spell of [`SPELL`] kills UDP is blocked, and the apps have to get through by TLS.
 //! - Every choice follows from the seed; what a kill meets follows from the machine. A seed that failed is worth a few
 //!   tries.
 //!
@@ -10,6 +11,7 @@
 
 use std::{
     fs::{self, File},
+    io::{Read as _, Seek as _, SeekFrom},
     os::unix::process::ExitStatusExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -27,7 +29,7 @@ use fulmar_badnet::{
     checker::{Report, Rules, check},
     history::Client,
     net::{Delay, Impairment, Loss, Reorder},
-    proxy::Config,
+    proxy::{Admits, Config},
 };
 
 use crate::{
@@ -45,6 +47,12 @@ const PHONES: u32 = 2;
 /// for which there has to be something in the database.
 const LIFE_MS: u64 = 220;
 const LIFE_MS_TO_PLANT: u64 = 900;
+
+/// Kills of the first app after which UDP may be blocked, or let through again.
+const SPELL: u64 = 10;
+
+/// How long a run may take to come to the moment its kill counts from.
+const MOMENT_MAX: Duration = Duration::from_secs(5);
 
 /// A new group is made after so many kills of the first app, up to so many.
 const GROUP_EVERY: u64 = 12;
@@ -190,7 +198,7 @@ struct Stage {
     seed: u64,
     place: PathBuf,
     gateway: Gateway,
-    proxy: Proxy,
+    proxy: Arc<Proxy>,
     peer: Peer,
     phones: Vec<Phone>,
     shared: Arc<Shared>,
@@ -202,7 +210,11 @@ struct Shared {
     /// The groups there are: name and number.
     groups: Mutex<Vec<(String, u64)>>,
     kills: AtomicU64,
+    /// Runs that were connected when their kill began to count.
+    live: AtomicU64,
     planted: AtomicBool,
+    /// UDP is blocked.
+    blocked: AtomicBool,
     /// Nobody is killed any more.
     over: AtomicBool,
 }
@@ -211,6 +223,17 @@ impl Shared {
     fn groups(&self) -> MutexGuard<'_, Vec<(String, u64)>> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a kill counts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moment {
+    /// The process was started.
+    Start,
+    /// It wrote something down.
+    Work,
+    /// It is connected and in sync.
+    Live,
 }
 
 /// An app and its database.
@@ -238,6 +261,24 @@ impl Phone {
     fn lines(&self) -> anyhow::Result<Vec<Line>> {
         let text = fs::read_to_string(self.log()).unwrap_or_default();
         Ok(read(&text)?.0)
+    }
+
+    /// Whether the run that began when the log had `before` bytes has come this far.
+    fn came_to(&self, moment: Moment, before: u64) -> bool {
+        match moment {
+            Moment::Start => true,
+            Moment::Work => self.log_bytes() > before,
+            Moment::Live => {
+                let mut text = String::new();
+                let file = File::open(self.log()).and_then(|mut log| {
+                    log.seek(SeekFrom::Start(before))?;
+                    log.read_to_string(&mut text)
+                });
+                file.is_ok()
+                    && read(&text)
+                        .is_ok_and(|(lines, _)| lines.iter().any(|(_, entry)| *entry == Entry::Live))
+            }
+        }
     }
 
     fn log_bytes(&self) -> u64 {
@@ -289,7 +330,8 @@ fn road() -> Road {
 
 impl Stage {
     async fn set(ask: Arc<Kill>, seed: u64, place: PathBuf, gateway: Gateway) -> anyhow::Result<Self> {
-        let proxy = Proxy::start(Config::towards(gateway.address).seed(seed).path(road()))?;
+        let proxy = Proxy::start(Config::towards(gateway.address).seed(seed).path(road()).tcp(true))?;
+        let proxy = Arc::new(proxy);
         let peer = tokio::time::timeout(PATIENCE, Peer::start(&gateway)).await;
         let peer = peer.context("the peer does not connect")??;
         let shared = Arc::new(Shared::default());
@@ -342,6 +384,7 @@ impl Stage {
                     Arc::clone(&ask),
                     Arc::clone(&self.shared),
                     self.peer.clone(),
+                    Arc::clone(&self.proxy),
                 ))
             })
             .collect();
@@ -352,6 +395,7 @@ impl Stage {
             }
         }
         self.gateway.is_running()?;
+        self.proxy.admit(Admits::ALL)?;
         self.peer.stop();
         let (evidence, report) = self.rest(&mut broken).await?;
         peer.abort();
@@ -370,9 +414,10 @@ impl Stage {
         let totals = self.proxy.totals();
         let counters = report.counters;
         ask.place.say(&format!(
-            "client-kill, seed {seed}: {} kills, {} messages queued, {} acked, {} expired, {} deliveries; told again {}, \
-             not kept {}; {} of {} packets lost; {:.1} s",
+            "client-kill, seed {seed}: {} kills, {} of them of apps at work, {} messages queued, {} acked, {} expired, {} deliveries; told again {}, \
+             not kept {}; {} of {} packets lost, {} connections by TCP; {:.1} s",
             told.kills,
+            self.shared.live.load(Ordering::Relaxed),
             counters.sent,
             counters.acked,
             counters.expired,
@@ -381,6 +426,7 @@ impl Stage {
             evidence.never_kept,
             totals.up.lost + totals.down.lost,
             totals.up.packets + totals.down.packets,
+            totals.tcp.connections,
             began.elapsed().as_secs_f64()
         ));
         if told.broken && ask.plant.is_none() {
@@ -488,11 +534,17 @@ async fn kills(
     ask: Arc<Kill>,
     shared: Arc<Shared>,
     peer: Peer,
+    proxy: Arc<Proxy>,
 ) -> anyhow::Result<()> {
     let mut left_after_plant = 2;
     for round in 0..rounds {
         if shared.over.load(Ordering::Relaxed) {
             break;
+        }
+        if phone.number == 1 && round.is_multiple_of(SPELL) {
+            let blocked = ask.plant.is_none() && (round / SPELL) % 5 == 3;
+            proxy.admit(if blocked { Admits::TCP_ONLY } else { Admits::ALL })?;
+            shared.blocked.store(blocked, Ordering::Relaxed);
         }
         let to_plant = ask.plant.is_some() && phone.number == 1 && !shared.planted.load(Ordering::Relaxed);
         let result = one_kill(&phone, &mut rng, &shared, to_plant).await;
@@ -522,15 +574,24 @@ async fn kills(
 }
 
 async fn one_kill(phone: &Phone, rng: &mut Rng, shared: &Shared, to_plant: bool) -> anyhow::Result<()> {
+    let blocked = shared.blocked.load(Ordering::Relaxed);
     let life_ms = if to_plant { LIFE_MS_TO_PLANT } else { LIFE_MS };
     let (seed, life) = (rng.next_u64(), Duration::from_micros(rng.below(life_ms * 1_000)));
-    let from_work = rng.below(100) < 50 || to_plant;
+    // The way to a connection is longer where UDP is blocked: few would come that far by chance.
+    let moment = match rng.below(100) {
+        _ if to_plant => Moment::Work,
+        0..40 if blocked => Moment::Live,
+        0..25 => Moment::Live,
+        25..65 => Moment::Work,
+        _ => Moment::Start,
+    };
     let before = phone.log_bytes();
     let mut app = phone.start(seed, shared, false)?;
     let began = Instant::now();
-    while from_work && phone.log_bytes() == before && began.elapsed() < PATIENCE {
-        tokio::time::sleep(Duration::from_millis(1)).await;
+    while !phone.came_to(moment, before) && began.elapsed() < MOMENT_MAX {
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
+    shared.live.fetch_add(u64::from(phone.came_to(Moment::Live, before)), Ordering::Relaxed);
     tokio::time::sleep(life).await;
     app.kill()?;
     let status = app.wait()?;
