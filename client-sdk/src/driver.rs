@@ -45,7 +45,7 @@ use crate::{
     networks::{NetworkKey, Networks},
     options::{BoxFuture, Options, Token},
     platform::{Platform, within},
-    race::Verdict,
+    race::{RTT_UNKNOWN, Verdict},
     state::{Action, Event, Machine, State},
     transport::{
         Dialer, Tls,
@@ -55,9 +55,6 @@ use crate::{
 
 /// How long an answer may be overdue before the connection is suspect; three round trips when those are longer.
 const OVERDUE_MIN: Duration = Duration::from_secs(1);
-
-/// The round trip of a network of which nothing is known.
-const RTT_UNKNOWN: Duration = Duration::from_millis(333);
 
 /// From the HELLO to the WELCOME.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
@@ -385,12 +382,12 @@ impl Driver {
         let wall = self.shared.platform.unix_millis();
         self.feed.handle_timeout(&mut self.half, now, wall);
         if self.overdue_at().is_some_and(|at| at <= now) && !self.listen() {
-            self.step(Event::Overdue);
+            self.step(Event::Overdue { srtt: self.srtt() });
         }
         if self.ping_at().is_some_and(|at| at <= now) {
             self.keepalive.pinged(now.saturating_sub(self.asked_at), now);
             self.asked_at = now;
-            self.half.ping(now);
+            if self.half.unacked() > 0 { self.half.ping(now) } else { self.half.keep_alive(now) }
         }
         if self.machine.poll_timeout().is_some_and(|at| at <= now) {
             if self.machine.state() == State::Suspect {
@@ -606,6 +603,8 @@ impl Driver {
                 if let Some(verdict) = verdict {
                     let wall = self.wall();
                     self.networks.on(self.network).udp_was(verdict, wall);
+                    // The app may be killed before the connection ends.
+                    self.keep_networks();
                 }
             }
         }
@@ -852,6 +851,7 @@ impl Driver {
             && (self.ledger.is_caught_up() || now >= at + SYNC_MAX)
         {
             self.ponged_at = None;
+            self.keep_networks();
             self.step(Event::Synced);
         }
         Ok(())

@@ -37,14 +37,21 @@ const NUDGES_OFTEN: u32 = 90;
 /// The longest pause between nudges.
 const NUDGE_RARELY: Duration = Duration::from_secs(8);
 
-/// From the moment a connection is suspect to the race beside it.
-const RACE_AFTER: Duration = Duration::from_secs(1);
+/// From the moment a connection is suspect to the race beside it, at least; 1.5 round trips when those are longer.
+const RACE_AFTER: Duration = Duration::from_millis(150);
 
-/// The same after a change of network, at least; 1.5 round trips when those are longer.
+/// The same after a change of network.
 const RACE_AFTER_CHANGE: Duration = Duration::from_millis(250);
 
-/// The second nudge after a change of network follows after 1.25 round trips, at least this.
-const SECOND_NUDGE: Duration = Duration::from_millis(50);
+/// After a change of network the next nudges follow after a round trip each, at least this: a new path may be dark at
+/// first.
+const PATH_NUDGE_EVERY: Duration = Duration::from_millis(50);
+
+/// So many of them; then they come as for any suspect.
+const PATH_NUDGES: u32 = 8;
+
+/// So many are large enough for a new path.
+const PATH_NUDGES_LARGE: u32 = 2;
 
 /// Times per minute a send, or the operating system, may cut a back-off short.
 const POKES_PER_MINUTE: u32 = 10;
@@ -91,8 +98,10 @@ pub(crate) enum Event {
     Heard,
     /// An answer came to what was asked in this state.
     Answered,
-    /// Something of the gateway's is overdue.
-    Overdue,
+    /// Something of the gateway's is overdue; `srtt` is the round trip as last measured.
+    Overdue {
+        srtt: Duration,
+    },
     /// The connection is gone or of no use; not again before `after`.
     Lost {
         after: Duration,
@@ -151,6 +160,8 @@ pub(crate) struct Machine {
     nudges: u32,
     /// Only an answer ends the suspicion.
     unproven: bool,
+    /// Between nudges to a new path.
+    path_pause: Duration,
     timer: Option<Duration>,
     /// When the race beside a suspect begins.
     race_at: Option<Duration>,
@@ -168,6 +179,7 @@ impl Machine {
             racing: false,
             nudges: 0,
             unproven: false,
+            path_pause: Duration::ZERO,
             timer: None,
             race_at: None,
             pokes: 0,
@@ -233,11 +245,11 @@ impl Machine {
                 self.state = State::Live;
             }
             (State::Suspect, Event::Synced) => self.synced = true,
-            (State::Syncing | State::Live, Event::Overdue) => {
+            (State::Syncing | State::Live, Event::Overdue { srtt }) => {
                 self.state = State::Suspect;
                 self.nudges = 0;
                 self.unproven = false;
-                self.race_at = Some(now + RACE_AFTER);
+                self.race_at = Some(now + (srtt * 3 / 2).max(RACE_AFTER));
                 self.nudge(now, &mut actions);
             }
             (
@@ -251,10 +263,10 @@ impl Machine {
                     actions.push(Action::Rebind);
                 }
                 self.state = State::Suspect;
-                self.nudges = 1;
+                self.nudges = 0;
                 self.unproven = true;
-                actions.push(Action::NudgePath);
-                self.timer = Some(now + (srtt * 5 / 4).max(SECOND_NUDGE));
+                self.path_pause = srtt.max(PATH_NUDGE_EVERY);
+                self.nudge(now, &mut actions);
                 self.race_at = Some(now + (srtt * 3 / 2).max(RACE_AFTER_CHANGE));
             }
             (State::Suspect, Event::Heard) if self.unproven => {}
@@ -300,17 +312,26 @@ impl Machine {
                 self.timer = Some(now + full_jitter(self.failures, random));
                 self.failures = self.failures.saturating_add(1);
             }
-            (State::Draining | State::Suspect, Event::Lost { .. }) if self.racing => {
+            (State::Draining, Event::Lost { .. }) if self.racing => {
                 self.timer = None;
                 self.race_at = None;
                 self.connected_at = None;
                 self.state = State::Racing;
             }
+            (State::Suspect, Event::Lost { after }) if self.racing && after.is_zero() => {
+                // Somebody is there again: attempts that begin now are answered sooner than those under way.
+                self.failures = 0;
+                actions.push(Action::EndRace);
+                self.race(&mut actions);
+            }
             (
                 State::Handshaking | State::Syncing | State::Live | State::Suspect | State::Draining,
                 Event::Lost { after },
             ) => {
-                if self.connected_at.take().is_some_and(|at| now.saturating_sub(at) >= SETTLED_AFTER) {
+                // Failures of races beside a suspect are answered for when somebody says that it is gone.
+                let settled =
+                    self.connected_at.take().is_some_and(|at| now.saturating_sub(at) >= SETTLED_AFTER);
+                if settled || self.state == State::Suspect {
                     self.failures = 0;
                 }
                 self.back_off(after, now, random);
@@ -357,8 +378,11 @@ impl Machine {
     fn nudge(&mut self, now: Duration, actions: &mut Vec<Action>) {
         self.nudges = self.nudges.saturating_add(1);
         let rarer = 1 << self.nudges.saturating_sub(NUDGES_OFTEN).min(3);
-        self.timer = Some(now + (NUDGE_EVERY * rarer).min(NUDGE_RARELY));
-        actions.push(if self.unproven && self.nudges == 2 { Action::NudgePath } else { Action::Nudge });
+        let pause = (NUDGE_EVERY * rarer).min(NUDGE_RARELY);
+        let new_path = self.unproven && self.nudges <= PATH_NUDGES;
+        self.timer = Some(now + if new_path { self.path_pause.min(pause) } else { pause });
+        let large = self.unproven && self.nudges <= PATH_NUDGES_LARGE;
+        actions.push(if large { Action::NudgePath } else { Action::Nudge });
     }
 
     /// Gives up what there is.
@@ -383,6 +407,7 @@ mod tests {
     use super::*;
 
     const S: fn(u64) -> Duration = Duration::from_secs;
+    const OVERDUE: Event = Event::Overdue { srtt: Duration::from_millis(100) };
 
     /// The shortest way to a state.
     fn at(state: State) -> Machine {
@@ -393,7 +418,7 @@ mod tests {
             State::Handshaking => &[Event::Start, Event::Reached],
             State::Syncing => &[Event::Start, Event::Reached, Event::Welcomed],
             State::Live => &[Event::Start, Event::Reached, Event::Welcomed, Event::Synced],
-            State::Suspect => &[Event::Start, Event::Reached, Event::Welcomed, Event::Synced, Event::Overdue],
+            State::Suspect => &[Event::Start, Event::Reached, Event::Welcomed, Event::Synced, OVERDUE],
             State::Draining => {
                 &[Event::Start, Event::Reached, Event::Welcomed, Event::Goaway { spread: S(1) }]
             }
@@ -426,7 +451,7 @@ mod tests {
             Event::Synced,
             Event::Heard,
             Event::Answered,
-            Event::Overdue,
+            OVERDUE,
             LOST,
             GOAWAY,
             CHANGED,
@@ -453,14 +478,14 @@ mod tests {
             (Handshaking, Event::Suspend,        Suspended,   &[Drop]),
             (Handshaking, Event::Close,          Closed,      &[Drop]),
             (Syncing,     Event::Synced,         Live,        &[]),
-            (Syncing,     Event::Overdue,        Suspect,     &[Nudge]),
+            (Syncing,     OVERDUE,               Suspect,     &[Nudge]),
             (Syncing,     CHANGED,               Suspect,     &[Rebind, NudgePath]),
             (Syncing,     WOKE,                  Suspect,     &[NudgePath]),
             (Syncing,     LOST,                  Backoff,     &[]),
             (Syncing,     GOAWAY,                Draining,    &[]),
             (Syncing,     Event::Suspend,        Suspended,   &[Drop]),
             (Syncing,     Event::Close,          Closed,      &[Drop]),
-            (Live,        Event::Overdue,        Suspect,     &[Nudge]),
+            (Live,        OVERDUE,               Suspect,     &[Nudge]),
             (Live,        CHANGED,               Suspect,     &[Rebind, NudgePath]),
             (Live,        WOKE,                  Suspect,     &[NudgePath]),
             (Live,        LOST,                  Backoff,     &[]),
@@ -513,9 +538,9 @@ mod tests {
     #[test]
     fn who_does_not_answer_is_asked_each_second_while_a_race_goes_on_beside() {
         let mut machine = at(State::Suspect);
-        assert_eq!(machine.poll_timeout(), Some(S(1)));
-        assert_eq!(machine.step(Event::Timer, S(1), 0), [Action::Race, Action::Nudge]);
-        for second in 2..=80 {
+        assert_eq!(machine.poll_timeout(), Some(ms(150)));
+        assert_eq!(machine.step(Event::Timer, ms(150), 0), [Action::Race]);
+        for second in 1..=80 {
             assert_eq!(machine.poll_timeout(), Some(S(second)));
             assert_eq!(machine.step(Event::Timer, S(second), 0), [Action::Nudge]);
         }
@@ -524,14 +549,22 @@ mod tests {
     }
 
     #[test]
-    fn a_race_beside_a_suspect_that_nobody_wins_is_repeated() {
+    fn a_race_beside_a_suspect_that_nobody_wins_is_repeated_and_one_that_somebody_ends_begins_again() {
         let mut machine = at(State::Suspect);
-        machine.step(Event::Timer, S(1), 0);
-        assert_eq!(machine.step(Event::Unreached, ms(1_500), 100), []);
-        assert_eq!(machine.poll_timeout(), Some(ms(1_600)), "full jitter");
-        assert_eq!(machine.step(Event::Timer, ms(1_600), 0), [Action::Race], "the nudge is not due yet");
-        assert_eq!(machine.step(Event::Lost { after: S(0) }, S(2), 0), []);
-        assert_eq!(machine.state(), State::Racing, "the race goes on without the old connection");
+        machine.step(Event::Timer, ms(250), 0);
+        assert_eq!(machine.step(Event::Unreached, ms(500), 100), []);
+        assert_eq!(machine.poll_timeout(), Some(ms(600)), "full jitter");
+        assert_eq!(machine.step(Event::Timer, ms(600), 0), [Action::Race], "the nudge is not due yet");
+        let lost = Event::Lost { after: S(0) };
+        assert_eq!(machine.step(lost, S(2), 0), [Action::EndRace, Action::Race], "somebody is there again");
+        assert_eq!(machine.state(), State::Racing);
+        let mut machine = at(State::Suspect);
+        for second in 1..6 {
+            machine.step(Event::Timer, S(second), 0);
+            machine.step(Event::Unreached, S(second), 0);
+        }
+        machine.step(lost, S(9), 250);
+        assert_eq!(machine.poll_timeout(), Some(ms(9_250)), "what failed before does not count");
     }
 
     #[test]
@@ -555,13 +588,14 @@ mod tests {
         let mut machine = at(State::Live);
         assert_eq!(machine.step(CHANGED, S(1), 0), [Action::Rebind, Action::NudgePath]);
         assert_eq!(machine.step(Event::Heard, ms(1_010), 0), [], "a packet of the old path");
-        assert_eq!(machine.poll_timeout(), Some(ms(1_125)), "1.25 round trips");
-        assert_eq!(machine.step(Event::Timer, ms(1_125), 0), [Action::NudgePath]);
+        assert_eq!(machine.poll_timeout(), Some(ms(1_100)), "a round trip");
+        assert_eq!(machine.step(Event::Timer, ms(1_100), 0), [Action::NudgePath]);
+        assert_eq!(machine.step(Event::Timer, ms(1_200), 0), [Action::Nudge]);
         assert_eq!(machine.poll_timeout(), Some(ms(1_250)));
         assert_eq!(machine.step(Event::Timer, ms(1_250), 0), [Action::Race], "beside the old one");
         assert_eq!(machine.step(Event::Answered, ms(1_300), 0), [Action::EndRace]);
         assert_eq!(machine.state(), State::Live);
-        assert_eq!(machine.step(Event::Overdue, S(9), 0), [Action::Nudge], "as usual again");
+        assert_eq!(machine.step(OVERDUE, S(9), 0), [Action::Nudge], "as usual again");
     }
 
     #[test]

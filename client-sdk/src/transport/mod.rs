@@ -4,5 +4,6 @@ pub(crate) mod dial;
 pub(crate) mod link;
 mod quic;
 pub(crate) mod stream;
+mod window;
 
 pub(crate) use self::quic::{Dialer, Tls, client_tls};

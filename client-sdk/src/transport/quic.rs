@@ -15,11 +15,12 @@ use crate::{
     options::BoxFuture,
     options::Trust,
     platform::Platform,
-    race::Transport,
+    race::{RTT_UNKNOWN, Transport},
     transport::{
         dial::Progress,
         link::Link,
         stream::{Target, stream_tls, tls, websocket},
+        window::Floored,
     },
 };
 use fulmar_protocol::{
@@ -95,9 +96,6 @@ fn certificates(trust: &Trust) -> Result<Vec<CertificateDer<'static>>, Error> {
     }
     Ok(certificates)
 }
-
-/// The round trip of a network of which nothing is known.
-const RTT_UNKNOWN: Duration = Duration::from_millis(333);
 
 /// Idle connections end after this long; the session's PINGs keep those alive that are wanted.
 pub(super) const IDLE_TIMEOUT_MS: u32 = 180_000;
@@ -337,9 +335,7 @@ fn client_config(tls: &Tls, rtt: Option<Duration>) -> quinn::ClientConfig {
         .send_fairness(false)
         .datagram_receive_buffer_size(Some(DATAGRAM_BUFFER))
         .datagram_send_buffer_size(DATAGRAM_BUFFER);
-    if let Some(rtt) = rtt {
-        transport.initial_rtt(rtt);
-    }
+    transport.initial_rtt(rtt.unwrap_or(RTT_UNKNOWN)).congestion_controller_factory(Arc::new(Floored));
     let mut config = quinn::ClientConfig::new(Arc::<QuicClientConfig>::clone(&tls.quic));
     config.transport_config(Arc::new(transport));
     config

@@ -92,6 +92,9 @@ pub struct PingFlags(pub u64);
 impl PingFlags {
     /// Answer at once and flush what is due: something seems to be lost.
     pub const NUDGE: Self = Self(1);
+    /// No PONG is wanted: that the transport acknowledges the packet is sign enough of life, and keeps the mappings on the
+    /// way. Whoever does not know this bit answers all the same.
+    pub const QUIET: Self = Self(2);
 }
 
 /// Asks for a PONG.

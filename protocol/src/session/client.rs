@@ -51,6 +51,9 @@ use crate::{
 /// PINGs whose answers are waited for; of more, the oldest are forgotten.
 const PINGS_MAX: usize = 16;
 
+/// Sends that go along with one nudge.
+const ALONG_MAX: usize = 4;
+
 /// Bytes of the first flight kept for requests and read cursors.
 const FIRST_FLIGHT_RESERVE: usize = 8 * 1024;
 
@@ -972,11 +975,34 @@ impl Client {
         self.send_ping(PingFlags::default(), 0, now);
     }
 
+    /// Sends a PING nobody answers: two packets instead of three keep a silent connection. Whether it arrived is for the
+    /// transport to say ([`Self::heard`]).
+    pub fn keep_alive(&mut self, now: Duration) {
+        self.send_ping(PingFlags::QUIET, 0, now);
+    }
+
     /// Sends a PING that asks the gateway to write everything that is due: something seems to be lost. `padded` (the
     /// first one from a new address): until the gateway has validated the address it may send only three times what came
     /// from it, so the PING is filled up, and the allowance holds a challenge and the messages.
     pub fn nudge(&mut self, padded: bool, now: Duration) {
         self.send_ping(PingFlags::NUDGE, if padded { PING_PADDING_BYTES_MAX } else { 0 }, now);
+        self.send_along(now);
+    }
+
+    /// Small sends that are not acked go along with a nudge, as far as copies can be paid: if it is the first packet that
+    /// gets through, they need not wait until it is acknowledged.
+    fn send_along(&mut self, now: Duration) {
+        if !self.state.is_welcomed() {
+            return;
+        }
+        let sends: Vec<Send> =
+            self.inflight.flying().filter(|send| self.hedgeable(send).1).take(ALONG_MAX).cloned().collect();
+        for send in sends {
+            let frame = Frame::Send(send);
+            if self.hedges.pay(frame.encoded_len(), now) {
+                self.outputs.push_back(Output::Transmit(Channel::Datagram, frame));
+            }
+        }
     }
 
     fn send_ping(&mut self, flags: PingFlags, padding: usize, now: Duration) {
@@ -990,7 +1016,9 @@ impl Client {
         if self.pings.len() >= PINGS_MAX {
             self.pings.pop_front();
         }
-        self.pings.push_back(PingSent { id: self.pings_sent, at: now, acks: self.acks_sent });
+        if flags != PingFlags::QUIET {
+            self.pings.push_back(PingSent { id: self.pings_sent, at: now, acks: self.acks_sent });
+        }
         let padding = u16::try_from(padding).unwrap_or(0);
         let ping = Ping { id: self.pings_sent, time_ms, flags: flags.0, padding };
         self.push(Channel::Control, Frame::Ping(ping));

@@ -268,6 +268,9 @@ impl Gateway {
     }
 
     fn answer(&mut self, ping: Ping, now: Duration) -> Result<(), Violation> {
+        if ping.flags & crate::frame::PingFlags::QUIET.0 != 0 {
+            return Ok(());
+        }
         let nudge = ping.flags & crate::frame::PingFlags::NUDGE.0 != 0;
         if self.pongs >= PONGS_MAX {
             let oldest =

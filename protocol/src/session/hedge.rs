@@ -157,6 +157,17 @@ impl<N: Copy + Ord, T> Hedges<N, T> {
         }
     }
 
+    /// Pays for a copy of so many bytes that leaves for another reason; `false`: it can't be paid.
+    pub fn pay(&mut self, bytes: usize, now: Duration) -> bool {
+        self.refill(0, now);
+        let price = bytes as u64 * BYTES_SHARE;
+        let paid = price <= self.purse;
+        if paid {
+            self.purse -= price;
+        }
+        paid
+    }
+
     fn refill(&mut self, bytes: u64, now: Duration) {
         let micros = u64::try_from(now.saturating_sub(self.purse_at).as_micros()).unwrap_or(u64::MAX);
         let paused = micros.saturating_mul(BYTES_PER_SECOND * BYTES_SHARE) / 1_000_000;
