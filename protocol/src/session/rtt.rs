@@ -25,6 +25,8 @@ pub struct Rtt {
     variation: Duration,
     /// Only a seed is known.
     seeded: bool,
+    /// The estimate was made from late answers: a clearly shorter one shows that those were losses.
+    doubtful: bool,
     late: u32,
     /// The shortest of the late ones in a row.
     late_min: Duration,
@@ -63,6 +65,9 @@ impl Rtt {
         if core::mem::take(&mut self.seeded) && (took < smoothed * 3 / 4 || took > smoothed * 2) {
             return self.restart(took);
         }
+        if self.doubtful && took < smoothed * 3 / 4 {
+            return self.restart(took);
+        }
         if !repeated && took <= overdue {
             self.late = 0;
             return self.take_in(smoothed, took);
@@ -70,7 +75,9 @@ impl Rtt {
         self.late_min = if self.late == 0 { took } else { self.late_min.min(took) };
         self.late += 1;
         if self.late >= LATE_IN_A_ROW {
-            return self.restart(self.late_min);
+            self.restart(self.late_min);
+            self.doubtful = true;
+            return;
         }
         self.take_in(smoothed, took.min(smoothed + (2 * self.variation).max(smoothed / 8)));
     }
@@ -127,6 +134,14 @@ mod tests {
                 [vec![(100, false); 20], vec![(320, true), (300, false), (310, true)]].concat(),
                 Some(300),
                 Some(450),
+            ),
+            (
+                "three losses in a row, and then as before",
+                None,
+                [vec![(100, false); 20], vec![(280, true), (230, false), (300, true)], vec![(100, false); 3]]
+                    .concat(),
+                Some(100),
+                Some(128),
             ),
         ];
         for (what, seed, samples, smoothed, overdue) in rows {
