@@ -689,13 +689,13 @@ async fn converge(sim: &Sim, stage: &Arc<Stage>, calm: Instant) -> Report {
     }
 }
 
-/// A membership: its first and its last position.
-type Stay = (u64, Option<u64>);
+/// A membership: its first position, and of one that ended the last that came and the last there was.
+type Stay = (u64, Option<(u64, u64)>);
 
 /// Asks the checker. What it is told of memberships comes from the records:
 ///
-/// - Who is removed while away can't come in any more to get what it missed: its membership ends with the last it got.
-/// - A gap is only worth a word where it is not between two memberships.
+/// - Who is removed while away can't come in any more to get what it missed: that counts as a gap it was told.
+/// - A gap that really was told is a trouble, unless it lies behind the last that came and before the next membership.
 fn judge(sim: &Sim, stage: &Stage) -> Report {
     let seen = sim.history();
     let mut got: BTreeMap<(Who, u64), BTreeSet<u64>> = BTreeMap::new();
@@ -715,28 +715,33 @@ fn judge(sim: &Sim, stage: &Stage) -> Report {
                 stays.push((*seq, None));
             } else if let Some((first, open @ None)) = stays.last_mut() {
                 let last = got.get(&key).and_then(|got| got.range(*first..=*seq).next_back().copied());
-                *open = Some(last.unwrap_or_else(|| first.saturating_sub(1)));
+                *open = Some((last.unwrap_or_else(|| first.saturating_sub(1)), *seq));
             }
         }
     }
     let mut history = History::new();
     for record in seen.records() {
-        if let Event::GapTold { client, conversation, from, to } = record.event
-            && let Some(stays) = stays.get(&(client, conversation.0))
-            && !stays.iter().any(|(first, last)| *first <= to && last.is_none_or(|last| from <= last))
-        {
+        if let Event::GapTold { client, conversation, from, to } = record.event {
+            let stays = stays.get(&(client, conversation.0)).map_or(&[][..], Vec::as_slice);
+            if stays.iter().any(|(first, end)| *first <= to && end.is_none_or(|(last, _)| from <= last)) {
+                stage.trouble(format!("{}", record.event));
+            }
             continue;
         }
         history.record(record.at, record.event);
     }
     for ((client, conversation), stays) in stays {
         let conversation = Conversation(conversation);
-        for (first, last) in stays {
+        for (first, end) in stays {
             history.record(SimTime::END, Event::Joined { client, conversation, first });
-            if let Some(last) = last {
+            if let Some((got, last)) = end {
                 history.record(SimTime::END, Event::Left { client, conversation, last });
+                if got < last {
+                    let (from, to) = (got + 1, last);
+                    history.record(SimTime::END, Event::GapTold { client, conversation, from, to });
+                }
             }
         }
     }
-    check(&history, &Rules::default())
+    check(&history, &Rules { gaps_excused: true, ..Rules::default() })
 }
