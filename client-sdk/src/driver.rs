@@ -23,7 +23,7 @@ use std::{future::poll_fn, pin::Pin, sync::Arc, time::Duration};
 use fulmar_protocol::{
     close::{CloseCode, RefusalCode, Retry},
     frame::{AuthProof, Channel, Frame, NetworkHint, Welcome},
-    id::{ConversationId, Epoch, Pseq},
+    id::{ConversationId, Epoch, FolderId, Pseq},
     limit::OUTBOX_SENDS_MAX,
     session::client::{Client as Half, ClientConfig, Output, Restored},
 };
@@ -779,8 +779,18 @@ impl Driver {
             let now = self.now();
             match output {
                 Output::Transmit(channel, frame) => self.transmit(channel, &frame, now),
-                Output::Welcomed(welcome) => self.welcomed(&welcome),
-                Output::NewEpoch { epoch, unsettled } => self.new_epoch(epoch, &unsettled).await?,
+                Output::Welcomed(welcome) => {
+                    if self.is_foreign(welcome.folder) {
+                        return Ok(());
+                    }
+                    self.welcomed(&welcome);
+                }
+                Output::NewEpoch { epoch, unsettled, folder } => {
+                    if self.is_foreign(folder) {
+                        return Ok(());
+                    }
+                    self.new_epoch(epoch, &unsettled).await?;
+                }
                 Output::Deliver(record) => {
                     self.busy_at = Some(now);
                     self.ledger.push(Change::Marker(Marker::Record(Box::new(record))));
@@ -885,8 +895,21 @@ impl Driver {
         }
     }
 
+    /// Whether the gateway works on another data folder than the one this database belongs to; then it is over, before
+    /// anything is sent or taken under numbers that mean something else there.
+    fn is_foreign(&mut self, folder: Option<FolderId>) -> bool {
+        let (Some(ours), Some(theirs)) = (self.identity.folder, folder) else { return false };
+        let foreign = ours != theirs;
+        if foreign {
+            tracing::error!("the gateway has another data folder than the one this database belongs to");
+            self.end = Some(CloseReason::OtherGateway);
+        }
+        foreign
+    }
+
     fn welcomed(&mut self, welcome: &Welcome) {
         let now = self.now();
+        self.identity.folder = self.identity.folder.or(welcome.folder);
         let (shortest, longest) = welcome.keepalive_ms;
         self.keepalive.range(Duration::from_millis(shortest.into()), Duration::from_millis(longest.into()));
         self.dialer.learn(&welcome.addresses);
@@ -905,6 +928,7 @@ impl Driver {
             ticket: welcome.ticket.0.clone(),
             server: self.options.server_name.clone(),
             server_time: welcome.server_time,
+            folder: welcome.folder,
             at: self.shared.platform.monotonic(),
         });
         self.step(Event::Welcomed);

@@ -65,6 +65,9 @@ pub enum CloseReason {
     Kicked(String),
     /// A newer connection of the same device took over: two clients run on copies of one database.
     Superseded,
+    /// The gateway is another one than the database belongs to, or lost its data folder and began anew: conversations, cursors
+    /// and sends of this database mean nothing there. Use another database, or give the gateway its folder back.
+    OtherGateway,
     /// The gateway refuses for good.
     Refused(RefusalCode),
     /// The two sides do not understand each other; the text is for people.

@@ -349,7 +349,10 @@ fn without_an_epoch_nothing_is_sent_before_the_welcome() {
     assert_eq!(left(&mut half), ["Hello"]);
     take(&mut half, Frame::Welcome(welcome(5, Resumption::Fresh)));
     let out = put_out(&mut half);
-    assert!(out.contains(&client::Output::NewEpoch { epoch: n(5), unsettled: Vec::new() }), "{out:?}");
+    assert!(
+        out.contains(&client::Output::NewEpoch { epoch: n(5), unsettled: Vec::new(), folder: None }),
+        "{out:?}"
+    );
     assert!(out.contains(&client::Output::Transmit(Channel::Uplink, Frame::Send(send(1)))), "{out:?}");
 }
 
@@ -360,7 +363,7 @@ fn another_epoch_ends_the_connection_and_forgets_every_send() {
     put_out(&mut half);
     take(&mut half, Frame::Welcome(welcome(2, Resumption::Resumed)));
     let want = [
-        client::Output::NewEpoch { epoch: n(2), unsettled: vec![(n(300), n(4))] },
+        client::Output::NewEpoch { epoch: n(2), unsettled: vec![(n(300), n(4))], folder: None },
         client::Output::Close(CloseCode::Done),
     ];
     assert_eq!(put_out(&mut half), want);

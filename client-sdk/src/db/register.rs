@@ -1,7 +1,5 @@
 //! Who this device is, and what it knows of conversations, users and their receipts.
 
-use std::time::Duration;
-
 use fulmar_protocol::{
     frame::{Head, Receipt},
     id::{ConversationId, DeviceId, DeviceUid, Epoch, FolderId, Seq, UnixMillis, UserId},
@@ -26,17 +24,7 @@ pub(crate) struct Identity {
     /// The gateway the ticket and the numbers are of.
     pub(crate) server: String,
     /// Its data folder, when it has named one: in another one all numbers here mean something else.
-    #[cfg_attr(not(test), allow(dead_code, reason = "the driver takes it over next"))]
     pub(crate) folder: Option<FolderId>,
-}
-
-/// Both clocks of the device at one moment: how long it slept, or was switched off, shows when they are read again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Clocks {
-    /// Since the device was started, sleep included.
-    pub(crate) boot: Duration,
-    /// Since 1970.
-    pub(crate) wall: Duration,
 }
 
 /// What the protocol half starts with.
@@ -291,7 +279,6 @@ impl Store {
     }
 }
 
-#[cfg_attr(not(test), allow(dead_code, reason = "the driver takes it over next"))]
 impl Store {
     /// The data folder the gateway works on. A database belongs to one for good: in another one the same numbers are other
     /// conversations, its cursors skip what it should receive, and its sends go to strangers.
@@ -328,25 +315,6 @@ impl Store {
     /// Keeps what is known of networks.
     pub(crate) fn keep_networks(&self, blob: &[u8]) -> Result<(), Error> {
         self.sql.prepare_cached("UPDATE device SET networks = ?1")?.execute([blob])?;
-        Ok(())
-    }
-
-    /// The clocks that were kept last.
-    pub(crate) fn clocks(&self) -> Result<Option<Clocks>, Error> {
-        let clocks = self.sql.query_row("SELECT boot_ms, wall_ms FROM device", [], |row| {
-            let clocks = maybe(row, 0)?.zip(maybe(row, 1)?);
-            let time = Duration::from_millis;
-            Ok(clocks.map(|(boot, wall)| Clocks { boot: time(boot), wall: time(wall) }))
-        })?;
-        Ok(clocks)
-    }
-
-    /// Keeps both clocks.
-    pub(crate) fn keep_clocks(&self, clocks: Clocks) -> Result<(), Error> {
-        let millis = |time: Duration| int(u64::try_from(time.as_millis()).unwrap_or(u64::MAX));
-        self.sql
-            .prepare_cached("UPDATE device SET boot_ms = ?1, wall_ms = ?2")?
-            .execute([millis(clocks.boot), millis(clocks.wall)])?;
         Ok(())
     }
 }

@@ -96,12 +96,10 @@ CREATE TABLE receipts (
 ) WITHOUT ROWID;
 ";
 
-/// The gateway's data folder, what is known of networks, and the clocks of the last run.
+/// The gateway's data folder, and what is known of networks.
 const FOLDER_AND_NETWORKS: &str = "
 ALTER TABLE device ADD COLUMN folder BLOB;
 ALTER TABLE device ADD COLUMN networks BLOB;
-ALTER TABLE device ADD COLUMN boot_ms INTEGER;
-ALTER TABLE device ADD COLUMN wall_ms INTEGER;
 ";
 
 /// Brings the file to [`VERSION`].

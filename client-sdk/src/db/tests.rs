@@ -4,7 +4,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
-    time::Duration,
 };
 
 use bytes::Bytes;
@@ -16,7 +15,7 @@ use fulmar_protocol::{
 };
 use proptest::prelude::*;
 
-use super::{Db, Delivered, Draft, Marker, Outcome, Own, Store, register::Clocks, schema};
+use super::{Db, Delivered, Draft, Marker, Outcome, Own, Store, schema};
 use crate::{
     error::Error,
     options::{Database, Durability},
@@ -490,10 +489,7 @@ fn a_database_of_format_1_is_brought_up_and_nothing_is_lost() {
         assert_eq!((restore.cursors, restore.marks), (vec![(c(7), s(2))], vec![(c(7), s(1))]));
         assert_eq!(store.user_name(user(2)).unwrap().as_deref(), Some("bob"));
         // What format 2 added is not known yet.
-        assert_eq!(
-            (store.folder().unwrap(), store.networks().unwrap(), store.clocks().unwrap()),
-            (None, None, None)
-        );
+        assert_eq!((store.folder().unwrap(), store.networks().unwrap()), (None, None));
     }
     file(&path).belongs_to(&FolderId([7; 16])).unwrap();
     assert_eq!(file(&path).folder().unwrap(), Some(FolderId([7; 16])));
@@ -511,21 +507,15 @@ fn a_database_belongs_to_one_data_folder() {
 }
 
 #[test]
-fn networks_and_clocks_are_kept() {
+fn what_is_known_of_networks_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let (first, second) = (folder.path().join("a.db"), folder.path().join("b.db"));
     let store = file(&first);
-    let clocks = |boot, wall| Clocks { boot: Duration::from_millis(boot), wall: Duration::from_millis(wall) };
-    for (blob, kept) in [(&[1, 2, 3][..], clocks(5, 1_700_000_000_000)), (&[][..], clocks(0, 0))] {
+    for blob in [&[1, 2, 3][..], &[][..]] {
         store.keep_networks(blob).unwrap();
-        store.keep_clocks(kept).unwrap();
-        assert_eq!((store.networks().unwrap().as_deref(), store.clocks().unwrap()), (Some(blob), Some(kept)));
+        assert_eq!(store.networks().unwrap().as_deref(), Some(blob));
     }
-    let found = crashed(&first, &second);
-    assert_eq!((found.networks().unwrap(), found.clocks().unwrap()), (Some(Vec::new()), Some(clocks(0, 0))));
-    // Longer than any clock runs: kept as the longest there is.
-    found.keep_clocks(Clocks { boot: Duration::MAX, wall: Duration::ZERO }).unwrap();
-    assert!(found.clocks().unwrap().unwrap().boot > Duration::from_secs(1 << 50));
+    assert_eq!(crashed(&first, &second).networks().unwrap(), Some(Vec::new()));
 }
 
 #[test]

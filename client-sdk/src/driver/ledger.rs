@@ -12,7 +12,7 @@ use std::{
 use fulmar_protocol::{
     close::RefusalCode,
     frame::{Head, OpenTarget, Opened, Receipt},
-    id::{ConversationId, DeviceId, Pseq, Seq, UnixMillis, UserId},
+    id::{ConversationId, DeviceId, FolderId, Pseq, Seq, UnixMillis, UserId},
 };
 use tokio::sync::oneshot;
 
@@ -48,6 +48,8 @@ pub(super) enum Change {
         ticket: Vec<u8>,
         server: String,
         server_time: UnixMillis,
+        /// The gateway's data folder.
+        folder: Option<FolderId>,
         /// When, by the platform's monotonic clock.
         at: Duration,
     },
@@ -193,7 +195,10 @@ fn apply(store: &mut Store, changes: Vec<Change>, now: UnixMillis, own: Own) -> 
                 }
                 committed.names.extend(names);
             }
-            Change::Welcomed { user, device, ticket, server, .. } => {
+            Change::Welcomed { user, device, ticket, server, folder, .. } => {
+                if let Some(folder) = folder {
+                    store.belongs_to(&folder)?;
+                }
                 store.welcomed(user, device, &ticket, &server)?;
             }
         }

@@ -128,7 +128,7 @@ impl Driver {
         self.keepalive = Keepalive::new(known.keepalive());
         self.keepalive.range(shortest, longest);
         // What the new network is known for is a better guess than what the old one was like.
-        let srtt = known.initial_rtt().unwrap_or(srtt);
+        let srtt = known.rtt().map_or(srtt, |(srtt, _)| srtt);
         self.step(state::Event::NetworkChanged { srtt });
     }
 

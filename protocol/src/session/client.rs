@@ -37,8 +37,8 @@ use crate::{
         Pong, Pull, Receipt, Reply, Resumption, Send, SendAck, SendRefused, Side, Welcome,
     },
     id::{
-        ConversationId, DeviceClass, DeviceId, DeviceUid, Epoch, Pseq, RequestId, Seq, ServiceId, UnixMillis,
-        UserId,
+        ConversationId, DeviceClass, DeviceId, DeviceUid, Epoch, FolderId, Pseq, RequestId, Seq, ServiceId,
+        UnixMillis, UserId,
     },
     limit::{
         ACK_EVERY, BLOCK_RECORDS_MAX, DATAGRAM_BYTES_MAX, ENTRIES_PER_FRAME_MAX, FIRST_FLIGHT_BYTES_MAX,
@@ -144,6 +144,9 @@ pub enum Output {
         epoch: Epoch,
         /// Sends of the old epoch that may have left, and so may be stored or not.
         unsettled: Vec<(ConversationId, Pseq)>,
+        /// The data folder that gave it. In another one than the client's, the sends may not be given again: their numbers mean
+        /// something else there.
+        folder: Option<FolderId>,
     },
     /// The next record of its conversation.
     Deliver(Deliver),
@@ -600,7 +603,11 @@ impl Client {
         self.readers.welcomed(now);
         if self.epoch == Epoch::ZERO && welcome.epoch != Epoch::ZERO {
             self.epoch = welcome.epoch;
-            self.outputs.push_back(Output::NewEpoch { epoch: self.epoch, unsettled: Vec::new() });
+            self.outputs.push_back(Output::NewEpoch {
+                epoch: self.epoch,
+                unsettled: Vec::new(),
+                folder: welcome.folder,
+            });
         }
         // The first flight is behind this: what is overdue from here on was lost. How long its answers take says little.
         for send in self.inflight.flying().take(FIRST_FLIGHT_SENDS_MAX) {
@@ -647,7 +654,7 @@ impl Client {
         self.user = Some(welcome.user);
         self.epoch = welcome.epoch;
         let unsettled = self.inflight.forget();
-        self.outputs.push_back(Output::NewEpoch { epoch: welcome.epoch, unsettled });
+        self.outputs.push_back(Output::NewEpoch { epoch: welcome.epoch, unsettled, folder: welcome.folder });
         self.end(CloseCode::Done);
     }
 

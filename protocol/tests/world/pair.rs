@@ -664,7 +664,7 @@ impl World {
                 assert!(pipe.flying.len() < 1 << 20, "what is in flight is bounded");
             }
             client::Output::Welcomed(welcome) => device.app.device = Some(welcome.device),
-            client::Output::NewEpoch { epoch, unsettled } => self.new_epoch(index, epoch, &unsettled),
+            client::Output::NewEpoch { epoch, unsettled, .. } => self.new_epoch(index, epoch, &unsettled),
             client::Output::Deliver(ref deliver) => {
                 if self.bug == Some(Bug::CommitBeforeDisk) {
                     let (conversation, seq, now) = (deliver.conversation, deliver.seq, self.now);

@@ -590,16 +590,20 @@ fn gateway_restart(worlds: u64) -> Measured {
             let since = Instant::now();
             let handle = pair.to_bob.send(message(number)).await?;
             handle.acked().await?;
-            times.push(pair.inbox.wait(number, since).await?.max(since.elapsed()));
+            let acked = since.elapsed();
+            times.push((acked, pair.inbox.wait(number, since).await?));
             sim.sleep(ms(40_000)).await;
         }
         Ok(times)
     })?;
-    let mut times = times;
-    let count = times.len();
+    // Who sends notices at once; who only listens has nothing to notice it by before its next question.
+    let (mut acked, mut read): (Vec<_>, Vec<_>) = times.into_iter().unzip();
+    let count = acked.len();
     Ok(vec![
-        millis("gateway killed, sent and read again: p50", at(&mut times, 50), 2_200.0, count),
-        millis("gateway killed, sent and read again: worst", at(&mut times, 100), 2_200.0, count),
+        millis("gateway killed, who sends: acked again p50", at(&mut acked, 50), 2_200.0, count),
+        millis("gateway killed, who sends: acked again worst", at(&mut acked, 100), 2_200.0, count),
+        millis("gateway killed, who only listens: read again p50", at(&mut read, 50), 2_200.0, count),
+        millis("gateway killed, who only listens: read again worst", at(&mut read, 100), 2_200.0, count),
     ])
 }
 
@@ -610,6 +614,11 @@ fn udp_blocked(_: u64) -> Measured {
         let mut times = Vec::new();
         for number in 0..5 {
             let phone = sim.phone(&format!("alice-{number}"));
+            // The gateway knows the device already: a new one waits a round trip for its epoch.
+            let client = phone.connect().await?;
+            live(&client).await?;
+            client.close().await?;
+            drop(client);
             phone.block(true, false);
             let client = phone.connect().await?;
             let since = Instant::now();
@@ -617,6 +626,8 @@ fn udp_blocked(_: u64) -> Measured {
             let acked = tokio::time::timeout(Duration::from_secs(30), handle.acked()).await;
             acked.context("nothing gets through where UDP is blocked")??;
             let cold = since.elapsed();
+            // QUIC is given its time before it counts as blocked.
+            sim.sleep(ms(3_000)).await;
             client.close().await?;
             drop((handle, client));
             sim.sleep(ms(5_000)).await;

@@ -40,7 +40,9 @@ impl Shard {
                 let row = Device {
                     uid: request.uid,
                     class: request.class,
-                    epoch: Epoch::ZERO,
+                    // Another one than the HELLO names: what was numbered under that is of another folder, or of a time this one
+                    // has lost.
+                    epoch: request.epoch,
                     class_epoch,
                     seen: now,
                 };
