@@ -8,7 +8,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use fulmar_protocol::{
     close::RefusalCode,
-    id::{AppId, ConversationId, Epoch, Producer, Seq, UserId},
+    id::{AppId, ConversationId, Producer, Seq, UserId},
 };
 use fulmar_store::{ConversationClass, Device, Op, PendingLink, User};
 
