@@ -387,7 +387,9 @@ impl Driver {
         if self.ping_at().is_some_and(|at| at <= now) {
             self.keepalive.pinged(now.saturating_sub(self.asked_at), now);
             self.asked_at = now;
-            if self.half.unacked() > 0 { self.half.ping(now) } else { self.half.keep_alive(now) }
+            // An answer also says that the gateway has the cursors that were told before.
+            let quiet = self.half.unacked() == 0 && self.half.dirty().next().is_none();
+            if quiet { self.half.keep_alive(now) } else { self.half.ping(now) }
         }
         if self.machine.poll_timeout().is_some_and(|at| at <= now) {
             if self.machine.state() == State::Suspect {

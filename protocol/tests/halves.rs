@@ -432,6 +432,24 @@ fn too_many_changed_cursors_stay_at_home_until_they_are_asked_for() {
 }
 
 #[test]
+fn cursors_that_were_never_told_are_told_first() {
+    let mut half = live();
+    // Told, but nothing says yet that the gateway has them.
+    for number in 1..=600 {
+        half.committed(n(256 * number), n(7), NOW);
+    }
+    half.handle_timeout(NOW + ms(100));
+    put_out(&mut half);
+    half.committed(n(256 * 601), n(9), NOW + ms(110));
+    half.disconnected(NOW + ms(120));
+    connect(&mut half);
+    let out = put_out(&mut half);
+    let client::Output::Transmit(_, Frame::Hello(hello)) = &out[0] else { panic!("{out:?}") };
+    assert_eq!(hello.changed.first(), Some(&(n(256 * 601), n(9))));
+    assert!(hello.changed.len() > 100 && Frame::Hello(hello.clone()).encoded_len() <= 4_096);
+}
+
+#[test]
 fn a_lone_record_is_acknowledged_at_once_and_what_keeps_coming_together() {
     let mut half = live();
     let at = |n| NOW + ms(n);

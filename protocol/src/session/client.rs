@@ -236,6 +236,8 @@ pub struct Client {
     dirty: BTreeMap<ConversationId, Option<u64>>,
     /// Dirty cursors that no ACK of this connection has named.
     due: BTreeSet<ConversationId>,
+    /// Dirty cursors that were not told on any connection.
+    untold: BTreeSet<ConversationId>,
     commits: u64,
     acks_sent: u64,
     /// When the last ACK of this connection left.
@@ -281,6 +283,7 @@ impl Client {
             left: 0,
             readers,
             requests: Requests::new(),
+            untold: restored.dirty.iter().copied().collect(),
             dirty: restored.dirty.into_iter().map(|conversation| (conversation, None)).collect(),
             due: BTreeSet::new(),
             commits: 0,
@@ -403,8 +406,8 @@ impl Client {
             changed: self.changed(),
             network,
         };
-        if Frame::Hello(hello.clone()).encoded_len() > HELLO_BYTES_MAX {
-            hello.changed.clear();
+        while !hello.changed.is_empty() && Frame::Hello(hello.clone()).encoded_len() > HELLO_BYTES_MAX {
+            hello.changed.truncate(hello.changed.len() / 2);
         }
         self.told.clone_from(&hello.changed);
         self.push(Channel::Control, Frame::Hello(hello));
@@ -419,11 +422,19 @@ impl Client {
         self.pump(now);
     }
 
+    /// Dirty cursors for a HELLO, those first that were never told: the gateway has the others, as a rule.
     fn changed(&self) -> Vec<(ConversationId, Seq)> {
-        if self.dirty.len() > ENTRIES_PER_FRAME_MAX {
+        if self.untold.len() > ENTRIES_PER_FRAME_MAX {
+            // All of them will be asked for.
             return Vec::new();
         }
-        self.dirty.keys().map(|conversation| (*conversation, self.readers.cursor(*conversation))).collect()
+        let told = self.dirty.keys().filter(|conversation| !self.untold.contains(conversation));
+        self.untold
+            .iter()
+            .chain(told)
+            .take(ENTRIES_PER_FRAME_MAX)
+            .map(|conversation| (*conversation, self.readers.cursor(*conversation)))
+            .collect()
     }
 
     /// The connection is gone.
@@ -623,6 +634,7 @@ impl Client {
                     if self.readers.cursor(conversation) == seq {
                         self.dirty.remove(&conversation);
                         self.due.remove(&conversation);
+                        self.untold.remove(&conversation);
                     }
                 }
                 // What was dirty and not told made no difference: the digests are equal.
@@ -671,6 +683,7 @@ impl Client {
             self.push(Channel::Control, Frame::Cursors(Cursors { last, entries }));
         }
         self.due.clear();
+        self.untold.clear();
         self.dirty.values_mut().for_each(|ack| *ack = Some(self.acks_sent));
     }
 
@@ -847,6 +860,7 @@ impl Client {
         }
         self.dirty.insert(conversation, None);
         self.due.insert(conversation);
+        self.untold.insert(conversation);
         self.commits = self.commits.saturating_add(moved);
         if self.state.is_welcomed() {
             // A record by itself is acknowledged at once: the transport's own acknowledgement shares the packet. Only
@@ -872,6 +886,7 @@ impl Client {
         let entries: Vec<_> = core::mem::take(&mut self.due)
             .into_iter()
             .map(|conversation| {
+                self.untold.remove(&conversation);
                 self.dirty.insert(conversation, Some(self.acks_sent));
                 (conversation, self.readers.cursor(conversation))
             })
