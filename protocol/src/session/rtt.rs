@@ -2,7 +2,7 @@
 //!
 //! - An answer that came later than one waits for ([`Rtt::overdue_after`]) may be the answer to a repetition, the
 //!   transport's or ours: Karn's rule would leave it out. Here it counts as a little slower than usual, so that single
-//!   losses hardly move the estimate; after [`LATE_IN_A_ROW`] of them in a row the path itself has become slower, and
+//!   losses hardly move the estimate; after three of them in a row the path itself has become slower, and
 //!   the shortest of them is the new estimate.
 //! - A seed is what a network was like before: a first sample of about that size is taken in, any other replaces it.
 //!   What a handshake takes is no seed: it is two round trips or three.
