@@ -599,6 +599,8 @@ impl Driver {
                 }
             }
             RaceEvent::Nobody(text) => self.unreached(OfflineReason::Unreachable(text)),
+            // The loop looks at the time anew.
+            RaceEvent::Rescheduled => {}
             RaceEvent::Over(verdict) => {
                 self.note_attempts();
                 self.race = None;
@@ -614,6 +616,9 @@ impl Driver {
 
     /// QUIC was tried beside another way.
     fn probed(&mut self, event: RaceEvent) {
+        if matches!(event, RaceEvent::Rescheduled) {
+            return;
+        }
         self.probe = None;
         let wall = self.wall();
         let network = self.networks.on(self.network);
@@ -632,7 +637,7 @@ impl Driver {
                 }
             }
             RaceEvent::Nobody(_) => network.udp_was(Verdict::Blocked, wall),
-            RaceEvent::Over(_) => {}
+            RaceEvent::Over(_) | RaceEvent::Rescheduled => {}
         }
     }
 

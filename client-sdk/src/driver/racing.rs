@@ -36,6 +36,8 @@ pub(super) enum RaceEvent {
     Won(Box<Won>),
     /// Nobody was; the text is for people.
     Nobody(String),
+    /// The race goes on, and [`Racing::poll_timeout`] says another time than before.
+    Rescheduled,
     /// The race is over after it was won; what it showed of UDP.
     Over(Option<Verdict>),
 }
@@ -131,6 +133,7 @@ impl Racing {
         now: Duration,
         cx: &mut Context<'_>,
     ) -> Poll<RaceEvent> {
+        let before = self.poll_timeout();
         if let Some(resolving) = &mut self.resolving {
             let found = std::task::ready!(resolving.as_mut().poll(cx));
             self.resolving = None;
@@ -155,6 +158,8 @@ impl Racing {
         match race.is_over() {
             true if self.won => Poll::Ready(RaceEvent::Over(race.verdict())),
             true => Poll::Ready(RaceEvent::Nobody(self.last_error.clone())),
+            // Whoever waits does so until the time it was told before.
+            false if self.poll_timeout() != before => Poll::Ready(RaceEvent::Rescheduled),
             false => Poll::Pending,
         }
     }
