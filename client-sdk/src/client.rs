@@ -170,6 +170,9 @@ impl Shared {
 
     /// Attempts to connect have ended.
     pub(crate) fn note_attempts(&self, ended: Vec<Attempt>) {
+        if ended.is_empty() {
+            return;
+        }
         let at = UnixMillis::new(self.platform.unix_millis()).unwrap_or_default();
         let mut attempts = lock(&self.attempts);
         for attempt in ended {

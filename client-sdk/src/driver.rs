@@ -566,6 +566,7 @@ impl Driver {
     }
 
     fn end_race(&mut self) {
+        self.note_attempts();
         (self.race, self.probe, self.won, self.proving) = (None, None, None, None);
         if self.flight.take().is_some() {
             let now = self.now();
@@ -619,6 +620,7 @@ impl Driver {
         if matches!(event, RaceEvent::Rescheduled) {
             return;
         }
+        self.note_attempts();
         self.probe = None;
         let wall = self.wall();
         let network = self.networks.on(self.network);
@@ -642,7 +644,6 @@ impl Driver {
     }
 
     fn unreached(&mut self, reason: OfflineReason) {
-        self.note_attempts();
         self.end_race();
         // A connection that is only suspected has a better reason, if it has any.
         if self.link.is_none() {
@@ -655,10 +656,8 @@ impl Driver {
 
     /// For the report of attempts.
     fn note_attempts(&mut self) {
-        let Some(race) = &mut self.race else { return };
-        let attempts = race.take_attempts();
-        if !attempts.is_empty() {
-            self.shared.note_attempts(attempts);
+        for race in [&mut self.race, &mut self.probe].into_iter().flatten() {
+            self.shared.note_attempts(race.take_attempts());
         }
     }
 
