@@ -573,6 +573,8 @@ async fn carry_out(sim: &Sim, stage: &Arc<Stage>, deed: &Deed) -> anyhow::Result
             }
         }
         Deed::RestartApp { phone: number } => restart(sim, stage, *number)?,
+        Deed::SocketRoom { phone: number, bytes } => phone(number)?.socket_room(Some(*bytes)),
+        Deed::MuteDisk => sim.gateway().mute_disk(true),
         Deed::CrashGateway => {
             if sim.gateway().is_running() {
                 sim.gateway().crash().await;
@@ -637,6 +639,7 @@ fn restart(sim: &Sim, stage: &Arc<Stage>, number: usize) -> anyhow::Result<()> {
 
 /// All faults end.
 async fn calm_down(sim: &Sim, stage: &Arc<Stage>) -> anyhow::Result<()> {
+    sim.gateway().mute_disk(false);
     start_gateway(sim).await?;
     sim.gateway().disk(DiskManner::default());
     for (number, phone) in stage.phones.iter().enumerate() {
@@ -651,6 +654,7 @@ async fn calm_down(sim: &Sim, stage: &Arc<Stage>) -> anyhow::Result<()> {
             phone.change_network(calm_path());
         }
         phone.sockets_follow(true);
+        phone.socket_room(None);
         phone.freeze(false);
         if stage.client(number).is_none() && !stage.is_starting(number) {
             stage.start(number);

@@ -33,6 +33,8 @@ pub(crate) enum Deed {
     KillApp { phone: usize },
     StartApp { phone: usize },
     RestartApp { phone: usize },
+    SocketRoom { phone: usize, bytes: usize },
+    MuteDisk,
     CrashGateway,
     DrainGateway,
     StartGateway,
@@ -204,6 +206,9 @@ impl Plan {
         draw_networks(&mut draw, &links);
         draw_phones(&mut draw);
         draw_gateway(&mut draw);
+        // Chance of their own: what came to the plan later changes nothing of what a seed meant before.
+        draw.rng = Rng::new(seed).fork(101);
+        draw_later(&mut draw);
         let mut deeds = draw.deeds;
         deeds.retain(|planned| planned.at <= length);
         // Stable, so that a beginning stays before its end.
@@ -326,6 +331,27 @@ fn draw_gateway(draw: &mut Draw) {
             manner.answer = draw.ms(1, 100);
         }
         draw.plan(Duration::ZERO, Deed::Disk(manner));
+    }
+}
+
+fn draw_later(draw: &mut Draw) {
+    if draw.on() {
+        // Of a phone that is suspended while others write, a few packets fit.
+        for _ in 0..draw.times(2) {
+            let (at, phone, lasts) = (draw.at(), draw.phone(), draw.ms(2_000, 15_000));
+            let bytes = usize::try_from(draw.rng.between(1_200, 4_000)).unwrap_or(1_200);
+            draw.plan(at, Deed::SocketRoom { phone, bytes });
+            draw.plan(at, Deed::Freeze { phone, frozen: true });
+            draw.plan(at + lasts, Deed::Freeze { phone, frozen: false });
+        }
+    }
+    if draw.on() {
+        for _ in 0..draw.times(2) {
+            let (at, mute, lasts) = (draw.at(), draw.ms(50, 1_500), draw.ms(50, 4_000));
+            draw.plan(at, Deed::MuteDisk);
+            draw.plan(at + mute, Deed::CrashGateway);
+            draw.plan(at + mute + lasts, Deed::StartGateway);
+        }
     }
 }
 

@@ -40,6 +40,7 @@ use crate::network::{Direction, Net, Owner, Rules, Traffic};
 use crate::phone::{Device, QuicRuntime, WALL_START_MS, sim_time};
 use crate::process::Process;
 use crate::socket::Socket;
+use crate::spent::Spent;
 use crate::stream::Listener;
 
 /// The stack of a world's thread: unoptimised futures of two ends on one thread are large.
@@ -337,11 +338,11 @@ impl Sim {
         }
     }
 
-    /// A token for this user, valid for a day of the world.
+    /// A token for this user, valid for a week of the world.
     #[must_use]
     pub fn token(&self, user: &str) -> String {
         let now = ground::unix_now();
-        let claims = Mint { app: &self.app.0, issuer: &self.app.1, user, ttl_s: 86_400 };
+        let claims = Mint { app: &self.app.0, issuer: &self.app.1, user, ttl_s: 7 * 86_400 };
         // A name that may not be gives a token that is refused.
         mint(&self.gateway.keys.dev_key, claims, now).unwrap_or_default()
     }
@@ -554,10 +555,23 @@ impl Phone {
         self.net.sockets_follow(self.device.id(), follow);
     }
 
+    /// How many bytes each of the phone's sockets holds for an app that does not read, as one that is suspended; `None`: as many
+    /// as Linux gives it, 208 KiB. What comes beyond is dropped.
+    pub fn socket_room(&self, bytes: Option<usize>) {
+        self.net.set_socket_room(self.device.id(), bytes);
+    }
+
     /// What the phone's links have carried.
     #[must_use]
     pub fn traffic(&self) -> Traffic {
         self.net.traffic(self.device.id())
+    }
+
+    /// What the phone has spent since it was made.
+    #[must_use]
+    pub fn spent(&self) -> Spent {
+        let (cpu_wakeups, polls) = self.device.cpu();
+        Spent { cpu_wakeups, polls, ..self.net.spent(self.device.id()) }
     }
 
     /// A hint of this kind for [`Client::network_changed`].
@@ -610,6 +624,13 @@ impl Gateway {
     /// What its disk is like from now on.
     pub fn disk(&self, manner: DiskManner) {
         self.disk.set(manner);
+    }
+
+    /// From now on (`true`) it stores what it is sent and hears nothing of that from its disk, so that nobody is told. That ends with
+    /// `false`, when it is killed ([`Gateway::crash`]), and when it begins to leave.
+    pub fn mute_disk(&self, mute: bool) {
+        let serves = self.running.borrow().as_ref().is_some_and(|running| !running.draining);
+        self.disk.mute(mute && serves);
     }
 
     /// Starts it, on what it stored before.
@@ -689,6 +710,7 @@ impl Gateway {
             && !running.draining
         {
             running.draining = true;
+            self.disk.mute(false);
             running.trigger.start(Cause::Request);
             self.net.bite(Bite::GatewayDrained, format_args!("gateway"));
         }
