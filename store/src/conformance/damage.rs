@@ -12,7 +12,10 @@ use crate::{
     commit::{self, CommitId, Header},
     engine::faulty::Fate,
     files::faulty::Chance,
-    shard::journal::{self, HEADER_BYTES},
+    shard::{
+        journal::{self, HEADER_BYTES},
+        manifest::Manifest,
+    },
 };
 
 fn never_settles() -> StoreOptions {
@@ -504,6 +507,34 @@ fn an_index_that_is_not_at_the_manifest_is_brought_there_or_made_again() {
             }
         }
     }
+}
+
+/// Whatever is there of a closed folder is needed: a file that goes missing from it is always noticed.
+#[test]
+fn a_merge_that_closing_cut_short_leaves_no_file() {
+    // More than a merge writes in a few steps.
+    let payload = "x".repeat(16_000);
+    let machine = Machine::new();
+    for part in 0..8 {
+        let mut open = machine.open(&StoreOptions { segment_bytes_max: 1, ..never_settles() }).unwrap();
+        let batch: Vec<_> = (1..=40).map(|n| append(1, part * 40 + n, payload.clone())).collect();
+        open.commit(&batch).unwrap();
+        open.close().unwrap();
+    }
+    let before = segments(&machine).len();
+    // At one byte a second it is begun, and waits.
+    let slowly = StoreOptions {
+        settle_bytes: 1 << 30,
+        segment_bytes_max: 1 << 40,
+        background_bytes_per_second: 1,
+        ..never_settles()
+    };
+    let open = machine.open(&slowly).unwrap();
+    until("the beginning of a merge", || segments(&machine).len() > before);
+    open.close().unwrap();
+    let named = Manifest::load(&machine.files, shard_id()).unwrap().segments;
+    let named: Vec<_> = named.iter().map(|entry| crate::segment::name(entry.id)).collect();
+    assert_eq!(segments(&machine), named);
 }
 
 /// Cuts the power at every operation of a merge.

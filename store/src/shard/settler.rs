@@ -444,8 +444,22 @@ impl Settler {
 
     /// Runs until it is told to stop.
     pub(crate) fn run(mut self) {
+        let _gone = Gone(Arc::clone(&self.shared));
+        self.work();
+        self.drop_half_merged();
+    }
+
+    /// What nothing names yet is begun again after the next start; a file of it would only be in the way of who looks at the folder.
+    fn drop_half_merged(&mut self) {
+        let Some(Merging::Writing { id, merge, .. }) = self.merging.take() else { return };
+        drop(merge);
+        if let Err(error) = self.files.remove(&segment::name(id)) {
+            tracing::debug!(shard = %self.shared.id, %error, "half a merged segment stays until the next start");
+        }
+    }
+
+    fn work(&mut self) {
         let shared = Arc::clone(&self.shared);
-        let _gone = Gone(Arc::clone(&shared));
         let mut pause = RETRY_FIRST;
         loop {
             let layer = {
