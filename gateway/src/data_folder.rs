@@ -4,6 +4,7 @@
 //! fulmar-data/
 //!   fulmar.toml          configuration, if the operator puts it here
 //!   LOCK                 held by the one process that uses the folder
+//!   live.connections     who is connected, while a gateway runs and after it was killed
 //!   folder.id            what the folder calls itself: clients keep numbers and cursors of this log only
 //!   store/               the log; the store's own layout
 //!   tls/cert.pem         self-signed certificate, for trying things out
@@ -234,6 +235,12 @@ impl DataFolder {
     #[must_use]
     pub fn store(&self) -> PathBuf {
         self.path.join("store")
+    }
+
+    /// Who is connected ([`crate::accept::book`]).
+    #[must_use]
+    pub fn live_connections(&self) -> PathBuf {
+        self.path.join("live.connections")
     }
 
     /// The self-signed certificate.

@@ -116,6 +116,8 @@ metrics! {
     transport_connections: Family<Transport, Gauge> = Family::default(), None;
     /// Connections accepted since the start, by what they run on.
     transport_connections_accepted: Family<Transport, Counter> = Family::default(), None;
+    /// Clients of an earlier process that was killed which were told that their connections are gone.
+    clients_reset: Counter = Counter::default(), None;
     /// Connection attempts that were refused or asked to prove their address, by reason.
     attempts_turned_away: Family<Reason, Counter> = Family::default(), None;
     /// Handshakes in progress now.

@@ -19,13 +19,13 @@ use std::time::Duration;
 use fulmar_protocol::version::ALPN;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, EndpointConfig, MtuDiscoveryConfig, ServerConfig, VarInt};
-use quinn_proto::HashedConnectionIdGenerator;
 use ring::{hkdf, hmac};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, ServerSessionMemoryCache};
 use rustls::sign::CertifiedKey;
 
+use super::resets::NotingIds;
 use crate::config::{LimitsConfig, TlsConfig, TransportConfig};
 use crate::data_folder::{DataFolder, EndpointKeys};
 
@@ -262,7 +262,7 @@ pub fn endpoint_config(keys: &EndpointKeys, transport: &TransportConfig) -> Endp
     let mut config = EndpointConfig::new(Arc::new(reset_key));
     let id_key = keys.connection_id;
     config
-        .cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)))
+        .cid_generator(move || Box::new(NotingIds::from_key(id_key)))
         .min_reset_interval(Duration::from_secs(1) / transport.resets_per_second.max(1));
     config
 }

@@ -1,0 +1,173 @@
+//! Telling clients of a process that was killed that their connections are gone.
+//!
+//! - A client that only listens has nothing to notice it by before its next PING. So the next process sends each one that
+//!   was noted ([`super::book`]) a stateless reset (RFC 9000, 10.3), as it would answer a packet of it: once, paced, from
+//!   its own port.
+//! - A reset needs an id the client was given, and our key. quinn hands ids out itself; the one it hands out while an
+//!   attempt is accepted is what its client uses until it changes its own address. Who did ([`quinn::Endpoint::rebind`])
+//!   uses an id only quinn knows, and notices by its PING as before.
+//! - No use to anybody else: 43 bytes to addresses that completed a handshake with us minutes ago, and only at a start
+//!   that follows a kill.
+
+use std::{cell::Cell, io, sync::Arc, task::Poll, time::Duration};
+
+use quinn::{AsyncUdpSocket, ConnectionId, ConnectionIdGenerator, udp::Transmit};
+use quinn_proto::{HashedConnectionIdGenerator, InvalidCid};
+use ring::hmac;
+use tracing::{info, warn};
+
+use super::book::Gone;
+use crate::{data_folder::EndpointKeys, metrics::Metrics};
+
+/// Bytes of a reset's token.
+const TOKEN_BYTES: usize = 16;
+
+/// Bytes of a reset: enough not to be told from any other short packet.
+const RESET_BYTES: usize = 43;
+
+/// How often resets leave; as many at once as the rate asks for.
+const TURN: Duration = Duration::from_millis(10);
+
+thread_local! {
+    static FIRST: Cell<Option<ConnectionId>> = const { Cell::new(None) };
+}
+
+/// quinn's own ids, which are recognised as ours after a restart; the first one made during [`first_id`] is remembered.
+pub(super) struct NotingIds(HashedConnectionIdGenerator);
+
+impl NotingIds {
+    pub(super) fn from_key(key: u64) -> Self {
+        Self(HashedConnectionIdGenerator::from_key(key))
+    }
+}
+
+impl ConnectionIdGenerator for NotingIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let id = self.0.generate_cid();
+        FIRST.set(FIRST.get().or(Some(id)));
+        id
+    }
+
+    fn validate(&self, id: &ConnectionId) -> Result<(), InvalidCid> {
+        self.0.validate(id)
+    }
+
+    fn cid_len(&self) -> usize {
+        self.0.cid_len()
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        self.0.cid_lifetime()
+    }
+}
+
+/// Does `work`, and says which id was the first that was made meanwhile on this thread. quinn makes the ids of an attempt
+/// where it is accepted, holding its lock.
+pub(super) fn first_id<T>(work: impl FnOnce() -> T) -> (T, Option<ConnectionId>) {
+    FIRST.set(None);
+    let done = work();
+    (done, FIRST.take())
+}
+
+/// The reset for a connection with this id. `random` makes it look like any other packet.
+fn reset(key: &hmac::Key, id: &[u8], mut random: [u8; RESET_BYTES]) -> [u8; RESET_BYTES] {
+    if let Some(first) = random.first_mut() {
+        // A short header.
+        *first = 0b0100_0000 | (*first >> 2);
+    }
+    let token = hmac::sign(key, id);
+    let tail = random.iter_mut().rev().take(TOKEN_BYTES).rev();
+    for (byte, token) in tail.zip(token.as_ref()) {
+        *byte = *token;
+    }
+    random
+}
+
+/// Tells everybody in `gone`, at most `per_second` of them a second.
+pub async fn tell(
+    socket: Arc<dyn AsyncUdpSocket>,
+    keys: EndpointKeys,
+    gone: Vec<Gone>,
+    per_second: u32,
+    metrics: Metrics,
+) {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, &keys.reset);
+    let turns = u32::try_from(Duration::from_secs(1).as_millis() / TURN.as_millis()).unwrap_or(1);
+    let at_once = usize::try_from(per_second / turns).unwrap_or(1).max(1);
+    info!(
+        clients = gone.len(),
+        "the last process was killed: its clients are told that their connections are gone"
+    );
+    let mut told = 0;
+    for some in gone.chunks(at_once) {
+        for gone in some {
+            let mut random = [0; RESET_BYTES];
+            if let Err(error) = getrandom::fill(&mut random) {
+                warn!(%error, "the system gives no random numbers: clients notice the restart later");
+                return;
+            }
+            let packet = reset(&key, &gone.id, random);
+            let transmit = Transmit {
+                destination: gone.remote,
+                ecn: None,
+                contents: &packet,
+                segment_size: None,
+                src_ip: gone.local,
+            };
+            // One that can't be reached notices later.
+            if send(&socket, &transmit).await.is_ok() {
+                told += 1;
+                metrics.clients_reset.inc();
+            }
+        }
+        tokio::time::sleep(TURN.max(Duration::from_secs(1) / per_second.max(1))).await;
+    }
+    info!(told, "everybody was told");
+}
+
+/// Sends one packet, when the socket can take it.
+async fn send(socket: &Arc<dyn AsyncUdpSocket>, transmit: &Transmit<'_>) -> io::Result<()> {
+    let mut poller = Arc::clone(socket).create_io_poller();
+    loop {
+        match socket.try_send(transmit) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                std::future::poll_fn(|cx| match poller.as_mut().poll_writable(cx) {
+                    Poll::Ready(ready) => Poll::Ready(ready),
+                    Poll::Pending => Poll::Pending,
+                })
+                .await?;
+            }
+            sent => return sent,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reset_looks_like_any_packet_and_ends_in_the_token_of_its_id() {
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &[7; 64]);
+        let packet = reset(&key, &[1, 2, 3, 4, 5, 6, 7, 8], [0xff; RESET_BYTES]);
+        assert_eq!(packet[0] & 0b1100_0000, 0b0100_0000, "a short header with its fixed bit");
+        assert_eq!(packet[1..RESET_BYTES - TOKEN_BYTES], [0xff; RESET_BYTES - TOKEN_BYTES - 1]);
+        let token = hmac::sign(&key, &[1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(packet[RESET_BYTES - TOKEN_BYTES..], token.as_ref()[..TOKEN_BYTES]);
+    }
+
+    #[test]
+    fn the_first_id_made_meanwhile_is_the_connection_s() {
+        let mut ids = NotingIds::from_key(9);
+        ids.generate_cid();
+        let (first, noted) = first_id(|| {
+            let first = ids.generate_cid();
+            ids.generate_cid();
+            first
+        });
+        assert_eq!(noted, Some(first));
+        assert!(ids.validate(&first).is_ok());
+        ids.generate_cid();
+        assert_eq!(first_id(|| ()).1, None);
+    }
+}
