@@ -19,7 +19,10 @@ use fulmar_store::{
 use fulmar_transport::tcp::Listen;
 use futures_util::FutureExt;
 use quinn::{AsyncUdpSocket, Runtime, TokioRuntime};
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
 use tracing::{info, warn};
 
 use crate::{
@@ -31,14 +34,14 @@ use crate::{
         tls::{Certificate, endpoint_config, server_config, stream_tls_config, tls_config},
     },
     config::{ColdConfig, Config, Durability, Engine},
-    context::Context,
+    context::{Context, LOOKS_AT_ONCE},
     conversation::{
         route::Route,
         shard::{self, CommitLog, ShardHandle, ShardLimits, Worker, repair_links},
     },
     data_folder::{DataFolder, FolderLock},
     drain::Drain,
-    fanout::ring::RingLimits,
+    fanout::{ring::RingLimits, roster::AwayLimits},
     ground::{blocking, is_simulated, unix_now},
     http::{Canary, HttpServer, Pages, cannot_listen},
     identity::{ticket::Tickets, token::Verifier},
@@ -260,6 +263,7 @@ impl Gateway {
             metrics: metrics.clone(),
             complaints: Complaints::new(repeat),
             drain: drain.clone(),
+            looks: Semaphore::new(LOOKS_AT_ONCE),
             numbers: AtomicU64::new(u64::from_le_bytes(start) >> 8),
             shards,
             config,
@@ -440,6 +444,13 @@ fn shard_limits(config: &Config) -> ShardLimits {
         members_max: MEMBERS_MAX,
         inline_members_max: usize::try_from(config.fanout.inline_members_max).unwrap_or(usize::MAX),
         receipts_members_max: usize::try_from(config.receipts.members_max).unwrap_or(usize::MAX),
+        away: AwayLimits {
+            lasts: Duration::from_secs(config.limits.away_s),
+            bytes: usize::try_from(config.limits.away_mib.saturating_mul(1 << 20)).unwrap_or(usize::MAX)
+                / usize::from(config.data.shards.max(1)),
+            marks: config.limits.away_conversations,
+            members: config.limits.away_members,
+        },
         cursor_delay: Duration::from_millis(config.receipts.persist_ms),
     }
 }

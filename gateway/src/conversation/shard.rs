@@ -28,13 +28,13 @@ use std::{
 use fulmar_protocol::{
     close::{CloseCode, RefusalCode},
     frame::{self, WireTime},
-    id::{AppId, ConversationId, DeviceId, Producer, Pseq, Seq, ShardId, UserId},
+    id::{AppId, ConversationId, Producer, Pseq, Seq, ShardId, UserId},
 };
 use fulmar_store::{CommitError, ConversationClass, Op, ReadError, ShardReader, ShardWriter};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, debug_span, error};
 
-use self::parking::Parking;
+use self::{cursors::WaitingCursors, parking::Parking};
 use super::{
     command::{Answer, Command, Refusal},
     commit::{Batch, Effect},
@@ -47,7 +47,7 @@ use crate::{
         owed::{Ending, Owed, Settled},
         push,
         ring::{Ring, RingLimits},
-        roster::Roster,
+        roster::{AwayLimits, Forgotten, Roster},
     },
     ground::{blocking, is_simulated, now, unix_now},
     metrics::Metrics,
@@ -70,6 +70,8 @@ pub struct ShardLimits {
     pub inline_members_max: usize,
     /// Members up to which a conversation has receipts.
     pub receipts_members_max: usize,
+    /// What is kept for devices that are away.
+    pub away: AwayLimits,
     /// How long receive and read cursors may wait for a commit of others before they get their own.
     pub cursor_delay: Duration,
 }
@@ -171,15 +173,16 @@ pub fn start<W: CommitLog>(
     metrics.storage_writable(shard, true);
     let name = format!("shard-{shard}");
     let shard = move || Shard {
+        started: now(),
         id: shard,
         reader,
         directory,
         limits,
         metrics,
         loaded: HashMap::new(),
-        roster: Roster::default(),
+        roster: Roster::new(shard, limits.away),
         batch: Batch::default(),
-        cursors: HashMap::new(),
+        cursors: WaitingCursors::default(),
         reads: HashMap::new(),
         cursors_since: None,
         tick: 0,
@@ -234,6 +237,7 @@ struct Done<W> {
 type InFlight<W> = Pin<Box<dyn Future<Output = Done<W>>>>;
 
 struct Shard {
+    started: Instant,
     id: ShardId,
     reader: ShardReader,
     directory: Directory,
@@ -243,7 +247,7 @@ struct Shard {
     roster: Roster,
     batch: Batch,
     /// Receive cursors that wait for a commit.
-    cursors: HashMap<(UserId, DeviceId, ConversationId), Seq>,
+    cursors: WaitingCursors,
     /// Read cursors that wait for a commit.
     reads: HashMap<(ConversationId, UserId), Seq>,
     cursors_since: Option<Instant>,
@@ -307,10 +311,28 @@ impl Shard {
                     }
                     self.probe();
                     self.put_away(in_flight.is_none());
+                    self.look_after_the_absent();
                 }
             }
         }
         debug!(shard = %self.id, "shard ended");
+    }
+
+    /// Time on the roster's clock.
+    fn clock(&self) -> Duration {
+        now().saturating_duration_since(self.started)
+    }
+
+    /// Forgets devices that have been away for too long, and counts.
+    fn look_after_the_absent(&mut self) {
+        let clock = self.clock();
+        self.roster.expire(clock);
+        let Forgotten { expired, full, marks } = self.roster.take_forgotten();
+        for (reason, times) in [("expired", expired), ("full", full), ("marks", marks)] {
+            self.metrics.forgotten(reason, times);
+        }
+        let (devices, marks) = self.roster.kept();
+        self.metrics.away(self.id, devices, marks);
     }
 
     fn unload(&mut self, conversation: ConversationId) {
@@ -340,24 +362,29 @@ impl Shard {
                 if record.pseq != Pseq::ZERO {
                     self.metrics.sends_accepted.inc();
                 }
+                let others = !joined.is_empty() || !left.is_empty();
                 for user in joined {
                     self.roster.join(conversation, user);
                     for session in self.roster.sessions(user) {
                         session.rejoin(conversation, record.seq);
                     }
                 }
-                let sessions = self.roster.present(conversation);
                 if let Some(loaded) = self.loaded.get(&conversation) {
+                    let sessions = self.roster.present(conversation);
                     let wire = record::to_wire(conversation, &record, WireTime::short(record.time));
                     let inline = loaded.state.member_count() <= self.limits.inline_members_max;
-                    push::push(&loaded.ring, wire, record::origin(&record), record.time, sessions, inline);
-                    self.metrics.deliveries.inc_by(sessions.len() as u64);
-                    debug_span!("fanout", conversation = conversation.get()).in_scope(
-                        || debug!(seq = %record.seq, recipients = sessions.len(), "committed and published"),
-                    );
+                    let origin = record::origin(&record);
+                    let told = push::push(&loaded.ring, wire, origin, record.time, sessions, inline);
+                    self.metrics.deliveries.inc_by(told as u64);
+                    debug_span!("fanout", conversation = conversation.get())
+                        .in_scope(|| debug!(seq = %record.seq, recipients = told, "committed and published"));
                 }
+                self.roster.mark_away(conversation);
                 for user in left {
                     self.roster.leave(conversation, user);
+                }
+                if let Some(loaded) = self.loaded.get(&conversation).filter(|_| others) {
+                    self.roster.resize(conversation, loaded.state.members());
                 }
             }
         }
@@ -453,17 +480,22 @@ impl Shard {
                 self.answer_when_committed(Some(conversation), answer, result, None);
             }
             Command::Arrive(session, answer) => {
-                self.arrive(&session);
-                let _ = answer.send(());
+                let _ = answer.send(self.arrive(&session));
             }
             Command::Confirm(session) => self.take_over(&session),
-            Command::Depart(session) => self.roster.depart(&session),
+            Command::Depart(session) => {
+                let clock = self.clock();
+                self.roster.depart(&session, clock);
+            }
+            Command::KnownCursors { user, device, of, answer } => {
+                let _ = answer.send(self.known_cursors(user, device, of));
+            }
+            Command::KeepDigest { user, device, digest, moves } => {
+                self.roster.keep_digest(user, device, digest, moves);
+            }
             Command::Cursors { user, device, entries } => {
                 for (conversation, seq) in entries {
-                    if !self.keeps_cursor(user, device, conversation) {
-                        continue;
-                    }
-                    self.wait_received(user, device, conversation, seq);
+                    self.received(user, device, conversation, seq);
                 }
                 if self.cursors.len() >= CURSORS_WAITING_MAX {
                     self.add_cursors(true);
@@ -479,7 +511,7 @@ impl Shard {
             Command::Online(users, answer) => {
                 let online = users
                     .iter()
-                    .map(|user| self.roster.sessions(*user).iter().any(|session| session.is_confirmed()))
+                    .map(|user| self.roster.sessions(*user).any(|session| session.is_confirmed()))
                     .collect();
                 let _ = answer.send(online);
             }
@@ -487,7 +519,6 @@ impl Shard {
                 let here = self
                     .roster
                     .sessions(user)
-                    .iter()
                     .filter(|session| session.is_confirmed())
                     .map(|session| session.device)
                     .collect();
@@ -737,9 +768,9 @@ impl Shard {
         }
     }
 
-    fn arrive(&mut self, session: &Arc<Owed>) {
+    fn arrive(&mut self, session: &Arc<Owed>) -> Option<Vec<ConversationId>> {
         self.take_over(session);
-        self.roster.arrive(session);
+        self.roster.arrive(session)
     }
 
     /// Ends older connections of a device, once it is known that the newer one is no copy of an earlier first flight.

@@ -141,7 +141,7 @@ impl State {
     }
 
     /// Who is in it.
-    pub fn members(&self) -> impl Iterator<Item = UserId> + '_ {
+    pub fn members(&self) -> impl ExactSizeIterator<Item = UserId> + '_ {
         self.members.keys().copied()
     }
 

@@ -3,6 +3,8 @@
 //! - For a conversation without an entry the connection has everything that was published before it attached, or
 //!   will get it by its resume; the first record published after that makes the entry.
 //! - `next` never goes back, but for a resume that finds the device further behind.
+//! - Once what the device lacked when it came is owed ([`Owed::caught_up`]), [`Owed::unfinished`] says where it may lack
+//!   something: what is not named there it has, and has said so.
 //! - Settled sends are bounded by the send window, events by [`EVENTS_MAX`] (newest per key wins), receipts by one per
 //!   (conversation, user) and [`RECEIPTS_MAX`], heads by one per conversation.
 //!
@@ -19,7 +21,7 @@ use std::{
 use fulmar_protocol::{
     close::CloseCode,
     frame::{Event, EventKind, Goaway, Head, Receipt, SendRefused},
-    id::{ConversationId, DeviceId, Pseq, Seq, UnixMillis, UserId},
+    id::{ConversationId, DeviceId, Pseq, Seq, ShardId, UnixMillis, UserId},
 };
 use tokio::sync::Notify;
 
@@ -50,6 +52,8 @@ pub enum Mode {
 struct Lag {
     next: Seq,
     head: Seq,
+    /// The furthest the device has acknowledged on this connection.
+    acked: Seq,
     mode: Mode,
     ring: Option<Arc<Ring>>,
     queued: bool,
@@ -104,6 +108,7 @@ struct Inner {
     fell_behind: u64,
     on_screen: VecDeque<ConversationId>,
     ending: Option<Ending>,
+    caught_up: bool,
 }
 
 /// See the module's text. Shared by the connection and the shards.
@@ -198,6 +203,7 @@ impl Owed {
         let lag = inner.lags.entry(conversation).or_insert_with(|| Lag {
             next: seq,
             head: seq,
+            acked: Seq::ZERO,
             mode: Mode::Live,
             ring: None,
             queued: false,
@@ -226,7 +232,8 @@ impl Owed {
         if next > known_head && !gap {
             // It has everything; an entry is only kept where a ring is known to be live.
             if ring.is_some() {
-                let lag = Lag { next, head: known_head, mode: Mode::Live, ring, queued: false };
+                let (acked, mode) = (next.prev(), Mode::Live);
+                let lag = Lag { next, head: known_head, acked, mode, ring, queued: false };
                 inner.lags.insert(conversation, lag);
             }
             return;
@@ -240,7 +247,8 @@ impl Owed {
         } else {
             Mode::Backlog
         };
-        inner.lags.insert(conversation, Lag { next, head: known_head, mode, ring, queued: !far });
+        let lag = Lag { next, head: known_head, acked: Seq::ZERO, mode, ring, queued: !far };
+        inner.lags.insert(conversation, lag);
         match mode {
             Mode::Live => inner.live.push_back(conversation),
             Mode::Backlog => inner.backlog.push_back(conversation),
@@ -254,6 +262,33 @@ impl Owed {
             Mode::Backlog => self.backlog.notify_one(),
             Mode::Pulling => self.control.notify_one(),
         }
+    }
+
+    /// What the device lacked when it came is owed now: from here on this set knows everything it may lack.
+    pub fn caught_up(&self) {
+        self.lock().caught_up = true;
+    }
+
+    /// The device has committed records up to these.
+    pub fn acked(&self, entries: &[(ConversationId, Seq)]) {
+        let mut inner = self.lock();
+        for (conversation, seq) in entries {
+            if let Some(lag) = inner.lags.get_mut(conversation) {
+                lag.acked = lag.acked.max(*seq);
+            }
+        }
+    }
+
+    /// The conversations of a shard in which the device has not acknowledged everything that was owed or published here,
+    /// and whether what it lacked when it came is among that.
+    #[must_use]
+    pub fn unfinished(&self, shard: ShardId) -> (bool, Vec<ConversationId>) {
+        let inner = self.lock();
+        let unfinished = inner
+            .lags
+            .iter()
+            .filter(|(conversation, lag)| conversation.shard() == shard && lag.acked < lag.head);
+        (inner.caught_up, unfinished.map(|(conversation, _)| *conversation).collect())
     }
 
     /// `conversation` is on screen: its backlog goes in front of the others, and its records come inline whatever its

@@ -61,25 +61,19 @@ impl Shard {
             self.directory.put_device(user, device, row);
             self.batch.push(Op::Device { user, device, row });
         }
-        let mut cursors = HashMap::new();
-        if !fresh {
-            let mut after = None;
-            loop {
-                let page = self.reader.recv_cursors(user, device, after, 4_096);
-                let page = self.read(page)?;
-                let Some((last, _)) = page.last() else { break };
-                after = Some(*last);
-                cursors.extend(page);
+        let clock = self.clock();
+        self.roster.expect(user, device, clock);
+        let mut digest = None;
+        if fresh {
+            self.roster.start_over(user, device);
+        } else if let (Some(mut known), _) = self.roster.digest(user, device) {
+            let changed: HashMap<ConversationId, Seq> = request.changed.iter().copied().collect();
+            for (conversation, seq) in changed {
+                known.moved(conversation, self.known_cursor(user, device, conversation)?, seq);
             }
-            for ((_, _, conversation), seq) in
-                self.cursors.iter().filter(|((of, on, _), _)| *of == user && *on == device)
-            {
-                let known: &mut Seq = cursors.entry(*conversation).or_default();
-                *known = (*known).max(*seq);
-            }
+            digest = Some(known);
         }
-        let cursors = cursors.into_iter().collect();
-        Ok(LoggedIn { user, device, epoch: row.epoch, class_epoch, fresh, cursors })
+        Ok(LoggedIn { user, device, epoch: row.epoch, class_epoch, fresh, digest })
     }
 
     pub(super) fn user(&mut self, app: AppId, name: &str, create: bool) -> Result<UserId, Refusal> {
@@ -149,7 +143,7 @@ impl Shard {
         let creation = State::create(id, meta, owner, members, now);
         self.tick += 1;
         let ring = Arc::new(Ring::new(self.limits.ring));
-        self.roster.load(id, []);
+        self.roster.load(id, [].into_iter());
         self.loaded.insert(id, Loaded { state: creation.state, ring, used: self.tick });
         Ok((id, self.put_change(id, creation.change)))
     }
