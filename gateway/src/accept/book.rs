@@ -45,6 +45,8 @@ const MAGIC: &[u8; 8] = b"FLMRLIVE";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 32;
 const RECORD_BYTES: usize = 64;
+/// The same as it stands in the header.
+const RECORD_BYTES_TOLD: u32 = 64;
 const ID_BYTES_MAX: usize = 20;
 
 /// A connection of a process that is gone.
@@ -134,7 +136,7 @@ fn unsealed(bytes: &[u8]) -> Option<&[u8]> {
 fn header(alive: UnixMillis) -> [u8; HEADER_BYTES] {
     let mut bytes = MAGIC.to_vec();
     bytes.extend(VERSION.to_be_bytes());
-    bytes.extend((RECORD_BYTES as u32).to_be_bytes());
+    bytes.extend(RECORD_BYTES_TOLD.to_be_bytes());
     bytes.extend(alive.get().to_be_bytes());
     sealed(bytes)
 }
@@ -144,7 +146,7 @@ fn alive(bytes: &[u8]) -> Option<UnixMillis> {
     let mut rest = unsealed(bytes)?;
     let known = take::<8>(&mut rest)? == MAGIC
         && u32::from_be_bytes(*take::<4>(&mut rest)?) == VERSION
-        && u32::from_be_bytes(*take::<4>(&mut rest)?) == RECORD_BYTES as u32;
+        && u32::from_be_bytes(*take::<4>(&mut rest)?) == RECORD_BYTES_TOLD;
     known.then_some(UnixMillis::new(u64::from_be_bytes(*take::<8>(&mut rest)?))?)
 }
 

@@ -327,8 +327,9 @@ impl Owed {
                 continue;
             };
             lag.queued = false;
-            let due =
-                lag.ring.as_ref().map_or(Due::Behind, |ring| ring.due(lag.next, self.user, budget, now));
+            // Not what follows its head: that is published to it in a moment, or never, if its user is no member any more.
+            let owed = lag.next..=lag.head;
+            let due = lag.ring.as_ref().map_or(Due::Behind, |ring| ring.due(owed, self.user, budget, now));
             match due {
                 Due::Frames { frames, next, more } => {
                     let first = std::mem::replace(&mut lag.next, next);
@@ -594,6 +595,27 @@ mod tests {
             got.extend(frames.iter().map(|f| u64::from_be_bytes(f[..].try_into().unwrap())));
         }
         got
+    }
+
+    #[test]
+    fn who_is_no_member_any_more_gets_nothing_of_what_follows() {
+        let owed = owed();
+        let ring = Arc::new(Ring::new(RingLimits { records: 100, bytes: 100_000 }));
+        for n in 1..=3 {
+            push(&ring, n);
+            owed.publish(conversation(1), seq(n), &ring, true);
+        }
+        // The user left with 3; before its connection has taken it, others go on.
+        push(&ring, 4);
+        push(&ring, 5);
+        assert_eq!(live(&owed), [1, 2, 3]);
+        assert_eq!(live(&owed), [0u64; 0]);
+        // It is a member again from 6 on.
+        owed.rejoin(conversation(1), seq(6));
+        push(&ring, 6);
+        owed.publish(conversation(1), seq(6), &ring, true);
+        assert_eq!(live(&owed), [0u64; 0], "a BLOCK says that it begins later");
+        assert_eq!(owed.take_backlog(), Some((conversation(1), seq(6), seq(6))));
     }
 
     #[test]

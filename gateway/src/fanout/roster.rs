@@ -383,6 +383,9 @@ impl Roster {
 
     /// A record of `conversation` was published: who is away has something to look at.
     pub fn mark_away(&mut self, conversation: ConversationId) {
+        if self.away.is_empty() {
+            return;
+        }
         let Some(present) = self.present.get_mut(&conversation) else { return };
         let seats = std::mem::take(&mut present.seats);
         for id in &seats {
