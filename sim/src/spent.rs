@@ -178,9 +178,10 @@ fn long_headers(datagram: &[u8]) -> Vec<(bool, &[u8])> {
 
 fn long_header(packet: &[u8]) -> Option<(bool, &[u8], &[u8])> {
     let (first, rest) = packet.split_first()?;
-    let early = match first & 0xf0 {
-        0xc0 => false,
-        0xd0 => true,
+    // The second bit is fixed, but who knows that the peer bears it turns it over (RFC 9287).
+    let early = match first & 0xb0 {
+        0x80 => false,
+        0x90 => true,
         _ => return None,
     };
     let (version, rest) = rest.split_first_chunk::<4>()?;
@@ -257,7 +258,7 @@ mod tests {
         let mut both = packet(0xc1, 2, 20);
         both.extend(packet(0xd1, 2, 30));
         antenna.datagram(&both);
-        antenna.datagram(&packet(0xd0, 2, 5));
+        antenna.datagram(&packet(0x90, 2, 5));
         assert_eq!(told(&antenna), (2, 1));
         // Handshake packets, short headers, other versions, and what is cut off.
         let mut other = packet(0xc0, 3, 9);

@@ -21,7 +21,8 @@ use anyhow::Context as _;
 use fulmar_badnet::history::{Event, History};
 use fulmar_badnet::net::Path;
 use fulmar_badnet::{Profile, Rng, SimTime};
-use fulmar_client::{Client, Durability, NetworkHint, NetworkKind, Options, Trust};
+use fulmar_client::{Client, Durability, NetworkHint, NetworkKind, Options, Token, Trust};
+use fulmar_gateway::config::retention::KeepAge;
 use fulmar_gateway::config::{Config, Engine};
 use fulmar_gateway::data_folder::DataFolder;
 use fulmar_gateway::drain::{Cause, DrainTrigger, drain};
@@ -91,6 +92,7 @@ pub struct World {
     shards: u16,
     keep_log: bool,
     limit: Duration,
+    kept_for: Option<Duration>,
 }
 
 /// What is left of a world.
@@ -116,7 +118,14 @@ impl World {
     /// A world with one gateway, a clean network, and this seed.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        Self { seed, path: Path::default(), shards: 2, keep_log: false, limit: Duration::from_secs(3_600) }
+        Self {
+            seed,
+            path: Path::default(),
+            shards: 2,
+            keep_log: false,
+            limit: Duration::from_secs(3_600),
+            kept_for: None,
+        }
     }
 
     /// The network new phones are in.
@@ -136,6 +145,13 @@ impl World {
     #[must_use]
     pub fn shards(mut self, shards: u16) -> Self {
         self.shards = shards;
+        self
+    }
+
+    /// How long the gateway keeps what was said, in whole seconds; everything and for good unless said. It looks each second.
+    #[must_use]
+    pub fn kept_for(mut self, age: Option<Duration>) -> Self {
+        self.kept_for = age;
         self
     }
 
@@ -273,6 +289,13 @@ impl Sim {
         config.listen.http_address = None;
         config.data.engine = Engine::Memory;
         config.data.shards = world.shards;
+        // A token ends when it says so.
+        config.auth.leeway_s = 0;
+        if let Some(age) = world.kept_for {
+            config.retention.age = KeepAge::at(age.as_secs().max(1) * 1_000);
+            config.retention.sweep_s = 1;
+            config.retention.clock_settle_s = 1;
+        }
         let keys = DataFolder::prepare(&data, &config.tls.names)?;
         let certificate = std::fs::read(keys.certificate())?;
         let app = config.apps.first().context("a fresh folder has an app")?;
@@ -282,7 +305,7 @@ impl Sim {
             net: Arc::clone(net),
             address: config.listen.address,
             config,
-            keys,
+            keys: Arc::new(keys),
             memory: MemoryDisk::default(),
             disk,
             rng: RefCell::new(rng.fork(label::GATEWAY)),
@@ -341,10 +364,12 @@ impl Sim {
     /// A token for this user, valid for a week of the world.
     #[must_use]
     pub fn token(&self, user: &str) -> String {
-        let now = ground::unix_now();
-        let claims = Mint { app: &self.app.0, issuer: &self.app.1, user, ttl_s: 7 * 86_400 };
-        // A name that may not be gives a token that is refused.
-        mint(&self.gateway.keys.dev_key, claims, now).unwrap_or_default()
+        self.business().token(user, Duration::from_secs(7 * 86_400))
+    }
+
+    /// The business, to be taken along.
+    pub(crate) fn business(&self) -> Business {
+        Business { keys: Arc::clone(&self.gateway.keys), app: self.app.clone() }
     }
 
     /// Now.
@@ -393,6 +418,22 @@ impl fmt::Debug for Sim {
     }
 }
 
+/// Who says who is who.
+#[derive(Clone, Debug)]
+pub(crate) struct Business {
+    keys: Arc<DataFolder>,
+    app: (String, String),
+}
+
+impl Business {
+    /// A token for this user that is good for so long, in whole seconds, from now.
+    pub(crate) fn token(&self, user: &str, good_for: Duration) -> String {
+        let claims = Mint { app: &self.app.0, issuer: &self.app.1, user, ttl_s: good_for.as_secs() };
+        // A name that may not be gives a token that is refused.
+        mint(&self.keys.dev_key, claims, ground::unix_now()).unwrap_or_default()
+    }
+}
+
 /// In memory where there is a folder for that.
 fn temporary_folder() -> anyhow::Result<tempfile::TempDir> {
     let memory = std::path::Path::new("/dev/shm");
@@ -416,6 +457,11 @@ impl Recorder {
         self.net.note(format_args!("{event}"));
         let at = sim_time(self.start, Instant::now());
         self.history.lock().unwrap_or_else(PoisonError::into_inner).record(at, event);
+    }
+
+    /// Counts a fault.
+    pub(crate) fn bite(&self, bite: Bite, what: fmt::Arguments<'_>) {
+        self.net.bite(bite, what);
     }
 }
 
@@ -448,7 +494,13 @@ impl Phone {
     /// What an app's own code makes its client from.
     #[must_use]
     pub fn options(&self) -> Options {
-        Options::new(self.database.clone(), self.address.to_string(), SERVER_NAME, self.token.as_str())
+        self.options_with(self.token.as_str())
+    }
+
+    /// The same with a token, or somebody who gives tokens, of your own.
+    #[must_use]
+    pub fn options_with(&self, token: impl Into<Token>) -> Options {
+        Options::new(self.database.clone(), self.address.to_string(), SERVER_NAME, token)
             .trust(Trust::Certificate(self.certificate.clone()))
             .durability(Durability::AppKill)
             .platform(Arc::new(self.device.clone()))
@@ -459,8 +511,13 @@ impl Phone {
     /// # Errors
     /// As [`Client::connect`].
     pub async fn connect(&self) -> Result<Client, fulmar_client::Error> {
+        self.connect_with(self.options()).await
+    }
+
+    /// Starts a client with these options, which came from this phone.
+    pub(crate) async fn connect_with(&self, options: Options) -> Result<Client, fulmar_client::Error> {
         self.started.store(true, Ordering::Relaxed);
-        Client::connect(self.options()).await
+        Client::connect(options).await
     }
 
     /// Runs a task in the phone's process: it stands still while the phone is suspended and ends when the app is killed.
@@ -586,7 +643,7 @@ pub struct Gateway {
     net: Arc<Net>,
     address: SocketAddr,
     config: Config,
-    keys: DataFolder,
+    keys: Arc<DataFolder>,
     memory: MemoryDisk,
     disk: Arc<Disk>,
     rng: RefCell<Rng>,
