@@ -185,26 +185,3 @@ async fn a_refused_proof_says_which_and_whether_to_retry() {
     }
     gateway.stop().await;
 }
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_newer_connection_of_a_device_takes_over() {
-    let parent = tempfile::tempdir().unwrap();
-    let gateway = Running::start(config(&parent.path().join("data"))).await;
-    let endpoint = endpoint(&gateway.folder);
-    let token = token(&gateway.folder, "mallory");
-    let connect = async || {
-        let quic = endpoint.connect(gateway.address, SERVER_NAME).unwrap().await.unwrap();
-        let (mut control, answers) = quic.open_bi().await.unwrap();
-        control.write_all(&with_header(Channel::Control, &[&hello(&token).to_bytes()])).await.unwrap();
-        (quic, control, answers)
-    };
-    let first = connect().await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let second = connect().await;
-    let closed =
-        tokio::time::timeout(Duration::from_secs(5), first.0.closed()).await.expect("the first is closed");
-    let quinn::ConnectionError::ApplicationClosed(close) = closed else { panic!("ended with {closed:?}") };
-    assert_eq!(close.error_code.into_inner(), u64::from(CloseCode::Superseded.code()));
-    assert!(second.0.close_reason().is_none());
-    gateway.stop().await;
-}

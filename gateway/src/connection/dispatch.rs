@@ -290,8 +290,7 @@ impl Connection {
     async fn welcome(self: &Arc<Self>, hello: &Hello, proven: Proven, login: LoggedIn) -> Result<(), End> {
         let context = &self.context;
         let LoggedIn { user, device, epoch, class_epoch, fresh, digest } = login;
-        let owed = Owed::new(user, device, context.number(), BACKLOG_RECORDS_MAX);
-        let owed = Arc::new(if self.is_confirmed() { owed } else { owed.unconfirmed() });
+        let owed = Arc::new(Owed::new(user, device, context.number(), BACKLOG_RECORDS_MAX));
         Span::current().record("user", user.get());
         // Present from here on: what is committed from now on is owed, whatever the resume finds.
         let mut lacks = Some(Vec::new());
@@ -320,9 +319,6 @@ impl Connection {
         debug!(%user, %device, fresh, "{}", describe(hello));
         if self.peer.set(peer).is_err() {
             return Err(End::Close(CloseCode::Internal, "welcomed twice".to_owned()));
-        }
-        if self.is_confirmed() {
-            self.tell_confirmed().await;
         }
         context.metrics.sessions.inc();
         if matches!(hello.auth, AuthProof::Ticket(_)) {

@@ -212,11 +212,10 @@ pub enum Command {
         /// The user.
         user: UserId,
     },
-    /// A session arrived. On its user's shard an older connection of the same device is ended. Answers in which
-    /// conversations of the shard the device may lack something; `None`: in any.
+    /// A session arrived. Answers in which conversations of the shard the device may lack something; `None`: in any.
     Arrive(Arc<Owed>, oneshot::Sender<Option<Vec<ConversationId>>>),
-    /// The handshake of a session that arrived in early data is complete: on its user's shard an older connection of the
-    /// same device is ended now.
+    /// A session that arrived counts for others from now on: on its user's shard older connections of the same device are
+    /// ended.
     Confirm(Arc<Owed>),
     /// A session left.
     Depart(Arc<Owed>),

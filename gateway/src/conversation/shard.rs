@@ -11,6 +11,7 @@
 //! Not here: what is decided (`state`, `directory`), how it is stored (`fulmar_store`).
 
 mod cursors;
+mod epochs;
 mod fate;
 mod links;
 mod parking;
@@ -34,7 +35,7 @@ use fulmar_store::{CommitError, ConversationClass, Op, ReadError, ShardReader, S
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, debug_span, error};
 
-use self::{cursors::WaitingCursors, parking::Parking};
+use self::{cursors::WaitingCursors, epochs::RecentEpochs, parking::Parking};
 use super::{
     command::{Answer, Command, Refusal},
     commit::{Batch, Effect},
@@ -188,6 +189,7 @@ pub fn start<W: CommitLog>(
         tick: 0,
         storage: Storage::default(),
         parking: Parking::default(),
+        recent_epochs: RecentEpochs::default(),
         fault: fault_told,
         damaged_told: HashSet::new(),
         unreadable_told: None,
@@ -256,6 +258,7 @@ struct Shard {
     /// Sends whose predecessors are missing.
     parking: Parking,
     fault: watch::Sender<Option<String>>,
+    recent_epochs: RecentEpochs,
     /// Damaged conversations that were logged.
     damaged_told: HashSet<ConversationId>,
     /// When it was last logged that the engine can't read.
@@ -480,7 +483,7 @@ impl Shard {
                 self.answer_when_committed(Some(conversation), answer, result, None);
             }
             Command::Arrive(session, answer) => {
-                let _ = answer.send(self.arrive(&session));
+                let _ = answer.send(self.roster.arrive(&session));
             }
             Command::Confirm(session) => self.take_over(&session),
             Command::Depart(session) => {
@@ -768,16 +771,12 @@ impl Shard {
         }
     }
 
-    fn arrive(&mut self, session: &Arc<Owed>) -> Option<Vec<ConversationId>> {
-        self.take_over(session);
-        self.roster.arrive(session)
-    }
-
-    /// Ends older connections of a device, once it is known that the newer one is no copy of an earlier first flight.
+    /// Ends older connections of a device, once its client goes on with this one. Newer ones are attempts that this one won
+    /// against, which their client closes, or its next connection.
     fn take_over(&self, session: &Owed) {
-        if session.user.shard() == self.id && session.is_confirmed() {
+        if session.user.shard() == self.id {
             for other in self.roster.sessions(session.user) {
-                if other.device == session.device && other.connection != session.connection {
+                if other.device == session.device && other.connection < session.connection {
                     other.end(Ending::Close(
                         CloseCode::Superseded,
                         "a newer connection of this device took over",

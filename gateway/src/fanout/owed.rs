@@ -118,9 +118,9 @@ pub struct Owed {
     pub user: UserId,
     /// The connection's device.
     pub device: DeviceId,
-    /// Tells two connections of one device apart.
+    /// Tells two connections of one device apart; the newer one has the higher number.
     pub connection: u64,
-    /// The handshake is complete: whoever is at the other end is there now, and not a copy of an earlier first flight.
+    /// Whoever is at the other end is there now, is no copy of an earlier first flight, and goes on with this connection.
     confirmed: AtomicBool,
     inner: Mutex<Inner>,
     /// Woken when a lane has something to write.
@@ -159,14 +159,14 @@ pub struct ControlDue {
 }
 
 impl Owed {
-    /// Nothing owed yet. Whoever is more than `backlog_max` records behind is told the head and pulls.
+    /// Nothing owed yet, and of no account for others until [`Self::confirm`]. Whoever is more than `backlog_max` records behind is told the head and pulls.
     #[must_use]
     pub fn new(user: UserId, device: DeviceId, connection: u64, backlog_max: u64) -> Self {
         Self {
             user,
             device,
             connection,
-            confirmed: AtomicBool::new(true),
+            confirmed: AtomicBool::new(false),
             inner: Mutex::new(Inner::default()),
             lanes: Notify::new(),
             backlog: Notify::new(),
@@ -175,19 +175,12 @@ impl Owed {
         }
     }
 
-    /// The connection spoke in early data, which may be a copy: until [`Self::confirm`] it counts for nobody else.
-    #[must_use]
-    pub fn unconfirmed(self) -> Self {
-        self.confirmed.store(false, Ordering::Relaxed);
-        self
-    }
-
-    /// The handshake is complete.
+    /// The handshake is complete, and the client goes on with this connection of those it may have tried at once.
     pub fn confirm(&self) {
         self.confirmed.store(true, Ordering::Relaxed);
     }
 
-    /// Whether the handshake is complete.
+    /// Whether the session counts for others: who is online, and which connection of a device is the one.
     #[must_use]
     pub fn is_confirmed(&self) -> bool {
         self.confirmed.load(Ordering::Relaxed)

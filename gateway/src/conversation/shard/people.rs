@@ -20,7 +20,7 @@ use crate::{
         state::{self, MembersChange, State},
     },
     fanout::ring::Ring,
-    ground::unix_now,
+    ground::{now as monotonic, unix_now},
 };
 
 impl Shard {
@@ -49,13 +49,16 @@ impl Shard {
                 (device, row, true)
             }
         };
-        if fresh {
+        let again = self.recent_epochs.given((user, request.uid), request.epoch, monotonic());
+        let renewed = fresh && again != Some(row.epoch);
+        if renewed {
             self.writable()?;
             row.epoch = row.epoch.saturating_add(1);
+            self.recent_epochs.give((user, request.uid), request.epoch, row.epoch, monotonic());
         }
         // A device that comes back writes nothing, but for an hourly note of when it was seen, which can wait.
         let note = row.class != request.class || now.get().saturating_sub(row.seen.get()) > 3_600_000;
-        if fresh || (note && !self.storage.is_failing()) {
+        if renewed || (note && !self.storage.is_failing()) {
             row.seen = now;
             row.class = request.class;
             self.directory.put_device(user, device, row);
