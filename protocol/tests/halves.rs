@@ -343,6 +343,36 @@ fn a_first_flight_is_bounded_and_the_rest_follows_the_welcome() {
 }
 
 #[test]
+fn a_session_goes_over_to_a_connection_on_which_its_first_flight_was_said_before() {
+    let mut half = live();
+    for pseq in 1..=3 {
+        half.send(send(pseq), NOW).unwrap();
+    }
+    assert_eq!(left(&mut half), ["Send", "Send", "Send"]);
+    let flight = half.prepare(AuthProof::ticket(&[1]), NetworkHint::default());
+    let names: Vec<_> = flight.iter().map(|(_, frame)| frame.name()).collect();
+    assert_eq!(names, ["Hello", "Send", "Send", "Send"]);
+    assert_eq!((put_out(&mut half), half.phase()), (Vec::new(), ClientState::Live), "nothing changes by it");
+    // Meanwhile, on the connection there is: one is answered, one taken back, one new.
+    take(&mut half, Frame::SendAck(ack(1, 7)));
+    half.send(Send { cancel: true, payload: Bytes::new(), ..send(2) }, NOW).unwrap();
+    half.send(send(4), NOW).unwrap();
+    put_out(&mut half);
+    half.switch(&flight, NOW);
+    let said: Vec<_> = put_out(&mut half)
+        .into_iter()
+        .filter_map(|output| match output {
+            client::Output::Transmit(_, Frame::Send(send)) => Some((send.pseq.get(), send.cancel)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(said, [(2, true), (4, false)], "what was not said");
+    take(&mut half, Frame::Welcome(welcome(1, Resumption::Resumed)));
+    take(&mut half, Frame::SendAck(SendAck { up_to: n(4), ..ack(1, 7) }));
+    assert!(half.phase() == ClientState::Live, "all of it had left");
+}
+
+#[test]
 fn without_an_epoch_nothing_is_sent_before_the_welcome() {
     let mut half = client(Restored { unacked: vec![send(1)], ..Restored::default() });
     connect(&mut half);

@@ -395,6 +395,45 @@ impl Client {
         if network.rtt_ms > 0 {
             self.hedges.reseed(Duration::from_millis(network.rtt_ms.into()));
         }
+        let hello = self.hello(auth, network);
+        self.told.clone_from(&hello.changed);
+        self.push(Channel::Control, Frame::Hello(hello));
+        self.first_flight = FIRST_FLIGHT_FRAMES_MAX;
+        self.inflight.set_room(self.first_room());
+        self.pump(now);
+    }
+
+    /// The first flight of a connection beside the one there is, to be written on every attempt to make it: HELLO, and what is
+    /// unsettled. Nothing changes by it; [`Self::switch`] goes over to a connection on which it was written.
+    #[must_use]
+    pub fn prepare(&self, auth: AuthProof, network: NetworkHint) -> Vec<(Channel, Frame)> {
+        let hello = self.hello(auth, network);
+        let sends = self.inflight.first(self.first_room());
+        let sends = sends.into_iter().map(|send| (Channel::Uplink, Frame::Send(send)));
+        core::iter::once((Channel::Control, Frame::Hello(hello))).chain(sends).collect()
+    }
+
+    /// The gateway answers on a connection on which `flight`, made by [`Self::prepare`], was written. The one before is gone;
+    /// what `flight` does not hold leaves on the new one.
+    pub fn switch(&mut self, flight: &[(Channel, Frame)], now: Duration) {
+        if self.state != ClientState::Offline {
+            self.disconnected(now);
+        }
+        self.enter(ClientInput::Connect);
+        self.first_flight = FIRST_FLIGHT_FRAMES_MAX.saturating_sub(flight.len());
+        self.inflight.set_room(self.first_room());
+        for (_, frame) in flight {
+            match frame {
+                Frame::Hello(hello) => self.told.clone_from(&hello.changed),
+                Frame::Send(send) => self.inflight.said(send),
+                _ => {}
+            }
+        }
+        self.reached(now);
+        self.pump(now);
+    }
+
+    fn hello(&self, auth: AuthProof, network: NetworkHint) -> Hello {
         let mut hello = Hello {
             minor: MINOR,
             features: self.config.features.0 | ((self.config.grease << 56) & Features::GREASE.0),
@@ -409,17 +448,18 @@ impl Client {
         while !hello.changed.is_empty() && Frame::Hello(hello.clone()).encoded_len() > HELLO_BYTES_MAX {
             hello.changed.truncate(hello.changed.len() / 2);
         }
-        self.told.clone_from(&hello.changed);
-        self.push(Channel::Control, Frame::Hello(hello));
-        self.first_flight = FIRST_FLIGHT_FRAMES_MAX;
+        hello
+    }
+
+    /// Room for sends before the WELCOME.
+    fn first_room(&self) -> Room {
         // Without an epoch nothing may be sent: the gateway hands one out at every such HELLO.
         let sends = if self.epoch == Epoch::ZERO { 0 } else { FIRST_FLIGHT_SENDS_MAX };
-        self.inflight.set_room(Room {
+        Room {
             per_conversation: sends.min(usize::from(self.limits.inflight_per_conversation)),
             in_all: sends.min(usize::from(self.limits.inflight_per_producer)),
             bytes: FIRST_FLIGHT_BYTES_MAX - FIRST_FLIGHT_RESERVE,
-        });
-        self.pump(now);
+        }
     }
 
     /// Dirty cursors for a HELLO, those first that were never told: the gateway has the others, as a rule.

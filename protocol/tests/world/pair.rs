@@ -204,6 +204,8 @@ struct Device {
     app: App,
     half: Client,
     link: Option<Connection>,
+    /// The first flight of a connection beside the one there is.
+    prepared: Option<Vec<(Channel, Frame)>>,
 }
 
 /// The world.
@@ -244,6 +246,7 @@ impl World {
                 app: App::default(),
                 half: half(index, &App::default()),
                 link: None,
+                prepared: None,
             })
             .collect();
         let mut server = Server::default();
@@ -280,7 +283,8 @@ impl World {
             32..=35 => self.app_commit(index, s.below(8) + 1),
             36..=40 => self.pass(Duration::from_millis(1 << s.below(12))),
             41 => self.cut(index),
-            42..=45 => self.connect(index),
+            42..=44 => self.connect(index),
+            45 => self.prepare_or_switch(index),
             46..=47 => self.welcome(index),
             48 => self.kill_gateway(),
             49 => self.kill_app(index),
@@ -438,6 +442,7 @@ impl World {
         self.cut(index);
         let device = &mut self.devices[index];
         device.app.handed.clear();
+        device.prepared = None;
         device.half = half(index, &device.app);
     }
 
@@ -447,6 +452,37 @@ impl World {
         if self.devices[index].link.is_some() {
             return;
         }
+        self.link_up(index);
+        let now = self.now;
+        self.devices[index].half.connect(AuthProof::Token("t".to_owned()), NetworkHint::default(), now);
+        self.run_client(index);
+    }
+
+    /// The first time: says what a connection beside this one would begin with. The second time, however much later: that one is
+    /// the connection.
+    fn prepare_or_switch(&mut self, index: usize) {
+        let device = &mut self.devices[index];
+        let Some(flight) = device.prepared.take() else {
+            let proof = AuthProof::Token("t".to_owned());
+            device.prepared = Some(device.half.prepare(proof, NetworkHint::default()));
+            return;
+        };
+        // A new epoch ends the connection it came on, and a race beside that.
+        let Some((_, Frame::Hello(hello))) = flight.first() else { unreachable!("a HELLO is said first") };
+        if hello.epoch != device.half.epoch() {
+            return;
+        }
+        device.link = None;
+        self.link_up(index);
+        for (channel, frame) in &flight {
+            self.client_output(index, client::Output::Transmit(*channel, frame.clone()));
+        }
+        let now = self.now;
+        self.devices[index].half.switch(&flight, now);
+        self.run_client(index);
+    }
+
+    fn link_up(&mut self, index: usize) {
         self.server.connections += 1;
         let limits = Limits {
             inflight_per_conversation: 4,
@@ -469,8 +505,6 @@ impl World {
             epoch: Epoch::ZERO,
             next: None,
         });
-        self.devices[index].half.connect(AuthProof::Token("t".to_owned()), NetworkHint::default(), now);
-        self.run_client(index);
     }
 
     /// The connection is cut: what has not arrived never will.
