@@ -295,7 +295,7 @@ impl Client {
     /// # }
     /// ```
     pub async fn connect(options: Options) -> Result<Self, Error> {
-        let tls = transport::client_tls(options.trust.as_ref())?;
+        let tls = transport::client_tls(options.trust.as_ref(), &options.platform)?;
         let db = Db::open(options.database.clone(), options.durability, options.platform.in_place()).await?;
         let shared = Arc::new(Shared::new(db, Arc::clone(&options.platform)));
         let now = shared.platform.unix_millis();

@@ -34,7 +34,8 @@ use quinn::{
 use rustls::{
     RootCertStore,
     client::Resumption,
-    pki_types::{CertificateDer, pem::PemObject},
+    pki_types::{CertificateDer, UnixTime, pem::PemObject},
+    time_provider::TimeProvider,
 };
 
 /// TLS sessions kept for resumption: a client talks to one gateway.
@@ -51,17 +52,20 @@ pub(crate) struct Tls {
 ///
 /// # Errors
 /// [`Error::Certificate`].
-pub(crate) fn client_tls(trust: Option<&Trust>) -> Result<Tls, Error> {
-    let mut tls = tls_config(trust)?;
+pub(crate) fn client_tls(trust: Option<&Trust>, platform: &Arc<dyn Platform>) -> Result<Tls, Error> {
+    let mut tls = tls_config(trust, platform)?;
     tls.alpn_protocols = vec![ALPN.to_vec()];
     // Only what may be replayed leaves early.
     tls.enable_early_data = true;
     let quic = QuicClientConfig::try_from(tls).map_err(|error| Error::Certificate(error.to_string()))?;
-    Ok(Tls { quic: Arc::new(quic), stream: stream_tls(trust)? })
+    Ok(Tls { quic: Arc::new(quic), stream: stream_tls(trust, platform)? })
 }
 
 /// TLS that believes `trust` only, with a session store of its own.
-pub(super) fn tls_config(trust: Option<&Trust>) -> Result<rustls::ClientConfig, Error> {
+pub(super) fn tls_config(
+    trust: Option<&Trust>,
+    platform: &Arc<dyn Platform>,
+) -> Result<rustls::ClientConfig, Error> {
     let mut roots = RootCertStore::empty();
     if let Some(trust) = trust {
         for certificate in certificates(trust)? {
@@ -69,13 +73,24 @@ pub(super) fn tls_config(trust: Option<&Trust>) -> Result<rustls::ClientConfig, 
         }
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
+    let time = Arc::new(DeviceTime(Arc::clone(platform)));
+    let mut tls = rustls::ClientConfig::builder_with_details(provider, time)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| Error::Certificate(error.to_string()))?
         .with_root_certificates(roots)
         .with_no_client_auth();
     tls.resumption = Resumption::in_memory_sessions(SESSIONS_KEPT);
     Ok(tls)
+}
+
+/// The device's clock, as TLS asks for it.
+#[derive(Debug)]
+struct DeviceTime(Arc<dyn Platform>);
+
+impl TimeProvider for DeviceTime {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::since_unix_epoch(Duration::from_millis(self.0.unix_millis())))
+    }
 }
 
 fn certificates(trust: &Trust) -> Result<Vec<CertificateDer<'static>>, Error> {
@@ -361,13 +376,14 @@ mod tests {
 
     #[test]
     fn what_is_no_certificate_is_refused() {
+        let platform: Arc<dyn Platform> = Arc::new(crate::platform::System::default());
         for bytes in
             [&b"rubbish"[..], b"", b"-----BEGIN CERTIFICATE-----\n", b"-----BEGIN X-----\n-----END X-----\n"]
         {
-            let refused = client_tls(Some(&Trust::Certificate(bytes.to_vec())));
+            let refused = client_tls(Some(&Trust::Certificate(bytes.to_vec())), &platform);
             assert!(matches!(refused, Err(Error::Certificate(_))), "{bytes:?}");
         }
-        let refused = client_tls(Some(&Trust::CertificateFile("/does/not/exist".into())));
+        let refused = client_tls(Some(&Trust::CertificateFile("/does/not/exist".into())), &platform);
         assert!(matches!(refused, Err(Error::Certificate(_))));
     }
 }
