@@ -217,6 +217,7 @@ impl Phone {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload,

@@ -113,6 +113,9 @@ pub struct Traffic {
     pub received_bytes: u64,
     /// The round-trip time measured last.
     pub rtt: Duration,
+    /// Pieces of bodies that came and will never be shown: the rest was not sent, or its beginning was before what this
+    /// device may see.
+    pub stray_pieces: u64,
 }
 
 /// What [`Traffic`] is made from.
@@ -122,6 +125,7 @@ pub(crate) struct Meter {
     pub(crate) past_sent_bytes: u64,
     pub(crate) past_received_bytes: u64,
     pub(crate) rtt: Duration,
+    pub(crate) stray_pieces: u64,
     /// The connection that is up.
     pub(crate) link: Option<fulmar_transport::Connection>,
 }
@@ -632,6 +636,7 @@ impl Client {
             sent_bytes: meter.past_sent_bytes + now.map_or(0, |now| now.bytes_out),
             received_bytes: meter.past_received_bytes + now.map_or(0, |now| now.bytes_in),
             rtt: meter.rtt,
+            stray_pieces: meter.stray_pieces,
         }
     }
 

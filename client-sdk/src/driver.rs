@@ -996,6 +996,7 @@ impl Driver {
             *newest = arrival.max(*newest);
             moved
         });
+        self.shared.traffic().stray_pieces += delivered.strays;
         self.shared.settle(&delivered.settled);
         for conversation in delivered.fresh {
             self.event(ClientEvent::Conversation { conversation });

@@ -175,6 +175,7 @@ async fn a_copy_that_overtakes_waits_for_what_was_sent_before_it() {
         reference: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         cancel: false,
         payload: text.into(),

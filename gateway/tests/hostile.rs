@@ -56,6 +56,7 @@ fn send_frame(pseq: u64) -> Frame {
         reference: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         cancel: false,
         payload: Bytes::from_static(b"x"),

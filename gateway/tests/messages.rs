@@ -234,6 +234,7 @@ async fn refusals_say_which_and_do_not_block_what_follows() {
         reference: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         cancel: false,
         payload: bytes::Bytes::from_static(b"x"),

@@ -137,6 +137,7 @@ async fn what_is_beyond_the_bytes_goes_and_everybody_is_told() {
         reference: Some(seq(10)),
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         cancel: false,
         payload: "+1".into(),

@@ -71,6 +71,7 @@ fn send(pseq: u64) -> Send {
         reference: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         cancel: false,
         payload: Bytes::from_static(b"hi"),
@@ -88,6 +89,7 @@ fn deliver(seq: u64, origin: Option<Origin>) -> Frame {
         reference: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         payload: Bytes::new(),
     })

@@ -476,13 +476,11 @@ async fn say(
         board.open.insert(tag);
         tag
     };
-    // Bodies in pieces only from users with one device: pieces of two devices of a user get mixed up, which is a fault of the
-    // protocol that is known.
-    let alone = stage.plan.phones.iter().filter(|user| **user == stage.user_of(phone)).count() == 1;
-    // Nor where pieces may be gone by retention, for the same reason.
-    let alone = alone && stage.plan.kept_for.is_none();
+    // Not where pieces may be gone by retention: a body whose beginning is gone is not shown, and the gap that is told of ends
+    // before its last piece.
+    let whole = stage.plan.kept_for.is_none();
     let len =
-        if rng.chance(Share::percent(2)) && alone { rng.between(17_000, 40_000) } else { rng.below(300) };
+        if rng.chance(Share::percent(2)) && whole { rng.between(17_000, 40_000) } else { rng.below(300) };
     let body: Vec<u8> = (0..len).map(|_| u8::try_from(rng.below(256)).unwrap_or(0)).collect();
     let payload = tag.stamp(&body);
     stage.record(Event::Queued {

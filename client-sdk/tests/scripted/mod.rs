@@ -443,10 +443,15 @@ impl Session {
                     seq,
                     sender: self.user,
                     time: WireTime::Full(clock()),
-                    origin: None,
+                    origin: (send.more || send.continues).then_some(Origin {
+                        device: self.device,
+                        epoch: self.epoch,
+                        pseq: send.pseq,
+                    }),
                     reference: send.reference,
                     ttl: send.ttl,
                     more: send.more,
+                    continues: send.continues,
                     silent: send.silent,
                     payload: Bytes::copy_from_slice(&send.payload),
                 };

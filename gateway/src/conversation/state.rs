@@ -246,6 +246,7 @@ impl State {
             target: send.reference,
             ttl: send.ttl,
             more: send.more,
+            continues: send.continues,
             silent: send.silent,
             // The payload is a slice of the receive buffer: a copy lets that go.
             payload: Bytes::copy_from_slice(&send.payload),
@@ -352,6 +353,7 @@ impl State {
             target: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: true,
             payload,
         };
@@ -503,6 +505,7 @@ mod tests {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload: Bytes::from_static(b"hi"),

@@ -12,7 +12,7 @@ use super::{
     ring::{Ring, RingEntry},
 };
 
-/// Encodes `record` once (twice when it has an origin, which only the sender's own devices see), puts it into the
+/// Encodes `record` once (twice when it has an origin that only the sender's own devices are told), puts it into the
 /// ring and tells `sessions`; answers how many. `inline`: see [`Owed::publish`].
 pub fn push<'a>(
     ring: &Arc<Ring>,
@@ -23,9 +23,10 @@ pub fn push<'a>(
     inline: bool,
 ) -> usize {
     let (conversation, seq, sender) = (record.conversation, record.seq, record.sender);
-    let own_frame =
-        origin.map(|origin| Frame::Deliver(Deliver { origin: Some(origin), ..record.clone() }).to_bytes());
-    let frame = Frame::Deliver(Deliver { origin: None, ..record }).to_bytes();
+    let own_frame = origin
+        .filter(|_| record.origin.is_none())
+        .map(|origin| Frame::Deliver(Deliver { origin: Some(origin), ..record.clone() }).to_bytes());
+    let frame = Frame::Deliver(record).to_bytes();
     ring.push(RingEntry { seq, sender, time, frame, own_frame });
     let mut told = 0;
     for session in sessions {

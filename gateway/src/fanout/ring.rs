@@ -38,7 +38,7 @@ pub struct RingEntry {
     pub time: UnixMillis,
     /// The frame for everybody but the sender's own devices.
     pub frame: Bytes,
-    /// The frame with the origin, for the sender's own devices.
+    /// The frame with the origin, for the sender's own devices; `None` when `frame` has it, or there is none.
     pub own_frame: Option<Bytes>,
 }
 

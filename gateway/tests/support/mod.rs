@@ -563,6 +563,7 @@ impl Phone {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload: payload.into(),

@@ -730,7 +730,8 @@ impl Client {
     /// An own record came back: its send is settled.
     fn echo(&mut self, deliver: &Deliver, now: Duration) {
         let Some(origin) = deliver.origin else { return };
-        if Some(origin.device) != self.device || origin.epoch != self.epoch {
+        let ours = Some(deliver.sender) == self.user && Some(origin.device) == self.device;
+        if !ours || origin.epoch != self.epoch {
             return;
         }
         let highest = self.inflight.highest_left(deliver.conversation);

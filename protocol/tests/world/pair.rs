@@ -73,6 +73,7 @@ struct Record {
     pseq: Pseq,
     time: UnixMillis,
     more: bool,
+    continues: bool,
     payload: Bytes,
 }
 
@@ -330,6 +331,7 @@ impl World {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: s.flag(),
             cancel: false,
             payload: payload.clone(),
@@ -1046,6 +1048,7 @@ impl World {
             pseq,
             time: UnixMillis::new(time).expect("small"),
             more: send.more,
+            continues: send.continues,
             payload: send.payload.clone(),
         });
         let seq = seq(log.records.len() as u64);
@@ -1082,10 +1085,16 @@ impl World {
             seq: seq(at),
             sender: UserId::new(record.user).expect("small"),
             time: if full { WireTime::Full(record.time) } else { WireTime::short(record.time) },
-            origin: own.then_some(Origin { device, epoch: record.epoch, pseq: record.pseq }),
+            // Others may be told too (pieces of bodies are): it names nothing of theirs.
+            origin: (own || at.is_multiple_of(8)).then_some(Origin {
+                device,
+                epoch: record.epoch,
+                pseq: record.pseq,
+            }),
             reference: None,
             ttl: None,
             more: record.more,
+            continues: record.continues,
             silent: false,
             payload: record.payload.clone(),
         }
