@@ -136,6 +136,8 @@ struct Driver {
     asked_at: Duration,
     /// When a message came or left last.
     busy_at: Option<Duration>,
+    /// Since when there is a send that is not acked.
+    unacked_since: Option<Duration>,
     rtt: Duration,
     /// When the first PONG after the WELCOME came, until what was missed is in.
     ponged_at: Option<Duration>,
@@ -206,6 +208,7 @@ pub(crate) async fn run(
         packets: 0,
         asked_at: Duration::ZERO,
         busy_at: None,
+        unacked_since: None,
         rtt: Duration::ZERO,
         ponged_at: None,
         ponged: false,
@@ -372,6 +375,8 @@ impl Driver {
 
     fn time_passed(&mut self) {
         let now = self.now();
+        let unacked = self.half.unacked() > 0;
+        self.unacked_since = self.unacked_since.filter(|_| unacked).or_else(|| unacked.then_some(now));
         if self.half.poll_timeout().is_some_and(|at| at <= now) {
             self.half.handle_timeout(now);
         }
@@ -428,7 +433,7 @@ impl Driver {
             return None;
         }
         // A send the gateway's transport has taken in but that is not acked may have died with its process.
-        let waits = (self.half.unacked() > 0).then(|| self.asked_at + self.prompt());
+        let waits = self.unacked_since.map(|since| since.max(self.asked_at) + self.prompt());
         [waits, self.keepalive.ping_at(self.asked_at, self.busy_at)].into_iter().flatten().min()
     }
 

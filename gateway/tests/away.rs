@@ -306,6 +306,7 @@ impl World {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload: Bytes::from_static(b"hi"),

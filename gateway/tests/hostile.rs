@@ -29,7 +29,7 @@ use support::{Phone, Running, SERVER_NAME, config, endpoint, token};
 fn hello(token: &str) -> Frame {
     Frame::Hello(Hello {
         minor: 0,
-        features: Features::OURS.0,
+        features: Features::OURS.without(Features::ACKS_ARE_ECHOES).0,
         auth: AuthProof::Token(token.to_owned()),
         device: DeviceUid([7; 16]),
         class: DeviceClass::Phone,

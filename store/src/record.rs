@@ -318,7 +318,7 @@ pub(crate) mod tests {
         record.encode(conversation(256), &mut bytes);
         assert_eq!(crate::hex(&bytes), GOLDEN);
         let mut continued = Vec::new();
-        Record { continues: true, ..record }.encode(conversation(256), &mut continued);
+        Record { continues: true, ..record.clone() }.encode(conversation(256), &mut continued);
         assert_eq!(crate::hex(&continued), GOLDEN_CONTINUED);
         let mut elsewhere = Vec::new();
         record.encode(conversation(512), &mut elsewhere);

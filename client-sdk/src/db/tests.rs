@@ -708,7 +708,9 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let mut path = folder.path().join("0.db");
         let mut store = file(&path);
-        let mut lanes: BTreeMap<u64, Vec<String>> = BTreeMap::new();
+        // What waits in each lane, by body; and the pieces of its last body that were settled.
+        let mut lanes: BTreeMap<u64, Vec<(usize, String)>> = BTreeMap::new();
+        let mut begun: BTreeMap<u64, Vec<(usize, String)>> = BTreeMap::new();
         let mut received: BTreeMap<u64, u64> = BTreeMap::new();
         let mut arrived: Vec<(u64, u64)> = Vec::new();
         let mut seen: Vec<(u64, u64)> = Vec::new();
@@ -718,17 +720,19 @@ proptest! {
                 Op::Send(conversation, len) => {
                     let text: String = format!("{step}").chars().cycle().take(len).collect();
                     store.enqueue(&to(conversation, &text)).unwrap();
-                    let pieces: Vec<String> =
-                        text.as_bytes().chunks(4).map(|p| String::from_utf8(p.to_vec()).unwrap()).collect();
+                    let piece = |piece: &[u8]| (step, String::from_utf8(piece.to_vec()).unwrap());
                     let lane = lanes.entry(conversation).or_default();
-                    if pieces.is_empty() { lane.push(String::new()) } else { lane.extend(pieces) }
+                    if text.is_empty() { lane.push(piece(b"")) } else { lane.extend(text.as_bytes().chunks(4).map(piece)) }
                 }
                 Op::Settle(conversation) => {
                     let first = lane(&store, conversation).first().map(|(pseq, _)| *pseq);
                     if let Some(pseq) = first {
                         acked += 1;
                         store.acked(c(conversation), p(pseq), s(acked)).unwrap();
-                        lanes.get_mut(&conversation).unwrap().remove(0);
+                        let piece = lanes.get_mut(&conversation).unwrap().remove(0);
+                        let begun = begun.entry(conversation).or_default();
+                        begun.retain(|(body, _)| *body == piece.0);
+                        begun.push(piece);
                     }
                 }
                 Op::Receive(conversation) => {
@@ -750,7 +754,15 @@ proptest! {
                         store.take(message.arrival).unwrap();
                     }
                 }
-                Op::NewEpoch => store.new_epoch(epoch(step as u64 + 2)).unwrap(),
+                Op::NewEpoch => {
+                    store.new_epoch(epoch(step as u64 + 2)).unwrap();
+                    // A body that was begun begins anew.
+                    for (conversation, mut begun) in std::mem::take(&mut begun) {
+                        let lane = lanes.get_mut(&conversation).unwrap();
+                        begun.retain(|(body, _)| lane.first().is_some_and(|(next, _)| next == body));
+                        lane.splice(0..0, begun);
+                    }
+                }
                 Op::Crash => {
                     let next = folder.path().join(format!("{}.db", step + 1));
                     store = crashed(&path, &next);
@@ -760,7 +772,7 @@ proptest! {
             for (conversation, want) in &lanes {
                 let have = lane(&store, *conversation);
                 let texts: Vec<&String> = have.iter().map(|(_, text)| text).collect();
-                prop_assert_eq!(texts, want.iter().collect::<Vec<_>>());
+                prop_assert_eq!(texts, want.iter().map(|(_, text)| text).collect::<Vec<_>>());
                 prop_assert!(have.windows(2).all(|pair| pair[0].0 + 1 == pair[1].0), "{have:?}");
             }
             let cursors: BTreeMap<u64, u64> =

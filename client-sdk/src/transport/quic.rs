@@ -28,8 +28,8 @@ use fulmar_protocol::{
     version::ALPN,
 };
 use quinn::{
-    Connecting, ConnectionError, Endpoint, EndpointConfig, TransportConfig, VarInt,
-    crypto::rustls::QuicClientConfig,
+    Connecting, ConnectionError, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig,
+    TransportConfig, VarInt, crypto::rustls::QuicClientConfig,
 };
 use rustls::{
     RootCertStore,
@@ -251,6 +251,8 @@ impl Dialer {
             part.copy_from_slice(&self.platform.random().to_le_bytes());
         }
         config.rng_seed(Some(seed));
+        let platform = Arc::clone(&self.platform);
+        config.cid_generator(move || Box::new(ShortIds(Arc::clone(&platform))));
         let socket = self.platform.udp(any(v6))?;
         Endpoint::new_with_abstract_socket(config, None, socket, self.platform.quic_runtime())
     }
@@ -267,6 +269,29 @@ impl Dialer {
         endpoint
             .connect_with(client_config(&self.tls, rtt), address, &self.server_name)
             .map_err(|error| format!("{address}: {error}"))
+    }
+}
+
+/// Ids by which a client tells its connections apart. Every packet to it carries one, and it has few connections: two
+/// bytes do where eight are usual. (None at all would do for one connection per socket only.)
+struct ShortIds(Arc<dyn Platform>);
+
+impl ShortIds {
+    const LEN: usize = 2;
+}
+
+impl ConnectionIdGenerator for ShortIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let [first, second, ..] = self.0.random().to_le_bytes();
+        ConnectionId::new(&[first, second])
+    }
+
+    fn cid_len(&self) -> usize {
+        Self::LEN
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
     }
 }
 

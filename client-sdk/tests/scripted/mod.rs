@@ -396,7 +396,7 @@ impl Session {
         self.sent = (!known).then(HashMap::new);
         let welcome = Welcome {
             minor: 0,
-            features: Features::OURS.0,
+            features: Features::OURS.without(Features::ACKS_ARE_ECHOES).0,
             session: SessionId::FIRST,
             ticket: Bytes8(name.into_bytes()),
             user: self.user,
@@ -586,7 +586,7 @@ impl Session {
 
 fn shown((record, device, epoch, pseq): &(Deliver, DeviceId, Epoch, Pseq), user: UserId) -> Deliver {
     let origin = Origin { device: *device, epoch: *epoch, pseq: *pseq };
-    Deliver { origin: (record.sender == user).then_some(origin), ..record.clone() }
+    Deliver { origin: if record.sender == user { Some(origin) } else { record.origin }, ..record.clone() }
 }
 
 fn error(code: RefusalCode, refers: RequestId) -> Error {

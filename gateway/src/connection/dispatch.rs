@@ -290,7 +290,14 @@ impl Connection {
     async fn welcome(self: &Arc<Self>, hello: &Hello, proven: Proven, login: LoggedIn) -> Result<(), End> {
         let context = &self.context;
         let LoggedIn { user, device, epoch, class_epoch, fresh, digest } = login;
-        let owed = Arc::new(Owed::new(user, device, context.number(), BACKLOG_RECORDS_MAX));
+        let mut features = Features(hello.features).and(Features::OURS);
+        if self.transport.quic().is_none() {
+            // On a byte stream nothing is lost alone, and a copy would come after what it is a copy of.
+            features = features.without(Features::HEDGE);
+        }
+        let owed = Owed::new(user, device, context.number(), BACKLOG_RECORDS_MAX)
+            .acks_are_echoes(features.has(Features::ACKS_ARE_ECHOES));
+        let owed = Arc::new(owed);
         Span::current().record("user", user.get());
         // Present from here on: what is committed from now on is owed, whatever the resume finds.
         let mut lacks = Some(Vec::new());
@@ -302,11 +309,6 @@ impl Connection {
                 lacks.extend(some);
                 lacks
             });
-        }
-        let mut features = Features(hello.features).and(Features::OURS);
-        if self.transport.quic().is_none() {
-            // On a byte stream nothing is lost alone, and a copy would come after what it is a copy of.
-            features = features.without(Features::HEDGE);
         }
         let peer = Peer {
             app: proven.app,

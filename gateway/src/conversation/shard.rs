@@ -372,7 +372,8 @@ impl Shard {
                         session.rejoin(conversation, record.seq);
                     }
                 }
-                if let Some(loaded) = self.loaded.get(&conversation) {
+                if let Some(loaded) = self.loaded.get_mut(&conversation) {
+                    loaded.state.sent(record.sender, record.seq);
                     let sessions = self.roster.present(conversation);
                     let wire = record::to_wire(conversation, &record, WireTime::short(record.time));
                     let inline = loaded.state.member_count() <= self.limits.inline_members_max;
@@ -679,7 +680,14 @@ impl Shard {
                 self.metrics.sends_repeated.inc();
                 // It may be in a batch that is not on disk yet, so the answer takes the same way.
                 match seq {
-                    Some(seq) => self.batch.acked(session, conversation, pseq, seq, now),
+                    Some(seq) => {
+                        // A client makes its own record from the answer: the time is the record's, if it is on disk.
+                        let stored = self.reader.record(conversation, seq).ok().flatten();
+                        let head =
+                            || self.loaded.get(&conversation).map_or(now, |loaded| loaded.state.head().time);
+                        let time = stored.map_or_else(head, |record| record.time);
+                        self.batch.acked(session, conversation, pseq, seq, time);
+                    }
                     None => {
                         let before = Settled::Before { conversation, up_to: pseq, time: now };
                         self.batch.effects.push(Effect::Settle(session, before));

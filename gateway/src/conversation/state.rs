@@ -419,6 +419,13 @@ impl State {
         known.read = known.read.max(progress.read);
     }
 
+    /// A member's own record was stored: it has that, if it had all before, which is no news to anybody.
+    pub fn sent(&mut self, user: UserId, seq: Seq) {
+        if let Some(known) = self.progress.get_mut(&user).filter(|known| known.recv.next() == Some(seq)) {
+            known.recv = seq;
+        }
+    }
+
     /// The progress of a member.
     #[must_use]
     pub fn progress(&self, user: UserId) -> Option<Progress> {

@@ -109,6 +109,8 @@ struct Inner {
     on_screen: VecDeque<ConversationId>,
     ending: Option<Ending>,
     caught_up: bool,
+    /// The own record that was acked last.
+    own_acked: Option<(ConversationId, Seq)>,
 }
 
 /// See the module's text. Shared by the connection and the shards.
@@ -122,6 +124,8 @@ pub struct Owed {
     pub connection: u64,
     /// Whoever is at the other end is there now, is no copy of an earlier first flight, and goes on with this connection.
     confirmed: AtomicBool,
+    /// The client makes its own records from what it sent and the ack.
+    acks_are_echoes: bool,
     inner: Mutex<Inner>,
     /// Woken when a lane has something to write.
     pub lanes: Notify,
@@ -167,12 +171,20 @@ impl Owed {
             device,
             connection,
             confirmed: AtomicBool::new(false),
+            acks_are_echoes: false,
             inner: Mutex::new(Inner::default()),
             lanes: Notify::new(),
             backlog: Notify::new(),
             control: Notify::new(),
             backlog_max,
         }
+    }
+
+    /// A client that makes its own records from what it sent and the ack is not owed them.
+    #[must_use]
+    pub const fn acks_are_echoes(mut self, on: bool) -> Self {
+        self.acks_are_echoes = on;
+        self
     }
 
     /// The handshake is complete, and the client goes on with this connection of those it may have tried at once.
@@ -190,6 +202,8 @@ impl Owed {
     ///
     /// `inline` false: the conversation is too large for everybody to be served as it comes. A session that does not
     /// have it open is told the head instead, at the pace of [`Self::remind_heads`].
+    ///
+    /// The record whose ack was settled just before, and which the connection wants next, is not owed: the ack stands for it.
     pub fn publish(&self, conversation: ConversationId, seq: Seq, ring: &Arc<Ring>, inline: bool) {
         let mut guard = self.lock();
         let inner = &mut *guard;
@@ -202,6 +216,11 @@ impl Owed {
             queued: false,
         });
         lag.head = lag.head.max(seq);
+        let acked = self.acks_are_echoes && inner.own_acked == Some((conversation, seq));
+        if acked && lag.mode == Mode::Live && !lag.queued && lag.next == seq {
+            lag.next = seq.saturating_add(1);
+            return;
+        }
         if !inline && lag.mode == Mode::Live && !lag.queued && !inner.on_screen.contains(&conversation) {
             lag.mode = Mode::Pulling;
         }
@@ -445,7 +464,12 @@ impl Owed {
 
     /// A send's fate is decided.
     pub fn settle(&self, settled: Settled) {
-        self.lock().settled.push(settled);
+        let mut inner = self.lock();
+        if let Settled::Acked { conversation, seq, .. } = settled {
+            inner.own_acked = Some((conversation, seq));
+        }
+        inner.settled.push(settled);
+        drop(inner);
         self.control.notify_one();
     }
 
@@ -630,6 +654,46 @@ mod tests {
         push(&ring, 6);
         owed.publish(conversation(1), seq(6), &ring, true);
         assert_eq!(live(&owed), [6]);
+    }
+
+    #[test]
+    fn an_own_record_is_not_owed_when_its_ack_stands_for_it() {
+        let ring = Arc::new(Ring::new(RingLimits { records: 8, bytes: 1_000 }));
+        let acked = |n| Settled::Acked {
+            conversation: conversation(1),
+            pseq: Pseq::new(n).unwrap(),
+            seq: seq(n),
+            time: now(),
+        };
+        let (owed, plain) = (owed().acks_are_echoes(true), owed());
+        let said = |n, own: bool| {
+            push(&ring, n);
+            for owed in [&owed, &plain] {
+                if own {
+                    owed.settle(acked(n));
+                }
+                owed.publish(conversation(1), seq(n), &ring, true);
+            }
+        };
+        said(3, true);
+        assert_eq!((live(&owed), live(&plain)), (vec![], vec![3]));
+        said(4, false);
+        assert_eq!((live(&owed), live(&plain)), (vec![4], vec![4]));
+        said(5, true);
+        said(6, true);
+        said(7, false);
+        assert_eq!((live(&owed), live(&plain)), (vec![7], vec![5, 6, 7]));
+        said(8, false);
+        said(9, true);
+        assert_eq!(live(&owed), [8, 9], "what is owed already goes on in order");
+        // An older ack of the same conversation, as an answer to a repeated send, stands for nothing new.
+        owed.settle(acked(3));
+        said(10, false);
+        assert_eq!(live(&owed), [10]);
+        // A resume that finds the device further behind brings it all.
+        said(11, true);
+        owed.resume(conversation(1), seq(10), false, head(11));
+        assert_eq!(live(&owed), [10, 11]);
     }
 
     #[test]

@@ -139,7 +139,7 @@ pub struct SendAck {
     pub conversation: ConversationId,
     /// The last pseq that is settled.
     pub up_to: Pseq,
-    /// Server time of the last of them.
+    /// When they were stored: the time of every record that is named.
     pub time: UnixMillis,
     /// The seqs of the last pseqs, in order, ending with `up_to`. Empty: all of it was settled so long ago that the
     /// gateway does not remember how.

@@ -75,6 +75,8 @@ struct Record {
     more: bool,
     continues: bool,
     payload: Bytes,
+    /// Where it came in.
+    connection: u64,
 }
 
 #[derive(Debug, Default)]
@@ -964,7 +966,12 @@ impl World {
         };
         let Some(link) = &mut self.devices[index].link else { return };
         match verdict {
-            Verdict::Acked { conversation, pseq, seq } => link.gateway.acked(conversation, pseq, seq, time),
+            Verdict::Acked { conversation, pseq, seq } => {
+                // A client makes its own record from this.
+                let record = self.server.logs[&number_of(conversation)].get(seq.get());
+                let time = record.map_or(time, |record| record.time);
+                link.gateway.acked(conversation, pseq, seq, time);
+            }
             Verdict::Refused(refused) => link.gateway.refused(refused),
         }
         self.run_gateway(index);
@@ -1050,6 +1057,7 @@ impl World {
             more: send.more,
             continues: send.continues,
             payload: send.payload.clone(),
+            connection,
         });
         let seq = seq(log.records.len() as u64);
         lane.appended(pseq, seq, print);
@@ -1136,6 +1144,11 @@ impl World {
             } else {
                 let lane = Channel::Lane(u8::try_from(number % 2).expect("small"));
                 for at in next..=head {
+                    let connection = self.devices[index].link.as_ref().map(|link| link.id);
+                    if self.server.logs[&number].get(at).map(|record| record.connection) == connection {
+                        // Its ack stands for it.
+                        continue;
+                    }
                     let frame = Frame::Deliver(self.deliver(index, number, at, false));
                     let now = self.now;
                     if let Some(link) = &mut self.devices[index].link {

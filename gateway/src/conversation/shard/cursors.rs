@@ -214,10 +214,14 @@ impl Shard {
         if loaded.state.member_count() > self.limits.receipts_members_max {
             return;
         }
+        let before = loaded.state.progress(user).unwrap_or_default();
         let Some(Progress { recv, read }) = loaded.state.progressed(user, recv, read) else { return };
         let receipt = Receipt { conversation, user, recv, read };
         for session in self.roster.present(conversation) {
-            session.receipt(receipt);
+            // What one device has received is no news to the user's others, what was read there is.
+            if session.user != user || read > before.read {
+                session.receipt(receipt);
+            }
         }
     }
 }
