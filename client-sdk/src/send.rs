@@ -159,7 +159,8 @@ impl SendHandle {
         Ok(progress.seq.unwrap_or(Seq::ZERO))
     }
 
-    /// Waits until another member's device has it. Never ends in conversations without receipts.
+    /// Waits until another member's device has it. Never ends in conversations without receipts. Known at once where the
+    /// conversation is on screen ([`crate::Conversation::on_screen`]), else within seconds.
     ///
     /// # Errors
     /// [`SendError`], when it will never be stored.

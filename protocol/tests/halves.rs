@@ -605,16 +605,16 @@ fn own_records_are_acknowledged_when_something_else_leaves() {
         assert_eq!(left(&mut half), [""; 0], "nobody waits for it");
     }
     half.send(send(3), NOW + ms(5_000)).unwrap();
-    assert_eq!(left(&mut half), ["SEND"]);
+    assert_eq!(left(&mut half), ["Send"]);
     assert_eq!(half.dirty().collect::<Vec<_>>(), [n(300)], "the next HELLO would tell");
     half.handle(Channel::Lane(0), deliver(10, None), NOW).unwrap();
     half.committed(n(300), n(10), NOW + ms(6_000));
-    assert_eq!(left(&mut half), ["ACK"], "a record of somebody else is acknowledged at once");
+    assert_eq!(left(&mut half), ["Ack"], "a record of somebody else is acknowledged at once");
     take(&mut half, Frame::SendAck(ack(3, 11)));
     half.committed(n(300), n(11), NOW + ms(7_000));
     put_out(&mut half);
     half.ping(NOW + ms(9_000));
-    assert_eq!(left(&mut half), ["ACK", "PING"]);
+    assert_eq!(left(&mut half), ["Ack", "Ping"]);
 }
 
 #[test]

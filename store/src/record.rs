@@ -330,5 +330,5 @@ pub(crate) mod tests {
 
     // kind flags | seq 300 | time | sender 257 | count 299 | device epoch pseq | target | ttl | length "hi" | crc32c
     const GOLDEN: &str = "011dac0280d095ffbc318102ab02010203053c026869da4f16da";
-    const GOLDEN_CONTINUED: &str = "013dac0280d095ffbc318102ab02010203053c026869";
+    const GOLDEN_CONTINUED: &str = "013dac0280d095ffbc318102ab02010203053c0268698b84b57e";
 }

@@ -34,6 +34,11 @@ pub const EVENTS_MAX: usize = 64;
 /// next one of the pair says it all.
 pub const RECEIPTS_MAX: usize = 1_024;
 
+/// Reminders ([`Owed::remind_heads`], about one a second) after which receipts of what is not on screen leave by themselves.
+/// Until then they wait for something they can go along with: nobody looks, and a packet of its own and the
+/// acknowledgement of that cost more than what it says.
+pub const RECEIPTS_WAIT: u32 = 5;
+
 /// Conversations of one connection that count as on screen.
 pub const ON_SCREEN_MAX: usize = 4;
 
@@ -103,6 +108,8 @@ struct Inner {
     settled: Vec<Settled>,
     heads: HashMap<ConversationId, Head>,
     receipts: HashMap<(ConversationId, UserId), Receipt>,
+    /// Reminders that passed since there are receipts.
+    receipts_waited: u32,
     events: VecDeque<Event>,
     events_dropped: u64,
     fell_behind: u64,
@@ -442,7 +449,8 @@ impl Owed {
         }
     }
 
-    /// Conversations the client pulls whose head has moved since it was told: tell it again. Called about once a second.
+    /// Conversations the client pulls whose head has moved since it was told: tell it again. Receipts that have waited long
+    /// enough leave too. Called about once a second.
     pub fn remind_heads(&self, told: &mut HashMap<ConversationId, Seq>) {
         let mut guard = self.lock();
         let inner = &mut *guard;
@@ -456,6 +464,10 @@ impl Owed {
             }
         }
         told.retain(|conversation, _| inner.lags.contains_key(conversation));
+        if !inner.receipts.is_empty() {
+            inner.receipts_waited += 1;
+            any |= inner.receipts_waited >= RECEIPTS_WAIT;
+        }
         drop(guard);
         if any {
             self.control.notify_one();
@@ -487,7 +499,8 @@ impl Owed {
         self.control.notify_one();
     }
 
-    /// A member has come further.
+    /// A member has come further. Told at once where somebody looks, and to the member's own devices; else along with the
+    /// next that leaves, and after [`RECEIPTS_WAIT`] at the latest.
     pub fn receipt(&self, receipt: Receipt) {
         let mut inner = self.lock();
         let key = (receipt.conversation, receipt.user);
@@ -497,8 +510,11 @@ impl Owed {
         let known = inner.receipts.entry(key).or_insert(receipt);
         known.recv = known.recv.max(receipt.recv);
         known.read = known.read.max(receipt.read);
+        let prompt = receipt.user == self.user || inner.on_screen.contains(&receipt.conversation);
         drop(inner);
-        self.control.notify_one();
+        if prompt {
+            self.control.notify_one();
+        }
     }
 
     /// Something that need not be stored.
@@ -536,6 +552,7 @@ impl Owed {
     pub fn take_control(&self) -> ControlDue {
         let mut guard = self.lock();
         let inner = &mut *guard;
+        inner.receipts_waited = 0;
         ControlDue {
             settled: std::mem::take(&mut inner.settled),
             heads: inner.heads.drain().map(|(_, head)| head).collect(),
@@ -654,6 +671,41 @@ mod tests {
         push(&ring, 6);
         owed.publish(conversation(1), seq(6), &ring, true);
         assert_eq!(live(&owed), [6]);
+    }
+
+    #[test]
+    fn receipts_wait_unless_somebody_looks() {
+        use futures_util::FutureExt as _;
+        let owed = owed();
+        let woken = || owed.control.notified().now_or_never().is_some();
+        let receipt = |user, c, n| Receipt {
+            conversation: conversation(c),
+            user: UserId::new(user).unwrap(),
+            recv: seq(n),
+            read: Seq::ZERO,
+        };
+        let mut told = HashMap::new();
+        owed.receipt(receipt(301, 1, 4));
+        for _ in 1..RECEIPTS_WAIT {
+            owed.remind_heads(&mut told);
+        }
+        assert!(!woken());
+        owed.receipt(receipt(301, 1, 5));
+        owed.remind_heads(&mut told);
+        assert!(woken(), "long enough");
+        assert_eq!(owed.take_control().receipts, [receipt(301, 1, 5)]);
+        owed.remind_heads(&mut told);
+        owed.receipt(receipt(301, 1, 6));
+        assert!(!woken());
+        let ack = Settled::Before { conversation: conversation(1), up_to: Pseq::FIRST, time: now() };
+        owed.settle(ack);
+        assert!(woken());
+        assert_eq!(owed.take_control().receipts, [receipt(301, 1, 6)], "along with something else");
+        owed.receipt(receipt(300, 1, 7));
+        assert!(woken(), "what the user did elsewhere");
+        owed.prefer(conversation(2));
+        owed.receipt(receipt(301, 2, 1));
+        assert!(woken(), "on screen");
     }
 
     #[test]
