@@ -287,15 +287,20 @@ impl Book {
                 }
                 Ok(file)
             });
-            match written.await {
-                Ok(Ok(written)) => file = Some(written),
-                Ok(Err(error)) if !complained => {
-                    complained = true;
-                    let path = self.path.display();
-                    warn!(%path, %error, "who is connected can't be noted: after a kill, phones notice it later");
+            let error = match written.await {
+                Ok(Ok(written)) => {
+                    file = Some(written);
+                    continue;
                 }
-                Ok(Err(_)) | Err(_) => {}
+                Ok(Err(error)) => error.to_string(),
+                Err(error) => error.to_string(),
+            };
+            if !std::mem::replace(&mut complained, true) {
+                let path = self.path.display();
+                warn!(%path, error, "who is connected can't be noted: after a kill, phones notice it later");
             }
+            // The file is begun anew then, which is a lot to write.
+            tokio::time::sleep(SWEEP_EVERY).await;
         }
     }
 
@@ -334,16 +339,20 @@ impl Book {
         }
         changed.sort_unstable();
         changed.dedup();
-        let record = |place: usize| {
-            let record = match inner.entries.get(place)? {
-                Some(entry) => {
-                    Gone { remote: entry.noted, local: entry.local, id: entry.id.to_vec() }.encode()
-                }
-                None => [0; RECORD_BYTES],
-            };
-            Some(((HEADER_BYTES + place * RECORD_BYTES) as u64, record.to_vec()))
-        };
-        changed.into_iter().filter_map(record).collect()
+        // Neighbours are written at once.
+        let mut writes: Vec<(u64, Vec<u8>)> = Vec::new();
+        for place in changed {
+            let Some(entry) = inner.entries.get(place) else { continue };
+            let record = entry.as_ref().map_or([0; RECORD_BYTES], |entry| {
+                Gone { remote: entry.noted, local: entry.local, id: entry.id.to_vec() }.encode()
+            });
+            let at = (HEADER_BYTES + place * RECORD_BYTES) as u64;
+            match writes.last_mut() {
+                Some((begins, bytes)) if *begins + bytes.len() as u64 == at => bytes.extend(record),
+                _ => writes.push((at, record.to_vec())),
+            }
+        }
+        writes
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -144,6 +144,14 @@ async fn send(socket: &Arc<dyn AsyncUdpSocket>, transmit: &Transmit<'_>) -> io::
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        net::{IpAddr, SocketAddr},
+        pin::Pin,
+        sync::Mutex,
+    };
+
+    use quinn::{UdpPoller, udp::RecvMeta};
+
     use super::*;
 
     #[test]
@@ -154,6 +162,65 @@ mod tests {
         assert_eq!(packet[1..RESET_BYTES - TOKEN_BYTES], [0xff; RESET_BYTES - TOKEN_BYTES - 1]);
         let token = hmac::sign(&key, &[1, 2, 3, 4, 5, 6, 7, 8]);
         assert_eq!(packet[RESET_BYTES - TOKEN_BYTES..], token.as_ref()[..TOKEN_BYTES]);
+    }
+
+    #[derive(Debug, Default)]
+    struct Sent(Mutex<Vec<(SocketAddr, Option<IpAddr>, Vec<u8>)>>);
+
+    impl AsyncUdpSocket for Sent {
+        fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+            unreachable!("it takes everything")
+        }
+
+        fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+            let packet = (transmit.destination, transmit.src_ip, transmit.contents.to_vec());
+            self.0.lock().unwrap().push(packet);
+            Ok(())
+        }
+
+        fn poll_recv(
+            &self,
+            _: &mut std::task::Context<'_>,
+            _: &mut [io::IoSliceMut<'_>],
+            _: &mut [RecvMeta],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Pending
+        }
+
+        fn local_addr(&self) -> io::Result<SocketAddr> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    /// How long it took, in virtual time.
+    async fn told(count: u16, per_second: u32) -> Duration {
+        let keys = EndpointKeys { reset: [7; 64], token: [8; 64], connection_id: 9 };
+        let gone: Vec<Gone> = (1..=count)
+            .map(|port| Gone {
+                remote: SocketAddr::from(([192, 0, 2, 1], port)),
+                local: Some([198, 51, 100, 1].into()),
+                id: port.to_be_bytes().to_vec(),
+            })
+            .collect();
+        let (socket, metrics) = (Arc::new(Sent::default()), Metrics::default());
+        let began = tokio::time::Instant::now();
+        tell(Arc::<Sent>::clone(&socket), keys.clone(), gone.clone(), per_second, metrics.clone()).await;
+        let key = hmac::Key::new(hmac::HMAC_SHA256, &keys.reset);
+        let sent = socket.0.lock().unwrap();
+        assert_eq!(sent.len(), gone.len(), "one packet each");
+        for (gone, (to, from, packet)) in gone.iter().zip(sent.iter()) {
+            assert_eq!((gone.remote, gone.local, packet.len()), (*to, *from, RESET_BYTES));
+            assert!(packet.ends_with(&hmac::sign(&key, &gone.id).as_ref()[..TOKEN_BYTES]));
+        }
+        assert_eq!(metrics.clients_reset.get(), u64::from(count));
+        began.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn everybody_is_told_once_and_not_all_at_once() {
+        assert_eq!(told(1, 5_000).await, TURN);
+        assert_eq!(told(250, 1_000).await, 25 * TURN);
+        assert_eq!(told(3, 1).await, Duration::from_secs(3));
     }
 
     #[test]
