@@ -19,7 +19,8 @@
 //!
 //! - What is there is never overwritten; what is missing is made. Two processes starting at once agree on one key. Only
 //!   `folder.id` is drawn again when the log is gone: the numbers of the next one mean something else.
-//! - No file is ever half there: it is written beside its place, synced, and renamed into it.
+//! - No file is ever half there: it is written beside its place, synced, and renamed into it. Only `live.connections` is news, not
+//!   a possession: written in place, without a sync, and believed as far as its checksums go ([`crate::accept::book`]).
 //! - Private files are readable by their owner only, from the moment they exist.
 //! - Every error is one line that says what to do.
 //!
