@@ -2,8 +2,8 @@
 //!
 //! - The app is the SDK's example `pocket`, built with the profile `small`; the gateway and who writes to the app are built for
 //!   development, as every other command does.
-//! - Memory is what Linux says of the process (`/proc`): resident in all, and dirty pages of its own, which no system can take back
-//!   without killing the app or swapping.
+//! - Memory is what Linux says of the process (`/proc`): resident in all, and pages of no file, which no system can take back without
+//!   killing the app or swapping.
 //!
 //! Not here: bars; the targets name none.
 
@@ -105,7 +105,7 @@ pub(crate) fn measure(workspace: &Workspace) -> anyhow::Result<String> {
 
     let size = fs::metadata(&app)?.len();
     let mut text = format!("app, stripped                    {:>8.2} MiB\n", size as f64 / 1_048_576.0);
-    text += "memory                           resident   its own dirty pages\n";
+    text += "memory                           resident      of no file\n";
     for (when, memory) in [
         ("connected".to_owned(), connected),
         (format!("idle for {} s", REST.as_secs()), idle),
@@ -184,5 +184,5 @@ fn memory(child: &Child) -> anyhow::Result<Memory> {
         let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse().ok());
         kib.with_context(|| format!("{} does not tell {name}", file.display()))
     };
-    Ok(Memory { resident: of("Rss")?, own: of("Private_Dirty")? })
+    Ok(Memory { resident: of("Rss")?, own: of("Anonymous")? })
 }
