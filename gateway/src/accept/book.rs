@@ -8,7 +8,7 @@
 //!
 //! - A connection is noted once its handshake is complete, so its address has proven itself. One that moves is noted at its
 //!   new address when it has been seen there twice, [`SWEEP_EVERY`] apart: by then the path is validated or was given up.
-//! - The file is news, not a record: it is written without a sync, up to [`GATHER_FOR`] late. The system's page cache
+//! - The file is news, not a record: it is written without a sync, up to a quarter of a second late. The system's page cache
 //!   survives a kill; what a power cut leaves of it fails its checksums.
 //! - At most one record per connection there may be. A stop in order removes the file.
 //!
