@@ -165,6 +165,7 @@ pub(crate) async fn run(
         options.addresses.clone(),
         options.server_name.clone(),
     ));
+    shared.traffic().udp = Some(Arc::clone(dialer.carried()));
     let networks = Networks::from_blob(&start.networks);
     let network = NetworkKey::new(options.network.kind, &options.network_name);
     let known = networks.network(network);
@@ -667,6 +668,9 @@ impl Driver {
         let probe = self.probe.as_mut().map(|(probe, _)| probe);
         for race in [self.race.as_mut(), probe].into_iter().flatten() {
             self.shared.note_attempts(race.take_attempts());
+            for connection in race.take_ended() {
+                self.shared.traffic().ended(&connection);
+            }
         }
     }
 
@@ -694,11 +698,9 @@ impl Driver {
 
     fn drop_link(&mut self, code: CloseCode) {
         let Some(link) = self.link.take() else { return };
-        let stats = link.connection().stats();
         self.keep_networks();
         let mut traffic = self.shared.traffic();
-        traffic.past_sent_bytes += stats.bytes_out;
-        traffic.past_received_bytes += stats.bytes_in;
+        traffic.ended(link.connection());
         traffic.link = None;
         drop(traffic);
         link.close(code);

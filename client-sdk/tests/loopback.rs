@@ -244,6 +244,23 @@ async fn a_connection_that_is_closed_is_made_again() {
 }
 
 #[tokio::test]
+async fn attempts_that_nobody_answers_cost_what_they_send() {
+    let gateway = Scripted::start().await;
+    gateway.faults(|faults| faults.mute = true);
+    let alice = client(&gateway, "alice").await;
+    let mut states = alice.state();
+    // A race in which nobody answers, and the wait after it.
+    soon(async {
+        while !matches!(states.next().await.unwrap(), ConnectionState::Offline { retry_in: Some(wait), .. } if wait > Duration::ZERO) {}
+    })
+    .await;
+    let traffic = alice.traffic();
+    assert_eq!(traffic.connections, 0);
+    // The first packet of a handshake has 1 200 bytes at least, and there were several attempts.
+    assert!(traffic.sent_bytes >= 3 * 1_200, "{traffic:?}");
+}
+
+#[tokio::test]
 async fn a_goaway_is_followed_by_the_next_connection() {
     let gateway = Scripted::start().await;
     let alice = client(&gateway, "alice").await;

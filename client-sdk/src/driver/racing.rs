@@ -19,6 +19,7 @@ use fulmar_protocol::{
     close::CloseCode,
     frame::{Channel, Frame},
 };
+use fulmar_transport::Connection;
 
 use crate::{
     event::{Attempt, AttemptOutcome},
@@ -94,6 +95,8 @@ pub(super) struct Racing {
     won: bool,
     last_error: String,
     attempts: Vec<Attempt>,
+    /// Connections of attempts that ended, to be counted.
+    ended: Vec<Connection>,
 }
 
 impl Racing {
@@ -120,6 +123,7 @@ impl Racing {
             won: false,
             last_error: "no address".to_owned(),
             attempts: Vec::new(),
+            ended: Vec::new(),
         }
     }
 
@@ -131,6 +135,11 @@ impl Racing {
     /// Attempts that ended since the last call.
     pub(super) fn take_attempts(&mut self) -> Vec<Attempt> {
         std::mem::take(&mut self.attempts)
+    }
+
+    /// Connections of attempts that ended since the last call.
+    pub(super) fn take_ended(&mut self) -> Vec<Connection> {
+        std::mem::take(&mut self.ended)
     }
 
     /// Goes on. `flight` is what has been said of the first flight.
@@ -203,7 +212,7 @@ impl Racing {
                             let outcome =
                                 if self.won { AttemptOutcome::Overtaken } else { AttemptOutcome::NoAnswer };
                             note(&mut self.attempts, &runner, outcome, now);
-                            runner.close();
+                            self.ended.extend(runner.close());
                         }
                     }
                 }
@@ -245,16 +254,17 @@ impl Racing {
                     return Some(RaceEvent::Won(Box::new(Won { link, first, win, took })));
                 }
                 note(&mut self.attempts, &runner, AttemptOutcome::Overtaken, now);
-                runner.close();
+                self.ended.extend(runner.close());
             }
             Look::TooLate => {
                 note(&mut self.attempts, &runner, AttemptOutcome::Overtaken, now);
-                runner.close();
+                self.ended.extend(runner.close());
             }
             Look::Failed { text, answered } => {
                 self.last_error = format!("{}: {text}", runner.address);
                 race.failed(runner.id, answered, now);
                 note(&mut self.attempts, &runner, AttemptOutcome::Failed(text), now);
+                self.ended.extend(runner.close());
             }
         }
         None
@@ -327,10 +337,11 @@ impl Runner {
         self.written = flight.len();
     }
 
-    fn close(&self) {
-        if let Some(link) = &self.link {
-            link.close(CloseCode::Done);
-        }
+    /// Closes it; what there was of a connection.
+    fn close(&self) -> Option<Connection> {
+        let link = self.link.as_ref()?;
+        link.close(CloseCode::Done);
+        Some(link.connection().clone())
     }
 }
 

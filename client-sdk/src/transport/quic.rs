@@ -19,6 +19,7 @@ use crate::{
     transport::{
         dial::Progress,
         link::Link,
+        meter::{Carried, Metered},
         stream::{Target, stream_tls, tls, websocket},
         window::Floored,
     },
@@ -137,6 +138,7 @@ pub(crate) struct Dialer {
     found: Mutex<Vec<SocketAddr>>,
     /// One for IPv4, one for IPv6.
     sockets: Mutex<[Option<Endpoint>; 2]>,
+    carried: Arc<Carried>,
 }
 
 impl Dialer {
@@ -153,7 +155,18 @@ impl Dialer {
             names: Mutex::new(names),
             found: Mutex::default(),
             sockets: Mutex::default(),
+            carried: Arc::default(),
         }
+    }
+
+    /// What the sockets of QUIC have carried.
+    pub(crate) const fn carried(&self) -> &Arc<Carried> {
+        &self.carried
+    }
+
+    /// A socket of QUIC.
+    fn socket(&self, v6: bool) -> std::io::Result<Arc<Metered>> {
+        self.platform.udp(any(v6)).map(|socket| Metered::new(socket, &self.carried))
     }
 
     /// By which ways this client can reach a gateway.
@@ -237,7 +250,7 @@ impl Dialer {
     pub(crate) fn rebind(&self) {
         for (v6, endpoint) in [false, true].into_iter().zip(lock(&self.sockets).iter()) {
             let Some(endpoint) = endpoint else { continue };
-            let moved = self.platform.udp(any(v6)).and_then(|socket| endpoint.rebind_abstract(socket));
+            let moved = self.socket(v6).and_then(|socket| endpoint.rebind_abstract(socket));
             if let Err(error) = moved {
                 tracing::debug!(%error, "no new socket; the old one is kept");
             }
@@ -253,7 +266,7 @@ impl Dialer {
         config.rng_seed(Some(seed));
         let platform = Arc::clone(&self.platform);
         config.cid_generator(move || Box::new(ShortIds(Arc::clone(&platform))));
-        let socket = self.platform.udp(any(v6))?;
+        let socket = self.socket(v6)?;
         Endpoint::new_with_abstract_socket(config, None, socket, self.platform.quic_runtime())
     }
 
