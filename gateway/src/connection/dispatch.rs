@@ -1,7 +1,7 @@
 //! What each frame sets in motion. Frames of a connection come here one after the other.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -533,7 +533,8 @@ impl Connection {
         let peer = self.peer()?;
         peer.owed.acked(&entries);
         let user = peer.producer.user;
-        let mut by_shard: HashMap<usize, Vec<(ConversationId, Seq)>> = HashMap::new();
+        // In the order of their numbers: a simulated world repeats itself.
+        let mut by_shard: BTreeMap<usize, Vec<(ConversationId, Seq)>> = BTreeMap::new();
         for (conversation, seq) in &entries {
             if let Some(shard) = self.context.route.conversation(*conversation) {
                 by_shard.entry(shard).or_default().push((*conversation, *seq));
