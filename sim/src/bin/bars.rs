@@ -596,7 +596,7 @@ fn gateway_restart(worlds: u64) -> Measured {
         }
         Ok(times)
     })?;
-    // Who sends notices at once; who only listens has nothing to notice it by before its next question.
+    // Who sends notices at once; who only listens is told by the next process.
     let (mut acked, mut read): (Vec<_>, Vec<_>) = times.into_iter().unzip();
     let count = acked.len();
     Ok(vec![
