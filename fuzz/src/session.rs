@@ -189,7 +189,6 @@ impl ClientRun {
                     reference: None,
                     ttl: None,
                     more: false,
-                    continues: false,
                     silent: false,
                     cancel,
                     payload: Bytes::from(vec![b'x'; s.below(256) * 16]),

@@ -107,7 +107,6 @@ fn made(data: &Path) -> ConversationId {
                 target: None,
                 ttl: None,
                 more: false,
-                continues: false,
                 silent: false,
                 payload,
             };

@@ -406,7 +406,6 @@ impl World {
             reference: None,
             ttl: None,
             more: false,
-            continues: false,
             silent: false,
             payload: send.payload.clone(),
         });
@@ -449,7 +448,6 @@ impl World {
             reference: None,
             ttl: None,
             more: false,
-            continues: false,
             silent: false,
             cancel: false,
             payload: Bytes::from(vec![b'x'; 100]),

@@ -306,7 +306,6 @@ mod tests {
             target: None,
             ttl: None,
             more: false,
-            continues: false,
             silent: false,
             payload: Bytes::from(vec![7; 968]),
         };

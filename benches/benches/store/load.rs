@@ -112,7 +112,6 @@ impl Load {
             target: None,
             ttl: None,
             more: false,
-            continues: false,
             silent: false,
             payload,
         };

@@ -214,7 +214,6 @@ impl Feed {
                 reference: None,
                 ttl: None,
                 more: false,
-                continues: false,
                 silent: false,
                 cancel: true,
                 payload: Bytes::new(),

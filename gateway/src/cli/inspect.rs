@@ -402,7 +402,6 @@ mod tests {
             reference: None,
             ttl: None,
             more: false,
-            continues: false,
             silent: false,
             cancel: false,
             payload: Bytes::from_static("grüß, (dich) \"{du}\"".as_bytes()),

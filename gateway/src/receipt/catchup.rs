@@ -111,7 +111,6 @@ mod tests {
             target: None,
             ttl: None,
             more: false,
-            continues: false,
             silent: false,
             payload: Bytes::from_static(b"hi"),
         }

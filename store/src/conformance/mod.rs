@@ -65,7 +65,6 @@ pub(crate) fn message(n: u64, payload: impl Into<Bytes>) -> Record {
         target: None,
         ttl: None,
         more: false,
-        continues: false,
         silent: false,
         payload: payload.into(),
     }

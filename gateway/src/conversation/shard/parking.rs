@@ -198,7 +198,6 @@ mod tests {
             reference: None,
             ttl: None,
             more: false,
-            continues: false,
             silent: false,
             cancel: false,
             payload: vec![7; bytes].into(),
