@@ -400,6 +400,39 @@ async fn a_peer_that_does_not_read_holds_nobody_up() {
     assert_eq!(client.closed().await, ConnectionError::LocallyClosed);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_stuck_stream_leaves_its_task_alone() {
+    // Driver and handles in one task, as the gateway has them, and a peer that reads nothing.
+    let (one, _peer) = duplex(512);
+    let config = Config {
+        assumed: Some(Parameters {
+            max_data: 1 << 30,
+            max_stream_data_uni: 1 << 30,
+            max_streams_uni: 4,
+            ..Parameters::default()
+        }),
+        ..Config::default()
+    };
+    let mut driver = None;
+    let client =
+        Connection::over(one, Kind::Tls, Setup { config, ..setup(Side::Client) }, |task| driver = Some(task));
+    let mut driver = driver.unwrap();
+    let mut stream = client.open_uni().await.unwrap();
+    let body = vec![1; 1 << 20];
+    let mut writing = std::pin::pin!(stream.write_all(&body));
+    let mut accepting = std::pin::pin!(client.accept_uni());
+    let mut turns = 0;
+    let working = std::future::poll_fn(|cx| {
+        turns += 1;
+        assert!(turns < 100, "it looks again and again without a reason");
+        let ended = driver.as_mut().poll(cx).is_ready();
+        let done = writing.as_mut().poll(cx).is_ready() || accepting.as_mut().poll(cx).is_ready();
+        if ended || done { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    });
+    let waited = tokio::time::timeout(Duration::from_secs(5), working).await;
+    assert!(waited.is_err(), "nothing can happen");
+}
+
 #[tokio::test]
 async fn who_speaks_something_else_is_refused() {
     let certificates = certificates();

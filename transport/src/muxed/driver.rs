@@ -144,6 +144,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Driver<S> {
 
     /// Writes one record; `true` when that was done.
     fn write(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+        let wrote = self.write_record(cx)?;
+        self.shared.lock().stuck = !self.record.is_empty() || self.unflushed;
+        Ok(wrote)
+    }
+
+    fn write_record(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
         if self.record.is_empty() && !self.unflushed {
             let Some(record) = self.next_record() else { return Ok(false) };
             self.record = record;

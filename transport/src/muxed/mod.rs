@@ -55,6 +55,8 @@ pub(crate) struct Shared {
 pub(crate) struct State {
     mux: Mux,
     driver: Option<Waker>,
+    /// The byte stream takes nothing more for now, and wakes the driver itself when it does.
+    stuck: bool,
     readers: BTreeMap<StreamId, Waker>,
     writers: BTreeMap<StreamId, Waker>,
     stopped: BTreeMap<StreamId, Vec<Waker>>,
@@ -70,6 +72,7 @@ impl Shared {
         let state = State {
             mux,
             driver: None,
+            stuck: false,
             readers: BTreeMap::new(),
             writers: BTreeMap::new(),
             stopped: BTreeMap::new(),
@@ -102,7 +105,10 @@ impl Shared {
         }
         let acted = act(&mut state);
         self.settle(&mut state);
-        if state.mux.wants_transmit()
+        // Driver and handles may share a task: woken for nothing, it would look again, and wake it again, without end.
+        let heeds = !state.stuck || state.mux.ended().is_some();
+        if heeds
+            && state.mux.wants_transmit()
             && let Some(driver) = state.driver.take()
         {
             driver.wake();
