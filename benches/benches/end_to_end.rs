@@ -176,7 +176,7 @@ async fn watch(
             return Ok((ack, delivery));
         }
         tokio::select! {
-            seen = alice.next() => if let Seen::Acked(_) = seen? {
+            seen = alice.next() => if let Seen::Acked(..) = seen? {
                 ack = Some(at.elapsed());
             },
             seen = bob.next() => if let Seen::Delivered(record) = seen? && record.payload == body {

@@ -7,7 +7,8 @@
 //! Not here: reconnecting, the outbox (the SDK has them).
 
 use std::{
-    collections::VecDeque,
+    cell::RefCell,
+    collections::{HashMap, VecDeque},
     future::poll_fn,
     net::SocketAddr,
     pin::Pin,
@@ -24,8 +25,8 @@ use fulmar_gateway::{
 };
 use fulmar_protocol::{
     frame::{
-        AuthProof, CallStatus, Channel, Decoder, Deliver, NetworkHint, OpenTarget, RecordKind, Send,
-        StreamHeader,
+        AuthProof, Bytes8, CallStatus, Channel, Decoder, Deliver, NetworkHint, OpenTarget, RecordKind, Send,
+        SendRefused, StreamHeader,
     },
     id::{ConversationId, DeviceClass, DeviceUid, Pseq, Seq, UnixMillis},
     service::{self, ChangeMembers, CreateGroup, GroupCreated, MembersChanged, Method},
@@ -34,6 +35,11 @@ use fulmar_protocol::{
 
 /// Bytes read from a stream at once.
 const READ_BYTES: usize = 8 * 1024;
+
+thread_local! {
+    /// What all phones of a thread read into, one after the other.
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BYTES].into());
+}
 
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -68,7 +74,9 @@ pub enum Seen {
     /// A record came.
     Delivered(Deliver),
     /// A send is durable.
-    Acked(Pseq),
+    Acked(ConversationId, Pseq),
+    /// A send was refused for good, or for now.
+    Refused(Box<SendRefused>),
     /// Anything else.
     Other(Box<Output>),
 }
@@ -98,9 +106,11 @@ pub struct Phone {
     control: Outgoing,
     uplink: Outgoing,
     seen: VecDeque<Seen>,
-    buffer: Box<[u8]>,
-    pseq: Pseq,
-    newest: Seq,
+    /// The last number of each lane.
+    lanes: HashMap<ConversationId, Pseq>,
+    newest: HashMap<ConversationId, Seq>,
+    /// What the next connection proves itself with.
+    ticket: Bytes8,
 }
 
 impl core::fmt::Debug for Phone {
@@ -120,15 +130,25 @@ impl Phone {
         token: String,
         uid: u128,
     ) -> anyhow::Result<Self> {
+        let config = ClientConfig::new(DeviceUid(uid.to_be_bytes()), DeviceClass::Phone);
+        let half = Client::new(config, Restored::default());
+        Self::begin(half, Instant::now(), AuthProof::Token(token), endpoint, gateway).await
+    }
+
+    async fn begin(
+        mut half: Client,
+        begin: Instant,
+        auth: AuthProof,
+        endpoint: &quinn::Endpoint,
+        gateway: SocketAddr,
+    ) -> anyhow::Result<Self> {
         let connection = endpoint.connect(gateway, "localhost")?.await?;
         let (send, recv) = connection.open_bi().await?;
-        let config = ClientConfig::new(DeviceUid(uid.to_be_bytes()), DeviceClass::Phone);
-        let mut half = Client::new(config, Restored::default());
-        half.connect(AuthProof::Token(token), NetworkHint::default(), Duration::ZERO);
+        half.connect(auth, NetworkHint::default(), begin.elapsed());
         let accepting = accept(&connection);
         let mut phone = Self {
             half,
-            begin: Instant::now(),
+            begin,
             connection,
             // We opened the control stream and named it; its other half has no header.
             incoming: vec![Incoming {
@@ -141,15 +161,30 @@ impl Phone {
             control: Outgoing::new(Channel::Control, Some(send)),
             uplink: Outgoing::new(Channel::Uplink, None),
             seen: VecDeque::new(),
-            buffer: vec![0; READ_BYTES].into(),
-            pseq: Pseq::ZERO,
-            newest: Seq::ZERO,
+            lanes: HashMap::new(),
+            newest: HashMap::new(),
+            ticket: Bytes8::default(),
         };
-        phone
-            .answer(|output| matches!(output, Output::Welcomed(_)).then_some(()))
+        phone.ticket = phone
+            .answer(|output| match output {
+                Output::Welcomed(welcome) => Some(welcome.ticket.clone()),
+                _ => None,
+            })
             .await
             .context("no WELCOME")?;
         Ok(phone)
+    }
+
+    /// Leaves this connection, and makes the next one with what it knows: its ticket, its cursors, what is not acked.
+    ///
+    /// # Errors
+    /// It was not let in.
+    pub async fn reconnect(self, endpoint: &quinn::Endpoint, gateway: SocketAddr) -> anyhow::Result<Self> {
+        let Self { mut half, begin, connection, lanes, newest, ticket, .. } = self;
+        half.disconnected(begin.elapsed());
+        drop(connection);
+        let next = Self::begin(half, begin, AuthProof::Ticket(ticket), endpoint, gateway).await?;
+        Ok(Self { lanes, newest, ..next })
     }
 
     fn now(&self) -> Duration {
@@ -161,18 +196,28 @@ impl Phone {
     /// # Errors
     /// The numbers are used up.
     pub fn send(&mut self, conversation: ConversationId, payload: Bytes) -> anyhow::Result<bool> {
+        Ok(self.post(conversation, payload)?.is_some())
+    }
+
+    /// The same, and says under which number it leaves.
+    ///
+    /// # Errors
+    /// The numbers are used up.
+    pub fn post(&mut self, conversation: ConversationId, payload: Bytes) -> anyhow::Result<Option<Pseq>> {
         if !self.half.has_room() {
-            return Ok(false);
+            return Ok(None);
         }
-        let pseq = self.pseq.next().context("no more numbers")?;
+        let last = self.lanes.get(&conversation).copied().unwrap_or(Pseq::ZERO);
+        let pseq = last.next().context("no more numbers")?;
         let send = Send {
             kind: RecordKind::Message,
             conversation,
             pseq,
-            seen: self.newest,
+            seen: self.newest.get(&conversation).copied().unwrap_or(Seq::ZERO),
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload,
@@ -180,9 +225,9 @@ impl Phone {
         let now = self.now();
         let taken = self.half.send(send, now).is_ok();
         if taken {
-            self.pseq = pseq;
+            self.lanes.insert(conversation, pseq);
         }
-        Ok(taken)
+        Ok(taken.then_some(pseq))
     }
 
     /// Sends that are not acked.
@@ -301,12 +346,14 @@ impl Phone {
                 Output::Transmit(Channel::Uplink, frame) => frame.encode(&mut self.uplink.bytes),
                 Output::Transmit(channel, _) => bail!("nothing is sent on {}", channel.name()),
                 Output::Deliver(deliver) => {
-                    self.newest = self.newest.max(deliver.seq);
+                    self.newest.insert(deliver.conversation, deliver.seq);
                     self.half.committed(deliver.conversation, deliver.seq, now);
                     self.seen.push_back(Seen::Delivered(deliver));
                 }
-                Output::Acked { pseq, .. } => self.seen.push_back(Seen::Acked(pseq)),
-                Output::Refused(refused) => bail!("a send was refused: {refused:?}"),
+                Output::Acked { conversation, pseq, .. } => {
+                    self.seen.push_back(Seen::Acked(conversation, pseq));
+                }
+                Output::Refused(refused) => self.seen.push_back(Seen::Refused(Box::new(refused))),
                 Output::Close(code) => bail!("the session ended: {code:?}"),
                 other => self.seen.push_back(Seen::Other(Box::new(other))),
             }
@@ -324,13 +371,15 @@ impl Phone {
         let now = self.begin.elapsed();
         let mut moved = false;
         for incoming in &mut self.incoming {
-            let Poll::Ready(read) = incoming.stream.poll_read(cx, &mut self.buffer) else { continue };
-            let read = read?;
-            if read == 0 {
-                return Poll::Ready(Err(anyhow::anyhow!("the gateway ended a stream")));
-            }
-            let bytes = Bytes::copy_from_slice(self.buffer.get(..read).unwrap_or_default());
-            incoming.take(bytes, &mut self.half, now)?;
+            let read = BUFFER.with_borrow_mut(|buffer| {
+                let read = std::task::ready!(incoming.stream.poll_read(cx, buffer))?;
+                if read == 0 {
+                    return Poll::Ready(Err(anyhow::anyhow!("the gateway ended a stream")));
+                }
+                Poll::Ready(anyhow::Ok(Bytes::copy_from_slice(buffer.get(..read).unwrap_or_default())))
+            });
+            let Poll::Ready(bytes) = read else { continue };
+            incoming.take(bytes?, &mut self.half, now)?;
             moved = true;
         }
         if moved { Poll::Ready(Ok(())) } else { Poll::Pending }

@@ -31,7 +31,7 @@ use crate::{
     options::Options,
     platform::{Platform, within},
     send::{Handles, OutboxEntry, Progress, SendHandle},
-    transport,
+    transport::{self, meter::Carried},
 };
 
 /// How long a request waits for its answer, reconnects included.
@@ -107,21 +107,28 @@ pub(crate) struct Fresh {
 pub struct Traffic {
     /// Connections that were welcomed.
     pub connections: u64,
-    /// Bytes sent, of all connections: UDP payloads, or what was carried by TLS or WebSocket.
+    /// Bytes sent: UDP payloads of everything, also of attempts to connect that failed; or what was carried by TLS or WebSocket.
     pub sent_bytes: u64,
     /// The same that was received.
     pub received_bytes: u64,
     /// The round-trip time measured last.
     pub rtt: Duration,
+    /// Pieces of bodies that came and will never be shown: the rest was not sent, or its beginning was before what this
+    /// device may see.
+    pub stray_pieces: u64,
 }
 
 /// What [`Traffic`] is made from.
 #[derive(Debug, Default)]
 pub(crate) struct Meter {
     pub(crate) connections: u64,
+    /// Of byte streams that ended.
     pub(crate) past_sent_bytes: u64,
     pub(crate) past_received_bytes: u64,
+    /// By QUIC, once the client runs.
+    pub(crate) udp: Option<Arc<Carried>>,
     pub(crate) rtt: Duration,
+    pub(crate) stray_pieces: u64,
     /// The connection that is up.
     pub(crate) link: Option<fulmar_transport::Connection>,
 }
@@ -129,6 +136,17 @@ pub(crate) struct Meter {
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing under these locks can panic half-way; a poisoned one is still consistent.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Meter {
+    /// A connection, or an attempt at one, has ended.
+    pub(crate) fn ended(&mut self, connection: &fulmar_transport::Connection) {
+        if connection.kind() != fulmar_transport::Kind::Quic {
+            let stats = connection.stats();
+            self.past_sent_bytes += stats.bytes_out;
+            self.past_received_bytes += stats.bytes_in;
+        }
+    }
 }
 
 impl Shared {
@@ -295,7 +313,7 @@ impl Client {
     /// # }
     /// ```
     pub async fn connect(options: Options) -> Result<Self, Error> {
-        let tls = transport::client_tls(options.trust.as_ref())?;
+        let tls = transport::client_tls(options.trust.as_ref(), &options.platform)?;
         let db = Db::open(options.database.clone(), options.durability, options.platform.in_place()).await?;
         let shared = Arc::new(Shared::new(db, Arc::clone(&options.platform)));
         let now = shared.platform.unix_millis();
@@ -626,12 +644,15 @@ impl Client {
     #[must_use]
     pub fn traffic(&self) -> Traffic {
         let meter = self.shared.traffic();
-        let now = meter.link.as_ref().map(|link| link.stats());
+        let stream = meter.link.as_ref().filter(|link| link.kind() != fulmar_transport::Kind::Quic);
+        let now = stream.map(|link| link.stats());
+        let udp = meter.udp.as_ref().map_or((0, 0), |udp| (udp.sent(), udp.received()));
         Traffic {
             connections: meter.connections,
-            sent_bytes: meter.past_sent_bytes + now.map_or(0, |now| now.bytes_out),
-            received_bytes: meter.past_received_bytes + now.map_or(0, |now| now.bytes_in),
+            sent_bytes: meter.past_sent_bytes + udp.0 + now.map_or(0, |now| now.bytes_out),
+            received_bytes: meter.past_received_bytes + udp.1 + now.map_or(0, |now| now.bytes_in),
             rtt: meter.rtt,
+            stray_pieces: meter.stray_pieces,
         }
     }
 

@@ -65,9 +65,6 @@ const SILENCE_MAX: Duration = Duration::from_secs(180);
 /// A difference between the device's clocks that is sleep.
 const SLEEP_MIN: Duration = Duration::from_secs(2);
 
-/// A connection that was taken over so soon after a race was taken over by another attempt of that race.
-const RACE_ECHO: Duration = Duration::from_secs(10);
-
 /// How long after the WELCOME what was missed may still be coming in while the client counts as live.
 const SYNC_MAX: Duration = Duration::from_secs(5);
 
@@ -94,8 +91,13 @@ impl Start {
     pub(crate) const UNACKED_MAX: usize = OUTBOX_SENDS_MAX;
 }
 
-/// What was said before there was a connection, in its order: all of it goes on every attempt to make one.
-type Flight = Vec<(Channel, Frame)>;
+/// What is said before there is a connection, in its order: all of it goes on every attempt to make one.
+struct Flight {
+    frames: Vec<(Channel, Frame)>,
+    /// The session half is beyond it: it waits for the answer, and says more. Otherwise there is a connection it goes on with until
+    /// the answer is there.
+    opening: bool,
+}
 
 struct Driver {
     shared: Arc<Shared>,
@@ -107,16 +109,12 @@ struct Driver {
     dialer: Arc<Dialer>,
     race: Option<Racing>,
     /// Tries whether QUIC gets through again, beside a connection by another way.
-    probe: Option<Racing>,
-    /// The race was won; its winner waits for the proof.
-    won: Option<Box<Won>>,
-    /// Says who the user is on the next connection.
-    proof: Option<AuthProof>,
+    probe: Option<(Racing, Flight)>,
+    /// The winner of the race, until it is the connection.
+    won: Option<(Box<Won>, Flight)>,
     proving: Option<BoxFuture<Result<AuthProof, String>>>,
-    /// The first flight, while there is no connection and it may leave early.
+    /// The first flight, while there is a race.
     flight: Option<Flight>,
-    /// When a race was won last.
-    won_at: Option<Duration>,
     link: Option<Link>,
     networks: Networks,
     network: NetworkKey,
@@ -138,6 +136,8 @@ struct Driver {
     asked_at: Duration,
     /// When a message came or left last.
     busy_at: Option<Duration>,
+    /// Since when there is a send that is not acked.
+    unacked_since: Option<Duration>,
     rtt: Duration,
     /// When the first PONG after the WELCOME came, until what was missed is in.
     ponged_at: Option<Duration>,
@@ -165,6 +165,7 @@ pub(crate) async fn run(
         options.addresses.clone(),
         options.server_name.clone(),
     ));
+    shared.traffic().udp = Some(Arc::clone(dialer.carried()));
     let networks = Networks::from_blob(&start.networks);
     let network = NetworkKey::new(options.network.kind, &options.network_name);
     let known = networks.network(network);
@@ -195,10 +196,8 @@ pub(crate) async fn run(
         race: None,
         probe: None,
         won: None,
-        proof: None,
         proving: None,
         flight: None,
-        won_at: None,
         link: None,
         keepalive: Keepalive::new(known.keepalive()),
         networks,
@@ -210,6 +209,7 @@ pub(crate) async fn run(
         packets: 0,
         asked_at: Duration::ZERO,
         busy_at: None,
+        unacked_since: None,
         rtt: Duration::ZERO,
         ponged_at: None,
         ponged: false,
@@ -324,12 +324,12 @@ impl Driver {
                 return Ready(Woken::Link(event));
             }
             if let Some(race) = race
-                && let Ready(event) = race.poll(flight.as_deref(), now, cx)
+                && let Ready(event) = race.poll(flight.as_ref().map(|flight| &flight.frames[..]), now, cx)
             {
                 return Ready(Woken::Race(event));
             }
-            if let Some(probe) = probe
-                && let Ready(event) = probe.poll(None, now, cx)
+            if let Some((probe, flight)) = probe
+                && let Ready(event) = probe.poll(Some(&flight.frames), now, cx)
             {
                 return Ready(Woken::Probe(event));
             }
@@ -363,7 +363,7 @@ impl Driver {
             self.machine.poll_timeout(),
             self.overdue_at(),
             self.race.as_ref().and_then(Racing::poll_timeout),
-            self.probe.as_ref().and_then(Racing::poll_timeout),
+            self.probe.as_ref().and_then(|(probe, _)| probe.poll_timeout()),
             self.probe_at(),
             self.ping_at(),
             self.feed.poll_timeout(self.now(), self.shared.platform.unix_millis()),
@@ -376,6 +376,8 @@ impl Driver {
 
     fn time_passed(&mut self) {
         let now = self.now();
+        let unacked = self.half.unacked() > 0;
+        self.unacked_since = self.unacked_since.filter(|_| unacked).or_else(|| unacked.then_some(now));
         if self.half.poll_timeout().is_some_and(|at| at <= now) {
             self.half.handle_timeout(now);
         }
@@ -401,8 +403,7 @@ impl Driver {
             }
         }
         if self.probe_at().is_some_and(|at| at <= now) {
-            let memory = self.networks.network(self.network).memory(self.wall());
-            self.probe = Some(Racing::by_quic(&self.dialer, memory));
+            self.probe();
         }
         let slept = sleep_of(&*self.shared.platform);
         if slept.saturating_sub(std::mem::replace(&mut self.slept, slept)) >= SLEEP_MIN {
@@ -415,7 +416,7 @@ impl Driver {
     /// When it is time to see whether UDP gets through again.
     fn probe_at(&self) -> Option<Duration> {
         let link = self.link.as_ref().filter(|_| self.machine.state() == State::Live)?;
-        let idle = self.race.is_none() && self.probe.is_none();
+        let idle = self.race.is_none() && self.probe.is_none() && self.identity.ticket.is_some();
         let other = idle && link.connection().kind() != fulmar_transport::Kind::Quic;
         let at = self.networks.network(self.network).udp_probe_at().filter(|_| other)?;
         Some(self.now() + at.saturating_sub(self.wall()))
@@ -433,7 +434,7 @@ impl Driver {
             return None;
         }
         // A send the gateway's transport has taken in but that is not acked may have died with its process.
-        let waits = (self.half.unacked() > 0).then(|| self.asked_at + self.prompt());
+        let waits = self.unacked_since.map(|since| since.max(self.asked_at) + self.prompt());
         [waits, self.keepalive.ping_at(self.asked_at, self.busy_at)].into_iter().flatten().min()
     }
 
@@ -528,16 +529,15 @@ impl Driver {
         });
     }
 
-    /// Begins a race for a connection. Without one to go on with, the first flight is put out for all its attempts.
+    /// Begins a race for a connection.
     fn race(&mut self) {
-        let now = self.now();
         self.end_race();
         let known = self.networks.network(self.network);
         let wall = self.wall();
         let ticket =
             self.identity.ticket.as_deref().filter(|_| self.identity.server == self.options.server_name);
         self.by_ticket = ticket.is_some();
-        self.proof = match (ticket, &self.options.token) {
+        let proof = match (ticket, &self.options.token) {
             (Some(ticket), _) => Some(AuthProof::ticket(ticket)),
             (None, Token::Fixed(token)) => Some(AuthProof::Token(token.clone())),
             (None, Token::Provider(provider)) => {
@@ -552,12 +552,29 @@ impl Driver {
                 None
             }
         };
-        let early = self.link.is_none() && self.proof.is_some();
-        if early && let Some(proof) = self.proof.clone() {
-            self.flight = Some(Flight::new());
+        self.race = Some(Racing::new(&self.dialer, known.memory(wall)));
+        if let Some(proof) = proof {
+            self.fly(proof);
+        }
+    }
+
+    /// Puts the first flight out for all attempts of the race.
+    fn fly(&mut self, proof: AuthProof) {
+        let opening = self.link.is_none();
+        let frames = if opening { Vec::new() } else { self.half.prepare(proof.clone(), self.hint()) };
+        self.flight = Some(Flight { frames, opening });
+        if opening {
+            let now = self.now();
             self.half.connect_early(proof, self.hint(), now);
         }
-        self.race = Some(Racing::new(&self.dialer, known.memory(wall), early));
+    }
+
+    /// Tries whether QUIC gets through again.
+    fn probe(&mut self) {
+        let Some(ticket) = self.identity.ticket.as_deref().map(AuthProof::ticket) else { return };
+        let memory = self.networks.network(self.network).memory(self.wall());
+        let flight = Flight { frames: self.half.prepare(ticket, self.hint()), opening: false };
+        self.probe = Some((Racing::by_quic(&self.dialer, memory), flight));
     }
 
     /// What the gateway is told of the network.
@@ -568,7 +585,7 @@ impl Driver {
     fn end_race(&mut self) {
         self.note_attempts();
         (self.race, self.probe, self.won, self.proving) = (None, None, None, None);
-        if self.flight.take().is_some() {
+        if self.flight.take().is_some_and(|flight| flight.opening) {
             let now = self.now();
             self.half.disconnected(now);
         }
@@ -576,12 +593,7 @@ impl Driver {
 
     fn proven(&mut self, proof: Result<AuthProof, String>) {
         match proof {
-            Ok(proof) => {
-                self.proof = Some(proof);
-                if self.won.is_some() {
-                    self.step(Event::Reached);
-                }
-            }
+            Ok(proof) => self.fly(proof),
             Err(text) => self.unreached(OfflineReason::NoToken(text)),
         }
     }
@@ -590,12 +602,11 @@ impl Driver {
         let now = self.now();
         match event {
             RaceEvent::Won(won) => {
-                self.won_at = Some(now);
                 self.networks.on(self.network).won(won.win);
                 let prompt = self.prompt();
                 self.keepalive.reached(won.took, prompt, now);
-                self.won = Some(won);
-                if self.proof.is_some() {
+                if let Some(flight) = self.flight.take() {
+                    self.won = Some((won, flight));
                     self.step(Event::Reached);
                 }
             }
@@ -621,17 +632,15 @@ impl Driver {
             return;
         }
         self.note_attempts();
-        self.probe = None;
+        let probe = self.probe.take();
         let wall = self.wall();
         let network = self.networks.on(self.network);
         match event {
             RaceEvent::Won(won) => {
                 network.won(won.win);
                 network.udp_was(Verdict::Works, wall);
-                let ticket = self.identity.ticket.as_deref().map(AuthProof::ticket);
-                if let Some(proof) = ticket.filter(|_| self.machine.state() == State::Live) {
-                    self.won_at = Some(self.now());
-                    (self.won, self.proof, self.by_ticket) = (Some(won), Some(proof), true);
+                if let Some((_, flight)) = probe.filter(|_| self.machine.state() == State::Live) {
+                    (self.won, self.by_ticket) = (Some((won, flight)), true);
                     self.step(Event::Goaway { spread: Duration::ZERO });
                     self.step(Event::Reached);
                 } else {
@@ -656,52 +665,42 @@ impl Driver {
 
     /// For the report of attempts.
     fn note_attempts(&mut self) {
-        for race in [&mut self.race, &mut self.probe].into_iter().flatten() {
+        let probe = self.probe.as_mut().map(|(probe, _)| probe);
+        for race in [self.race.as_mut(), probe].into_iter().flatten() {
             self.shared.note_attempts(race.take_attempts());
+            for connection in race.take_ended() {
+                self.shared.traffic().ended(&connection);
+            }
         }
     }
 
-    /// Goes on with the winner of the race; what was before is left.
+    /// Goes on with the winner of the race.
     fn adopt(&mut self) {
-        let (Some(won), Some(proof)) = (self.won.take(), self.proof.take()) else { return };
-        let Won { mut link, spoken, frames, .. } = *won;
+        let Some((won, flight)) = self.won.take() else { return };
+        let Won { link, first, .. } = *won;
         let now = self.now();
-        let flight = self.flight.take();
-        if flight.is_none() {
-            self.drop_link(CloseCode::Done);
-        }
+        self.drop_link(CloseCode::Done);
         self.packets = 0;
         self.challenges = 0;
         self.ponged = false;
         self.asked_at = now;
-        match flight {
-            Some(flight) => {
-                for (channel, frame) in &flight {
-                    if !spoken {
-                        link.write(*channel, frame);
-                    }
-                    self.sent(frame, now);
-                }
-                self.half.reached(now);
-                self.link = Some(link);
-            }
-            None => {
-                self.link = Some(link);
-                self.half.connect(proof, self.hint(), now);
-            }
+        for (_, frame) in &flight.frames {
+            self.sent(frame, now);
         }
-        if !frames.is_empty() {
-            self.link_event(LinkEvent::Frames(frames));
+        if flight.opening {
+            self.half.reached(now);
+        } else {
+            self.half.switch(&flight.frames, now);
         }
+        self.link = Some(link);
+        self.link_event(first);
     }
 
     fn drop_link(&mut self, code: CloseCode) {
         let Some(link) = self.link.take() else { return };
-        let stats = link.connection().stats();
         self.keep_networks();
         let mut traffic = self.shared.traffic();
-        traffic.past_sent_bytes += stats.bytes_out;
-        traffic.past_received_bytes += stats.bytes_in;
+        traffic.ended(link.connection());
         traffic.link = None;
         drop(traffic);
         link.close(code);
@@ -760,15 +759,8 @@ impl Driver {
 
     fn closed_by_gateway(&mut self, code: Option<CloseCode>, text: String) {
         match code {
-            Some(CloseCode::Superseded) => {
-                // By another attempt of our own race, which lost it: that one is gone already.
-                let echo = self.won_at.is_some_and(|at| self.now().saturating_sub(at) < RACE_ECHO);
-                if echo || self.race.is_some() {
-                    self.lost(OfflineReason::Lost(text), CloseCode::Done);
-                } else {
-                    self.end = Some(CloseReason::Superseded);
-                }
-            }
+            // By a connection whose client went on with it. Attempts of our own races that lost never did.
+            Some(CloseCode::Superseded) => self.end = Some(CloseReason::Superseded),
             Some(CloseCode::Kicked) => self.end = Some(CloseReason::Kicked(String::new())),
             Some(CloseCode::VersionUnsupported) => self.end = Some(CloseReason::Incompatible(text)),
             Some(CloseCode::AuthExpired | CloseCode::AuthFailed) => {
@@ -874,11 +866,9 @@ impl Driver {
     }
 
     fn transmit(&mut self, channel: Channel, frame: &Frame, now: Duration) {
-        if let Some(flight) = &mut self.flight {
-            flight.push((channel, frame.clone()));
-            if let Some(race) = &mut self.race {
-                race.write(channel, frame);
-            }
+        if let Some(flight) = self.flight.as_mut().filter(|flight| flight.opening) {
+            // The race writes it on each of its attempts.
+            flight.frames.push((channel, frame.clone()));
             return;
         }
         self.sent(frame, now);
@@ -1013,6 +1003,7 @@ impl Driver {
             *newest = arrival.max(*newest);
             moved
         });
+        self.shared.traffic().stray_pieces += delivered.strays;
         self.shared.settle(&delivered.settled);
         for conversation in delivered.fresh {
             self.event(ClientEvent::Conversation { conversation });

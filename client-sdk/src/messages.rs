@@ -44,6 +44,10 @@ impl Messages {
 
     /// The next message; the one before it counts as taken from now on. `None` when the client is closed, its database
     /// failed, or a newer stream took over. Dropping the future loses nothing.
+    ///
+    /// "Taken" is written down a little later. An app that is killed before that is handed the last messages again when it comes
+    /// back, under the same [`Received::arrival`]: who must handle each once remembers the highest one together with what it
+    /// did, and skips what is not above it.
     pub async fn next(&mut self) -> Option<Received> {
         self.done();
         loop {

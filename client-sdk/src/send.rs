@@ -147,6 +147,10 @@ impl SendHandle {
 
     /// Waits until it is on disk at the gateway, and says where in the conversation.
     ///
+    /// With the answer the app counts as told: a client that is made later on this database does not tell of this send again. An app
+    /// that must not miss it if it is killed before it wrote the answer down follows [`Self::watch`] instead, and drops
+    /// the handle when it has.
+    ///
     /// # Errors
     /// [`SendError`], when it will never be stored.
     pub async fn acked(&self) -> Result<Seq, SendError> {
@@ -155,7 +159,8 @@ impl SendHandle {
         Ok(progress.seq.unwrap_or(Seq::ZERO))
     }
 
-    /// Waits until another member's device has it. Never ends in conversations without receipts.
+    /// Waits until another member's device has it. Never ends in conversations without receipts. Known at once where the
+    /// conversation is on screen ([`crate::Conversation::on_screen`]), else within seconds.
     ///
     /// # Errors
     /// [`SendError`], when it will never be stored.
@@ -180,6 +185,9 @@ impl SendHandle {
     }
 
     /// Takes it back if it is not stored yet: it then ends as [`SendStatus::Expired`], else as usual.
+    ///
+    /// A body of more than one piece (16 KiB) is not taken back once its conversation's number is known, nor does its
+    /// `ttl` end it then: its first pieces may be stored, and readers wait for the rest.
     ///
     /// # Errors
     /// When the database fails.

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! - There is at most one connection and one race for the next one; a race goes on beside a connection while Draining,
-//!   and while Suspect: who is silent may only be slow, and is not given up before there is something better.
+//!   and while Suspect: who is silent may only be slow, and is not given up before the HELLO is answered elsewhere. Whoever
+//!   answers first goes on.
 //! - A suspect is asked each second, so that it is found within a second of the end of a dark spell, however long: the
 //!   transport's own repeats come ever more rarely.
 //! - After a change of network the connection moves to a new socket. Only an answer proves the new path: packets of the
@@ -43,15 +44,16 @@ const RACE_AFTER: Duration = Duration::from_millis(150);
 /// The same after a change of network.
 const RACE_AFTER_CHANGE: Duration = Duration::from_millis(250);
 
-/// After a change of network the next nudges follow after a round trip each, at least this: a new path may be dark at
-/// first.
+/// After a change of network the next nudges follow after half a round trip each, at least this: a new path may be dark at
+/// first, and whatever comes first through it has to be answered.
 const PATH_NUDGE_EVERY: Duration = Duration::from_millis(50);
 
 /// So many of them; then they come as for any suspect.
 const PATH_NUDGES: u32 = 8;
 
-/// So many are large enough for a new path.
-const PATH_NUDGES_LARGE: u32 = 2;
+/// So many are large enough for a new path: together less than the least window of the transport (10 packets), which later
+/// questions need too.
+const PATH_NUDGES_LARGE: u32 = 6;
 
 /// Times per minute a send, or the operating system, may cut a back-off short.
 const POKES_PER_MINUTE: u32 = 10;
@@ -61,9 +63,9 @@ const POKES_PER_MINUTE: u32 = 10;
 pub(crate) enum State {
     /// Not started.
     Offline,
-    /// Attempts to reach the gateway are on their way.
+    /// Attempts to reach the gateway are on their way, each with its HELLO.
     Racing,
-    /// Connected; the HELLO has left.
+    /// Answered; what the answer says is being taken in.
     Handshaking,
     /// Welcomed; what was missed is coming in.
     Syncing,
@@ -86,7 +88,7 @@ pub(crate) enum State {
 pub(crate) enum Event {
     /// The client was made.
     Start,
-    /// A race has a winner.
+    /// A race has a winner: the HELLO was answered.
     Reached,
     /// A race has none.
     Unreached,
@@ -135,7 +137,7 @@ pub(crate) enum Action {
     Race,
     /// Give the race up.
     EndRace,
-    /// Make the winner of the race the connection: say HELLO on it, drop what was before.
+    /// Make the winner of the race the connection; drop what was before.
     Adopt,
     /// Ask the gateway for a sign of life.
     Nudge,
@@ -265,7 +267,7 @@ impl Machine {
                 self.state = State::Suspect;
                 self.nudges = 0;
                 self.unproven = true;
-                self.path_pause = srtt.max(PATH_NUDGE_EVERY);
+                self.path_pause = (srtt / 2).max(PATH_NUDGE_EVERY);
                 self.nudge(now, &mut actions);
                 self.race_at = Some(now + (srtt * 3 / 2).max(RACE_AFTER_CHANGE));
             }
@@ -588,11 +590,14 @@ mod tests {
         let mut machine = at(State::Live);
         assert_eq!(machine.step(CHANGED, S(1), 0), [Action::Rebind, Action::NudgePath]);
         assert_eq!(machine.step(Event::Heard, ms(1_010), 0), [], "a packet of the old path");
-        assert_eq!(machine.poll_timeout(), Some(ms(1_100)), "a round trip");
-        assert_eq!(machine.step(Event::Timer, ms(1_100), 0), [Action::NudgePath]);
-        assert_eq!(machine.step(Event::Timer, ms(1_200), 0), [Action::Nudge]);
+        for at in [1_050, 1_100, 1_150, 1_200] {
+            assert_eq!(machine.poll_timeout(), Some(ms(at)), "half a round trip");
+            assert_eq!(machine.step(Event::Timer, ms(at), 0), [Action::NudgePath]);
+        }
         assert_eq!(machine.poll_timeout(), Some(ms(1_250)));
-        assert_eq!(machine.step(Event::Timer, ms(1_250), 0), [Action::Race], "beside the old one");
+        let both = [Action::Race, Action::NudgePath];
+        assert_eq!(machine.step(Event::Timer, ms(1_250), 0), both, "a race beside the old one");
+        assert_eq!(machine.step(Event::Timer, ms(1_275), 0), [], "nothing is due");
         assert_eq!(machine.step(Event::Answered, ms(1_300), 0), [Action::EndRace]);
         assert_eq!(machine.state(), State::Live);
         assert_eq!(machine.step(OVERDUE, S(9), 0), [Action::Nudge], "as usual again");

@@ -15,7 +15,7 @@ use fulmar_client::{
     Client, CloseReason, ConnectionState, Database, Error, Messages, OfflineReason, Options, Received,
     RecordKind, RefusalCode, SendError, SendStatus, Seq, in_memory,
 };
-use fulmar_protocol::close::CloseCode;
+use fulmar_protocol::{close::CloseCode, id::FolderId};
 use scripted::{Road, Scripted};
 
 /// Long enough for anything that works; only what hangs takes it.
@@ -244,6 +244,23 @@ async fn a_connection_that_is_closed_is_made_again() {
 }
 
 #[tokio::test]
+async fn attempts_that_nobody_answers_cost_what_they_send() {
+    let gateway = Scripted::start().await;
+    gateway.faults(|faults| faults.mute = true);
+    let alice = client(&gateway, "alice").await;
+    let mut states = alice.state();
+    // A race in which nobody answers, and the wait after it.
+    soon(async {
+        while !matches!(states.next().await.unwrap(), ConnectionState::Offline { retry_in: Some(wait), .. } if wait > Duration::ZERO) {}
+    })
+    .await;
+    let traffic = alice.traffic();
+    assert_eq!(traffic.connections, 0);
+    // The first packet of a handshake has 1 200 bytes at least, and there were several attempts.
+    assert!(traffic.sent_bytes >= 3 * 1_200, "{traffic:?}");
+}
+
+#[tokio::test]
 async fn a_goaway_is_followed_by_the_next_connection() {
     let gateway = Scripted::start().await;
     let alice = client(&gateway, "alice").await;
@@ -275,6 +292,33 @@ async fn terminal_answers_end_the_client() {
     while soon(states.next()).await.unwrap() != closed(CloseReason::Kicked(String::new())) {}
     let refused = kicked.direct("bob").await.unwrap().send("late").await;
     assert!(matches!(refused, Err(Error::Closed)));
+}
+
+#[tokio::test]
+async fn a_gateway_with_another_data_folder_ends_the_client_before_anything_is_sent_there() {
+    let gateway = Scripted::start().await;
+    gateway.move_to(FolderId([1; 16]));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("alice.db");
+    let alice = client_with(&gateway, path.clone(), "alice").await;
+    let bob = alice.direct("bob").await.unwrap();
+    soon(bob.send("here").await.unwrap().acked()).await.unwrap();
+    gateway.move_to(FolderId([2; 16]));
+    gateway.faults(|faults| faults.mute = true);
+    gateway.cut(CloseCode::Internal);
+    bob.send("there").await.unwrap();
+    gateway.faults(|faults| faults.mute = false);
+    let ended = ConnectionState::Closed { reason: CloseReason::OtherGateway };
+    let mut states = alice.state();
+    while soon(states.next()).await.unwrap() != ended {}
+    assert!(gateway.is_untouched(), "nothing was sent under numbers that mean something else there");
+    alice.close().await.unwrap();
+    drop((alice, bob));
+    // Nor does it when the app was restarted.
+    let again = client_with(&gateway, path.clone(), "alice").await;
+    let mut states = again.state();
+    while soon(states.next()).await.unwrap() != ended {}
+    assert!(gateway.is_untouched());
 }
 
 #[tokio::test]

@@ -189,6 +189,7 @@ impl ClientRun {
                     reference: None,
                     ttl: None,
                     more: false,
+                    continues: false,
                     silent: false,
                     cancel,
                     payload: Bytes::from(vec![b'x'; s.below(256) * 16]),

@@ -246,6 +246,16 @@ section! {
         handshakes_per_address: usize = 512, 1..=1_000_000;
         /// Milliseconds an accepted connection has to finish its handshake and say HELLO.
         hello_timeout_ms: u64 = 10_000, 100..=120_000;
+        /// Seconds for which it is kept, for a device that went away, in which conversations something changes meanwhile. If
+        /// it comes back by then, its resume costs what changed; later, a look at each conversation of its user. 0: never.
+        away_s: u64 = 3_600, 0..=604_800;
+        /// MiB that may take in all, about; beyond it the devices that left first are forgotten.
+        away_mib: u64 = 64, 0..=65_536;
+        /// Conversations that are kept as changed for one device, in each shard; beyond it everything is looked at.
+        away_conversations: usize = 1_024, 1..=1_000_000;
+        /// Members above which a conversation is not kept as changed for each device that is away, but looked at whenever
+        /// a device of a member comes back.
+        away_members: usize = 500, 1..=1_000_000;
         /// Open files the process asks the system for at start, as far as the hard limit allows. QUIC connections share
         /// one; the log takes some per shard.
         open_files: u64 = 8_192, 256..=1_048_576;

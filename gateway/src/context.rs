@@ -11,6 +11,8 @@ use fulmar_protocol::{
     id::{AppId, ConversationId, FolderId, UserId},
 };
 
+use tokio::sync::Semaphore;
+
 use crate::{
     config::Config,
     conversation::{
@@ -23,6 +25,9 @@ use crate::{
     metrics::Metrics,
     telemetry::Complaints,
 };
+
+/// Resumes that look at all conversations of their users at once; each takes a thread while it reads.
+pub const LOOKS_AT_ONCE: usize = 8;
 
 /// What all connections share.
 #[derive(Debug)]
@@ -45,6 +50,8 @@ pub struct Context {
     pub complaints: Complaints,
     /// Learns when the gateway leaves.
     pub drain: Drain,
+    /// Who looks at all conversations of its user; the others wait for their turn.
+    pub looks: Semaphore,
     /// Numbers connections and sessions; starts at a random place, so that numbers of two runs differ.
     pub numbers: AtomicU64,
 }

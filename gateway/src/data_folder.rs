@@ -4,6 +4,7 @@
 //! fulmar-data/
 //!   fulmar.toml          configuration, if the operator puts it here
 //!   LOCK                 held by the one process that uses the folder
+//!   live.connections     who is connected, while a gateway runs and after it was killed
 //!   folder.id            what the folder calls itself: clients keep numbers and cursors of this log only
 //!   store/               the log; the store's own layout
 //!   tls/cert.pem         self-signed certificate, for trying things out
@@ -18,7 +19,8 @@
 //!
 //! - What is there is never overwritten; what is missing is made. Two processes starting at once agree on one key. Only
 //!   `folder.id` is drawn again when the log is gone: the numbers of the next one mean something else.
-//! - No file is ever half there: it is written beside its place, synced, and renamed into it.
+//! - No file is ever half there: it is written beside its place, synced, and renamed into it. Only `live.connections` is news, not
+//!   a possession: written in place, without a sync, and believed as far as its checksums go ([`crate::accept::book`]).
 //! - Private files are readable by their owner only, from the moment they exist.
 //! - Every error is one line that says what to do.
 //!
@@ -234,6 +236,12 @@ impl DataFolder {
     #[must_use]
     pub fn store(&self) -> PathBuf {
         self.path.join("store")
+    }
+
+    /// Who is connected ([`crate::accept::book`]).
+    #[must_use]
+    pub fn live_connections(&self) -> PathBuf {
+        self.path.join("live.connections")
     }
 
     /// The self-signed certificate.

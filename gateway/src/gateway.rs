@@ -19,25 +19,30 @@ use fulmar_store::{
 use fulmar_transport::tcp::Listen;
 use futures_util::FutureExt;
 use quinn::{AsyncUdpSocket, Runtime, TokioRuntime};
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
 use tracing::{info, warn};
 
 use crate::{
     accept::{
+        book::{self, Book},
         endpoint::accept,
+        resets,
         stream::Streams,
         tls::{Certificate, endpoint_config, server_config, stream_tls_config, tls_config},
     },
     config::{ColdConfig, Config, Durability, Engine},
-    context::Context,
+    context::{Context, LOOKS_AT_ONCE},
     conversation::{
         route::Route,
         shard::{self, CommitLog, ShardHandle, ShardLimits, Worker, repair_links},
     },
     data_folder::{DataFolder, FolderLock},
     drain::Drain,
-    fanout::ring::RingLimits,
-    ground::{blocking, is_simulated},
+    fanout::{ring::RingLimits, roster::AwayLimits},
+    ground::{blocking, is_simulated, unix_now},
     http::{Canary, HttpServer, Pages, cannot_listen},
     identity::{ticket::Tickets, token::Verifier},
     metrics::Metrics,
@@ -74,6 +79,7 @@ pub struct Gateway {
     _lock: FolderLock,
     certificate: Arc<Certificate>,
     endpoint: quinn::Endpoint,
+    udp: Arc<dyn AsyncUdpSocket>,
     streams: Option<Streams>,
     http: Option<HttpServer>,
     store: Arc<Store>,
@@ -169,6 +175,7 @@ impl Gateway {
 
         let mut endpoint = endpoint_config(&folder.endpoint_keys, &config.transport);
         endpoint.rng_seed(sockets.rng_seed);
+        let udp = Arc::clone(&sockets.udp);
         let endpoint =
             quinn::Endpoint::new_with_abstract_socket(endpoint, Some(quic), sockets.udp, sockets.runtime)
                 .context("the QUIC endpoint can't start")?;
@@ -179,6 +186,7 @@ impl Gateway {
             _lock: lock,
             certificate,
             endpoint,
+            udp,
             streams,
             http,
             store,
@@ -232,6 +240,7 @@ impl Gateway {
             _lock,
             certificate,
             endpoint,
+            udp,
             streams,
             http,
             store,
@@ -254,6 +263,7 @@ impl Gateway {
             metrics: metrics.clone(),
             complaints: Complaints::new(repeat),
             drain: drain.clone(),
+            looks: Semaphore::new(LOOKS_AT_ONCE),
             numbers: AtomicU64::new(u64::from_le_bytes(start) >> 8),
             shards,
             config,
@@ -265,6 +275,10 @@ impl Gateway {
         if !is_simulated() {
             housekeeping.spawn(reload_certificate(certificate, reload));
         }
+
+        let book = Arc::new(Book::new(folder.live_connections(), context.config.limits.connections));
+        tell_left_behind(&folder, udp, &context, &mut housekeeping).await;
+        housekeeping.spawn(Arc::clone(&book).keep());
 
         let policy = Arc::new(Policy::new(&context.config.retention, &context.config.apps));
         let mut sweeping = JoinSet::new();
@@ -295,7 +309,7 @@ impl Gateway {
         });
         started.send_replace(true);
 
-        accept(&endpoint, streams, &context, drain.clone()).await;
+        accept(&endpoint, streams, &context, &book, drain.clone()).await;
         drain.started().await;
         info!("all connections have ended; writing down what is left");
         endpoint.close(0u32.into(), b"");
@@ -306,6 +320,9 @@ impl Gateway {
             pages.abort();
         }
         housekeeping.shutdown().await;
+        if let Ok(Err(error)) = blocking(move || book.discard()).await {
+            warn!(%error, "the list of connections can't be removed; the next start tells some who know it already");
+        }
         sweeping.shutdown().await;
         // The shards end when nobody can ask them any more.
         drop(context);
@@ -427,6 +444,13 @@ fn shard_limits(config: &Config) -> ShardLimits {
         members_max: MEMBERS_MAX,
         inline_members_max: usize::try_from(config.fanout.inline_members_max).unwrap_or(usize::MAX),
         receipts_members_max: usize::try_from(config.receipts.members_max).unwrap_or(usize::MAX),
+        away: AwayLimits {
+            lasts: Duration::from_secs(config.limits.away_s),
+            bytes: usize::try_from(config.limits.away_mib.saturating_mul(1 << 20)).unwrap_or(usize::MAX)
+                / usize::from(config.data.shards.max(1)),
+            marks: config.limits.away_conversations,
+            members: config.limits.away_members,
+        },
         cursor_delay: Duration::from_millis(config.receipts.persist_ms),
     }
 }
@@ -481,6 +505,30 @@ fn canary(store: Arc<Store>) -> Canary {
         }
         .boxed()
     })
+}
+
+/// If the last process was killed, those who were connected to it are told.
+async fn tell_left_behind(
+    folder: &DataFolder,
+    udp: Arc<dyn AsyncUdpSocket>,
+    context: &Arc<Context>,
+    housekeeping: &mut JoinSet<()>,
+) {
+    let transport = &context.config.transport;
+    let (path, within) = (folder.live_connections(), transport.idle_timeout() + book::SWEEP_EVERY);
+    let gone = match blocking(move || book::left_behind(&path, within, unix_now())).await {
+        Ok(Ok(gone)) => gone,
+        Ok(Err(error)) => {
+            warn!(%error, "who was connected to the last process can't be read; they notice the restart later");
+            return;
+        }
+        Err(_) => return,
+    };
+    if !gone.is_empty() {
+        let keys = folder.endpoint_keys.clone();
+        let metrics = context.metrics.clone();
+        housekeeping.spawn(resets::tell(udp, keys, gone, transport.resets_per_second, metrics));
+    }
 }
 
 /// Presents a new certificate when its file changes or SIGHUP asks for it.

@@ -116,6 +116,8 @@ metrics! {
     transport_connections: Family<Transport, Gauge> = Family::default(), None;
     /// Connections accepted since the start, by what they run on.
     transport_connections_accepted: Family<Transport, Counter> = Family::default(), None;
+    /// Clients of an earlier process that was killed which were told that their connections are gone.
+    clients_reset: Counter = Counter::default(), None;
     /// Connection attempts that were refused or asked to prove their address, by reason.
     attempts_turned_away: Family<Reason, Counter> = Family::default(), None;
     /// Handshakes in progress now.
@@ -126,6 +128,16 @@ metrics! {
     sessions: Gauge = Gauge::default(), None;
     /// Sessions that came back with a ticket.
     sessions_resumed: Counter = Counter::default(), None;
+    /// Times it was looked for what a device missed: `kept` where that was known from its last stay, else `full`.
+    resume_looks: Family<Reason, Counter> = Family::default(), None;
+    /// Conversations whose heads were read for that.
+    resume_heads: Counter = Counter::default(), None;
+    /// Devices for which it is kept what changes while they are away, by shard.
+    away_devices: Family<Shard, Gauge> = Family::default(), None;
+    /// Conversations that are kept as changed for devices, by shard.
+    away_marks: Family<Shard, Gauge> = Family::default(), None;
+    /// Devices of which that was forgotten, by reason: `expired`, `full` or (too many) `marks`.
+    away_forgotten: Family<Reason, Counter> = Family::default(), None;
     /// Tokens and tickets that were refused, by reason.
     auth_refusals: Family<Reason, Counter> = Family::default(), None;
     /// Connections closed because the peer broke the protocol, by close code.
@@ -201,6 +213,26 @@ impl Metrics {
     /// Counts a refused token or ticket.
     pub fn auth_refused(&self, reason: &'static str) {
         self.auth_refusals.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Counts a look for what a device missed, and the heads that were read for it.
+    pub fn looked(&self, how: &'static str, heads: u64) {
+        self.resume_looks.get_or_create(&Reason { reason: how }).inc();
+        self.resume_heads.inc_by(heads);
+    }
+
+    /// Says what a shard keeps for devices that are away.
+    pub fn away(&self, shard: ShardId, devices: usize, marks: usize) {
+        let shard = Shard { shard: shard.get() };
+        self.away_devices.get_or_create(&shard).set(i64::try_from(devices).unwrap_or(i64::MAX));
+        self.away_marks.get_or_create(&shard).set(i64::try_from(marks).unwrap_or(i64::MAX));
+    }
+
+    /// Counts devices that are away and of which nothing is known any more.
+    pub fn forgotten(&self, reason: &'static str, times: u64) {
+        if times > 0 {
+            self.away_forgotten.get_or_create(&Reason { reason }).inc_by(times);
+        }
     }
 
     /// Counts a connection that is up, and what it runs on.

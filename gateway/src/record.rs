@@ -6,7 +6,7 @@ use fulmar_protocol::{
 };
 use fulmar_store::{Record, RecordKind};
 
-/// A record as it travels, without its origin.
+/// A record as it travels: without its origin, but for pieces of bodies, which nobody could put together without it.
 #[must_use]
 pub fn to_wire(conversation: ConversationId, record: &Record, time: WireTime) -> Deliver {
     Deliver {
@@ -24,10 +24,11 @@ pub fn to_wire(conversation: ConversationId, record: &Record, time: WireTime) ->
         seq: record.seq,
         sender: record.sender,
         time,
-        origin: None,
+        origin: if record.more || record.continues { origin(record) } else { None },
         reference: record.target,
         ttl: record.ttl,
         more: record.more,
+        continues: record.continues,
         silent: record.silent,
         payload: record.payload.clone(),
     }
@@ -41,4 +42,44 @@ pub fn origin(record: &Record) -> Option<Origin> {
         epoch: record.epoch,
         pseq: record.pseq,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use fulmar_protocol::id::{DeviceId, Epoch, Seq, UnixMillis, UserId};
+
+    use super::*;
+
+    #[test]
+    fn only_pieces_of_bodies_tell_everybody_which_device_sent_them() {
+        let whole = Record {
+            seq: Seq::new(9).unwrap(),
+            kind: RecordKind::Message,
+            sender: UserId::new(257).unwrap(),
+            device: DeviceId::new(2).unwrap(),
+            epoch: Epoch::new(3).unwrap(),
+            pseq: Pseq::new(4).unwrap(),
+            time: UnixMillis::new(5).unwrap(),
+            count: 1,
+            target: None,
+            ttl: None,
+            more: false,
+            continues: false,
+            silent: false,
+            payload: Bytes::from_static(b"hi"),
+        };
+        let wire =
+            |record: &Record| to_wire(ConversationId::new(256).unwrap(), record, WireTime::Full(record.time));
+        assert_eq!(wire(&whole).origin, None);
+        for (more, continues) in [(true, false), (true, true), (false, true)] {
+            let piece = Record { more, continues, ..whole.clone() };
+            let sent = wire(&piece);
+            assert_eq!((sent.more, sent.continues), (more, continues));
+            assert_eq!(sent.origin, origin(&piece));
+            assert!(
+                sent.origin.is_some_and(|origin| origin.pseq == piece.pseq && origin.device == piece.device)
+            );
+        }
+    }
 }

@@ -288,3 +288,37 @@ async fn check(phones: &mut [Phone], conversations: &[Vec<ConversationId>]) {
         }
     }
 }
+
+/// A phone that only listens has nothing to send by which it would find out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_only_listens_is_told_that_its_gateway_was_killed() {
+    let parent = tempfile::tempdir().unwrap();
+    let folder = parent.path().join("data");
+    let address = free_port();
+    let mut gateway = Killable::start(&folder, address);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !folder.join("tls/cert.pem").exists() || !folder.join("keys/dev.pem").exists() {
+        assert!(gateway.is_running() && Instant::now() < deadline, "the gateway does not start");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let mut phone = Phone::new("alice", &folder, address);
+    connect_patiently(&mut phone).await;
+    phone.until(|phone| phone.welcome.is_some()).await;
+    // Noted a moment later: the header, and one record.
+    let live = folder.join("live.connections");
+    while std::fs::metadata(&live).map_or(0, |file| file.len()) < 96 {
+        assert!(Instant::now() < deadline, "nobody is noted");
+        phone.step(Duration::from_millis(20)).await;
+    }
+    gateway.kill();
+    let mut gateway = Killable::start(&folder, address);
+    // Well before its next PING.
+    let told = Instant::now() + Duration::from_secs(12);
+    while phone.is_connected() {
+        assert!(gateway.is_running() && Instant::now() < told, "{}", phone.describe());
+        phone.step(Duration::from_millis(20)).await;
+    }
+    let ended = phone.ended.as_ref().map(ToString::to_string).unwrap_or_default();
+    assert!(ended.contains("reset"), "{ended}");
+    connect_patiently(&mut phone).await;
+}

@@ -234,6 +234,7 @@ async fn refusals_say_which_and_do_not_block_what_follows() {
         reference: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         cancel: false,
         payload: bytes::Bytes::from_static(b"x"),
@@ -281,6 +282,10 @@ async fn receipts_and_typing_reach_the_other_side_and_devices_are_listed() {
     let (_parent, gateway, mut phones) = world(&["alice", "bob"]).await;
     let (mut bob, mut alice) = (phones.pop().unwrap(), phones.pop().unwrap());
     let conversation = alice.direct("bob").await;
+    // On screen: what the others have come to is told at once.
+    let (now, opened) = (alice.now(), alice.opened.len());
+    alice.half().open(OpenTarget::Number(conversation), true, now);
+    alice.until(|alice| alice.opened.len() > opened).await;
     let pseq = alice.send(conversation, "did you get this?");
     alice.until(|alice| alice.unacked() == 0).await;
     bob.until(|bob| bob.messages(conversation).len() == 1).await;

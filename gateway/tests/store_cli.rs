@@ -107,6 +107,7 @@ fn made(data: &Path) -> ConversationId {
                 target: None,
                 ttl: None,
                 more: false,
+                continues: false,
                 silent: false,
                 payload,
             };

@@ -91,7 +91,7 @@ codes! {
         Done = 0x00, Same, "closed without error";
         /// The gateway is leaving; a GOAWAY said so before.
         Draining = 0x01, OtherNode, "the gateway is shutting down";
-        /// A newer connection of the same device took over.
+        /// The client goes on with a newer connection of the same device.
         Superseded = 0x02, Never, "a newer connection of this device took over";
         /// The device was logged out by a login elsewhere or by an administrator.
         Kicked = 0x03, Never, "this device was logged out";

@@ -185,7 +185,7 @@ pub fn fingerprint(send: &Send) -> u64 {
         send.pseq.get(),
         optional(send.reference.map(Seq::get)),
         optional(send.ttl.map(u64::from)),
-        u64::from(send.more) | (u64::from(send.silent) << 1),
+        u64::from(send.more) | (u64::from(send.silent) << 1) | (u64::from(send.continues) << 2),
     ] {
         hasher.update(&field.to_be_bytes());
     }
@@ -391,6 +391,7 @@ mod tests {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload: Bytes::from_static(payload.as_bytes()),
@@ -408,6 +409,7 @@ mod tests {
             Send { reference: Some(s(1)), ..base.clone() },
             Send { ttl: Some(1), ..base.clone() },
             Send { more: true, ..base.clone() },
+            Send { continues: true, ..base.clone() },
             Send { silent: true, ..base.clone() },
             Send { pseq: p(8), ..base.clone() },
             Send { conversation: ConversationId::new(301).unwrap(), ..base.clone() },

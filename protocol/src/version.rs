@@ -33,11 +33,14 @@ impl Features {
     pub const RECEIPTS: Self = Self(1 << 2);
     /// The peer understands zstd BLOCKs.
     pub const ZSTD_BLOCKS: Self = Self(1 << 3);
+    /// A client makes its own record from what it sent and the SEND_ACK that names it; it need not be delivered as well.
+    pub const ACKS_ARE_ECHOES: Self = Self(1 << 4);
     /// Bits that mean nothing and are set at random, so that nobody comes to depend on their absence.
     pub const GREASE: Self = Self(0x3f << 56);
 
     /// What this code can do.
-    pub const OURS: Self = Self(Self::DATAGRAM_EVENTS.0 | Self::HEDGE.0 | Self::RECEIPTS.0);
+    pub const OURS: Self =
+        Self(Self::DATAGRAM_EVENTS.0 | Self::HEDGE.0 | Self::RECEIPTS.0 | Self::ACKS_ARE_ECHOES.0);
 
     /// What both can do.
     #[must_use]

@@ -31,6 +31,7 @@ fn send() -> Send {
         reference: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         cancel: false,
         payload: Bytes::from_static(b"hi"),
@@ -48,6 +49,7 @@ fn deliver() -> Deliver {
         reference: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         payload: Bytes::from_static(b"hi"),
     }
@@ -165,6 +167,11 @@ fn golden() -> Vec<(&'static str, Frame, &'static str)> {
             "0b 0e 1f 412c 07 29 01 28 3c 6869",
         ),
         (
+            "length | type | flags: more, continues | conversation | pseq | seen | \"hi\"",
+            Frame::Send(Send { more: true, continues: true, ..send() }),
+            "09 0e 4048 412c 07 29 6869",
+        ),
+        (
             "length | type | flag: cancel | conversation | pseq | seen",
             Frame::Send(Send { cancel: true, payload: Bytes::new(), ..send() }),
             "06 0e 20 412c 07 29",
@@ -207,6 +214,16 @@ fn golden() -> Vec<(&'static str, Frame, &'static str)> {
                 ..deliver()
             }),
             "17 14 2f 412c 2a 4201 c00001a0c4506c00 03 010207 28 3c 6869",
+        ),
+        (
+            "length | type | flags: origin, more, continues | conversation 300 | seq 42 | sender 513 | time 5 | device 1, epoch 2, pseq 7 | \"hi\"",
+            Frame::Deliver(Deliver {
+                origin: Some(Origin { device: n(1), epoch: n(2), pseq: n(7) }),
+                more: true,
+                continues: true,
+                ..deliver()
+            }),
+            "0e 14 4091 412c 2a 4201 05 010207 6869",
         ),
         (
             "length | type | pull 3 | flag: last | conversation 300 | low 1 | head 43 | first 42 | base time | two records | \

@@ -71,6 +71,7 @@ fn send(pseq: u64) -> Send {
         reference: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         cancel: false,
         payload: Bytes::from_static(b"hi"),
@@ -88,6 +89,7 @@ fn deliver(seq: u64, origin: Option<Origin>) -> Frame {
         reference: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         payload: Bytes::new(),
     })
@@ -343,6 +345,36 @@ fn a_first_flight_is_bounded_and_the_rest_follows_the_welcome() {
 }
 
 #[test]
+fn a_session_goes_over_to_a_connection_on_which_its_first_flight_was_said_before() {
+    let mut half = live();
+    for pseq in 1..=3 {
+        half.send(send(pseq), NOW).unwrap();
+    }
+    assert_eq!(left(&mut half), ["Send", "Send", "Send"]);
+    let flight = half.prepare(AuthProof::ticket(&[1]), NetworkHint::default());
+    let names: Vec<_> = flight.iter().map(|(_, frame)| frame.name()).collect();
+    assert_eq!(names, ["Hello", "Send", "Send", "Send"]);
+    assert_eq!((put_out(&mut half), half.phase()), (Vec::new(), ClientState::Live), "nothing changes by it");
+    // Meanwhile, on the connection there is: one is answered, one taken back, one new.
+    take(&mut half, Frame::SendAck(ack(1, 7)));
+    half.send(Send { cancel: true, payload: Bytes::new(), ..send(2) }, NOW).unwrap();
+    half.send(send(4), NOW).unwrap();
+    put_out(&mut half);
+    half.switch(&flight, NOW);
+    let said: Vec<_> = put_out(&mut half)
+        .into_iter()
+        .filter_map(|output| match output {
+            client::Output::Transmit(_, Frame::Send(send)) => Some((send.pseq.get(), send.cancel)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(said, [(2, true), (4, false)], "what was not said");
+    take(&mut half, Frame::Welcome(welcome(1, Resumption::Resumed)));
+    take(&mut half, Frame::SendAck(SendAck { up_to: n(4), ..ack(1, 7) }));
+    assert!(half.phase() == ClientState::Live, "all of it had left");
+}
+
+#[test]
 fn without_an_epoch_nothing_is_sent_before_the_welcome() {
     let mut half = client(Restored { unacked: vec![send(1)], ..Restored::default() });
     connect(&mut half);
@@ -510,6 +542,113 @@ fn ack(pseq: u64, seq: u64) -> SendAck {
     }
 }
 
+/// Records a half hands out: their seqs and payloads.
+fn handed(half: &mut Client) -> Vec<Deliver> {
+    let record = |output| match output {
+        client::Output::Deliver(deliver) => Some(deliver),
+        _ => None,
+    };
+    put_out(half).into_iter().filter_map(record).collect()
+}
+
+#[test]
+fn an_ack_brings_the_own_record_that_was_sent() {
+    let mut half = hedging();
+    let sent = Send { reference: Some(n(1)), more: true, silent: true, ttl: Some(9), ..send(1) };
+    half.send(sent.clone(), NOW).unwrap();
+    half.send(send(2), NOW).unwrap();
+    half.committed(n(300), n(7), NOW);
+    put_out(&mut half);
+    // 9 is of somebody else, and not here yet.
+    take(
+        &mut half,
+        Frame::SendAck(SendAck {
+            up_to: n(2),
+            runs: vec![AckRun { count: 1, base: n(8) }, AckRun { count: 1, base: n(10) }],
+            ..ack(1, 8)
+        }),
+    );
+    let own = Deliver {
+        kind: RecordKind::Message,
+        conversation: n(300),
+        seq: n(8),
+        sender: n(257),
+        time: WireTime::Full(n(TIME)),
+        origin: Some(Origin { device: n(1), epoch: n(1), pseq: n(1) }),
+        reference: Some(n(1)),
+        ttl: Some(9),
+        more: true,
+        continues: false,
+        silent: true,
+        payload: sent.payload,
+    };
+    assert_eq!(handed(&mut half), [own]);
+    half.handle(Channel::Lane(0), deliver(9, None), NOW).unwrap();
+    let seqs: Vec<u64> = handed(&mut half).iter().map(|record| record.seq.get()).collect();
+    assert_eq!(seqs, [9, 10]);
+    // The echo that comes all the same (another attempt of the race, a resume) is nothing new.
+    let origin = Origin { device: n(1), epoch: n(1), pseq: n(2) };
+    half.handle(Channel::Lane(0), deliver(10, Some(origin)), NOW).unwrap();
+    assert_eq!(handed(&mut half), []);
+}
+
+#[test]
+fn own_records_are_acknowledged_when_something_else_leaves() {
+    let mut half = hedging();
+    half.committed(n(300), n(7), NOW);
+    put_out(&mut half);
+    for (pseq, seq) in [(1, 8), (2, 9)] {
+        half.send(send(pseq), NOW + ms(1_000 * pseq)).unwrap();
+        take(&mut half, Frame::SendAck(ack(pseq, seq)));
+        put_out(&mut half);
+        half.committed(n(300), n(seq), NOW + ms(1_000 * pseq + 100));
+        assert_eq!(left(&mut half), [""; 0], "nobody waits for it");
+    }
+    half.send(send(3), NOW + ms(5_000)).unwrap();
+    assert_eq!(left(&mut half), ["Send"]);
+    assert_eq!(half.dirty().collect::<Vec<_>>(), [n(300)], "the next HELLO would tell");
+    half.handle(Channel::Lane(0), deliver(10, None), NOW).unwrap();
+    half.committed(n(300), n(10), NOW + ms(6_000));
+    assert_eq!(left(&mut half), ["Ack"], "a record of somebody else is acknowledged at once");
+    take(&mut half, Frame::SendAck(ack(3, 11)));
+    half.committed(n(300), n(11), NOW + ms(7_000));
+    put_out(&mut half);
+    half.ping(NOW + ms(9_000));
+    assert_eq!(left(&mut half), ["Ack", "Ping"]);
+}
+
+#[test]
+fn a_send_that_was_taken_back_too_late_is_asked_for() {
+    let mut half = hedging();
+    half.committed(n(300), n(7), NOW);
+    half.send(send(1), NOW).unwrap();
+    half.send(Send { cancel: true, payload: Bytes::new(), ..send(1) }, NOW).unwrap();
+    put_out(&mut half);
+    take(&mut half, Frame::SendAck(ack(1, 8)));
+    let said = put_out(&mut half);
+    assert!(said.iter().any(|output| matches!(output, client::Output::Acked { .. })), "{said:?}");
+    assert!(
+        said.iter().any(
+            |output| matches!(output, client::Output::Transmit(_, Frame::Pull(pull)) if pull.from == n(8))
+        ),
+        "{said:?}"
+    );
+    assert!(!said.iter().any(|output| matches!(output, client::Output::Deliver(_))), "{said:?}");
+}
+
+#[test]
+fn an_origin_of_another_user_settles_nothing() {
+    let mut half = hedging();
+    half.send(send(1), NOW).unwrap();
+    let origin = Some(Origin { device: n(1), epoch: n(1), pseq: n(1) });
+    let Frame::Deliver(piece) = deliver(1, origin) else { unreachable!("a DELIVER") };
+    let others = Frame::Deliver(Deliver { sender: n(513), more: true, ..piece });
+    half.handle(Channel::Lane(0), others, NOW).unwrap();
+    assert_eq!(half.unacked(), 1);
+    half.handle(Channel::Lane(0), deliver(2, origin), NOW).unwrap();
+    assert_eq!(half.unacked(), 0);
+}
+
 #[test]
 fn a_lone_send_whose_answer_is_overdue_leaves_twice_more_in_datagrams() {
     let mut half = hedging();
@@ -563,6 +702,7 @@ fn a_send_is_not_hedged_when_it_was_answered_or_refused_or_the_gateway_or_a_data
 #[test]
 fn an_ack_that_overtakes_settles_only_what_it_names() {
     let mut half = hedging();
+    half.committed(n(300), n(6), NOW);
     for pseq in 1..=3 {
         half.send(send(pseq), NOW).unwrap();
     }

@@ -406,6 +406,7 @@ impl World {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             payload: send.payload.clone(),
         });
@@ -448,6 +449,7 @@ impl World {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload: Bytes::from(vec![b'x'; 100]),

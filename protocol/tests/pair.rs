@@ -30,7 +30,7 @@ fn is_found(bug: Bug) -> bool {
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let quiet = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
-    let found = (0..300).any(|_| {
+    let found = (0..1_000).any(|_| {
         let bytes: Vec<u8> = (0..1_500)
             .map(|_| {
                 state ^= state << 13;

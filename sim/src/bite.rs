@@ -83,6 +83,10 @@ bites! {
     FailingDisk => "failing-disk",
     /// The gateway was killed after a commit and before anybody was told.
     CrashedAfterCommit => "crash-after-commit",
+    /// A session ended with its token, and its user was not let in again.
+    LoggedOut => "log-out",
+    /// A phone was told that records are gone by retention.
+    Retained => "retention",
     /// A TCP segment was sent again.
     TcpResent => "tcp-resend",
 }

@@ -18,6 +18,7 @@ use std::time::Duration;
 use fulmar_badnet::{Rng, Share};
 use fulmar_gateway::conversation::shard::CommitLog;
 use fulmar_store::{CommitError, Op, ShardWriter};
+use tokio::sync::watch;
 
 use crate::bite::Bite;
 use crate::network::Net;
@@ -57,6 +58,8 @@ pub(crate) struct Disk {
     state: Mutex<(DiskManner, Rng)>,
     /// Commits that happened and were not answered yet.
     unanswered: AtomicUsize,
+    /// Nobody hears of a commit.
+    mute: watch::Sender<bool>,
 }
 
 struct Turn {
@@ -71,6 +74,7 @@ impl Disk {
             net: Arc::clone(net),
             state: Mutex::new((DiskManner::default(), rng)),
             unanswered: AtomicUsize::new(0),
+            mute: watch::Sender::new(false),
         })
     }
 
@@ -78,8 +82,14 @@ impl Disk {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).0 = manner;
     }
 
+    /// From now on (`true`) commits happen and nobody hears of them; until the gateway is killed, or this ends.
+    pub(crate) fn mute(&self, mute: bool) {
+        self.mute.send_replace(mute);
+    }
+
     /// The gateway was killed: whether something was stored that nobody was told.
     pub(crate) fn crashed(&self) {
+        self.mute(false);
         if self.unanswered.swap(0, Ordering::Relaxed) > 0 {
             self.net.bite(Bite::CrashedAfterCommit, format_args!("gateway"));
         }
@@ -131,8 +141,13 @@ impl CommitLog for OnDisk {
         }
         let result = here(self.writer.commit(batch)).map(|_| ());
         self.disk.net.note(format_args!("commit of {}: {}", batch.len(), result.is_ok()));
-        if !turn.after.is_zero() {
+        let is_mute = *self.disk.mute.borrow();
+        if is_mute || !turn.after.is_zero() {
             self.disk.unanswered.fetch_add(1, Ordering::Relaxed);
+            if is_mute {
+                // The disk is there as long as its logs.
+                let _ = self.disk.mute.subscribe().wait_for(|mute| !mute).await;
+            }
             tokio::time::sleep(turn.after).await;
             let unanswered = self.disk.unanswered.load(Ordering::Relaxed);
             self.disk.unanswered.store(unanswered.saturating_sub(1), Ordering::Relaxed);

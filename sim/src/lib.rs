@@ -35,6 +35,7 @@
 //! | treat a phone badly | [`Phone`] |
 //! | treat the gateway badly | [`Gateway`], [`DiskManner`] |
 //! | note what people saw, and have it judged | [`Sim::record`], [`checker::check`] |
+//! | know what it cost a phone's radio, processor and data plan | [`Phone::spent`], and `cargo xtask days` for whole days |
 //! | let a seed decide everything | [`run_seed`], and `cargo xtask sim` for many |
 //!
 //! What is pure (links, profiles, histories, the checker) lies in `fulmar-badnet` and is found here under the same names.
@@ -55,6 +56,7 @@ mod plan;
 mod process;
 mod seed;
 mod socket;
+mod spent;
 mod stream;
 mod tcp;
 mod world;
@@ -67,4 +69,5 @@ pub use fulmar_badnet::{
 };
 pub use network::{Direction, Traffic};
 pub use seed::{SeedReport, run_seed};
+pub use spent::{RADIO_TAIL, REST, Spent};
 pub use world::{Ended, Gateway, Phone, Recorder, Sim, World};

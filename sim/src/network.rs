@@ -27,12 +27,13 @@ use tokio::time::Instant;
 
 use crate::bite::{Bite, Bites};
 use crate::log::Log;
+use crate::spent::{Antenna, Spent};
 use crate::tcp::{End, Segment};
 
 /// Packets in flight in the whole world.
 const FLIGHTS_MAX: usize = 200_000;
 
-/// Bytes a phone's socket holds for its reader; what comes beyond is dropped.
+/// Bytes a phone's socket holds for its reader unless said; what comes beyond is dropped.
 const PHONE_QUEUE_BYTES: usize = 208 * 1024;
 
 /// The same for a gateway's socket.
@@ -110,7 +111,10 @@ struct Phone {
     sockets_follow: bool,
     last_used: Option<u32>,
     next_port: u16,
+    /// Bytes each of its sockets holds.
+    queue_bytes: usize,
     traffic: Traffic,
+    antenna: Antenna,
 }
 
 /// What a phone's links have carried, dropped packets included.
@@ -298,13 +302,21 @@ impl Net {
     /// A new phone, without a network.
     pub(crate) fn add_phone(&self) -> PhoneId {
         let mut state = self.lock();
-        state.phones.push(Phone { sockets_follow: true, next_port: 40_000, ..Phone::default() });
+        let queue_bytes = PHONE_QUEUE_BYTES;
+        state.phones.push(Phone { sockets_follow: true, next_port: 40_000, queue_bytes, ..Phone::default() });
         state.phones.len() - 1
     }
 
     /// What a phone's links have carried so far.
     pub(crate) fn traffic(&self, phone: PhoneId) -> Traffic {
         self.lock().phones.get(phone).map(|phone| phone.traffic).unwrap_or_default()
+    }
+
+    /// What a phone has spent so far; what its processor did is not known here.
+    pub(crate) fn spent(&self, phone: PhoneId) -> Spent {
+        let state = self.lock();
+        let now = state.now();
+        state.phones.get(phone).map(|phone| phone.antenna.spent(phone.traffic, now)).unwrap_or_default()
     }
 
     /// From now on the phone is in a new network with this path. What was its network before is out of reach.
@@ -343,6 +355,13 @@ impl Net {
     /// Whether sockets live on when the phone changes its network.
     pub(crate) fn sockets_follow(&self, phone: PhoneId, follow: bool) {
         self.change(phone, "decides about its sockets", |phone| phone.sockets_follow = follow);
+    }
+
+    /// How many bytes each socket of the phone holds for its reader; `None`: as many as it did at first.
+    pub(crate) fn set_socket_room(&self, phone: PhoneId, bytes: Option<usize>) {
+        self.change(phone, "has other sockets", |phone| {
+            phone.queue_bytes = bytes.unwrap_or(PHONE_QUEUE_BYTES);
+        });
     }
 
     /// The phone's network gets another path.
@@ -536,6 +555,7 @@ impl Net {
             state.serial += 1;
             let id = state.serial;
             let (network, port) = state.phones.get_mut(phone).map_or((0, 0), |phone| {
+                phone.antenna.stream();
                 (phone.network.as_ref().map_or(0, |network| network.id), phone.port())
             });
             let stream = Stream {
@@ -626,6 +646,9 @@ impl State {
         match owner {
             Owner::Phone(phone) => {
                 self.count_traffic(phone, Direction::Up, len);
+                if let Some(phone) = self.phones.get_mut(phone) {
+                    phone.antenna.datagram(bytes);
+                }
                 let Some(network) = self.way_out(phone, born, local.port(), len) else { return false };
                 let rules = network.rules;
                 let id = network.id;
@@ -680,6 +703,7 @@ impl State {
 
     /// The network through which a socket of the phone sends, if there is one.
     fn way_out(&mut self, id: PhoneId, born: u32, port: u16, len: usize) -> Option<&Network> {
+        let now = self.now();
         let phone = self.phones.get_mut(id)?;
         let Some(now_in) = phone.network.as_ref().map(|network| network.id) else {
             self.bites.count(Bite::NoNetwork);
@@ -691,6 +715,7 @@ impl State {
             self.say(format_args!("p{id}.{born}:{port} {len} {}", Bite::OldPath));
             return None;
         }
+        phone.antenna.packet(now);
         let before = phone.last_used.replace(now_in);
         if before.is_some_and(|before| before != now_in) {
             self.bites.count(Bite::AddressChanged);
@@ -829,6 +854,9 @@ impl State {
                     self.say(format_args!("p{phone}.{id}:{port} < {len} {bite}"));
                     return;
                 }
+                if let Some(phone) = self.phones.get_mut(phone) {
+                    phone.antenna.packet(now);
+                }
                 let Ok(inside) = inside else { return };
                 let follows = self.phones.get(phone).is_some_and(|phone| phone.sockets_follow);
                 let socket = self.sockets.iter().find(|(_, socket)| {
@@ -849,6 +877,9 @@ impl State {
             }
             (Direction::Down, Cargo::Tcp { stream, segment }) => {
                 if here {
+                    if let Some(phone) = self.phones.get_mut(phone) {
+                        phone.antenna.packet(now);
+                    }
                     self.segment(stream, Side::Phone, &segment, now);
                 } else {
                     self.bites.count(Bite::OldPath);
@@ -859,9 +890,12 @@ impl State {
 
     fn enqueue(&mut self, id: u64, datagram: Datagram) {
         let Some(socket) = self.sockets.get_mut(&id) else { return };
-        let (len, max) = match socket.owner {
-            Owner::Phone(_) => (datagram.bytes.len(), PHONE_QUEUE_BYTES),
-            Owner::Gateway => (datagram.bytes.len(), GATEWAY_QUEUE_BYTES),
+        let len = datagram.bytes.len();
+        let max = match socket.owner {
+            Owner::Phone(phone) => {
+                self.phones.get(phone).map_or(PHONE_QUEUE_BYTES, |phone| phone.queue_bytes)
+            }
+            Owner::Gateway => GATEWAY_QUEUE_BYTES,
         };
         if socket.queued + len > max {
             let local = socket.local;

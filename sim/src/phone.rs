@@ -21,7 +21,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::bite::Bite;
 use crate::network::{Net, Owner, PhoneId};
-use crate::process::Process;
+use crate::process::{Cpu, Process};
 use crate::socket::Socket;
 use crate::stream::Stream;
 
@@ -48,6 +48,7 @@ struct Inner {
 
 struct State {
     rng: Rng,
+    cpu: Arc<Mutex<Cpu>>,
     process: Process,
     frozen_since: Option<Instant>,
     /// Time spent suspended, before now.
@@ -60,9 +61,11 @@ impl Device {
     /// A phone that knows the gateways by these addresses.
     pub(crate) fn new(net: &Arc<Net>, start: Instant, gateways: Vec<SocketAddr>, rng: Rng) -> Self {
         let id = net.add_phone();
+        let cpu = Arc::default();
         let state = State {
             rng,
-            process: Process::default(),
+            process: Process::on(&cpu),
+            cpu,
             frozen_since: None,
             frozen: Duration::ZERO,
             wall_ahead_ms: 0,
@@ -117,6 +120,11 @@ impl Device {
         process.set_frozen(frozen);
     }
 
+    /// How often its apps were woken, and how many of their tasks were run.
+    pub(crate) fn cpu(&self) -> (u64, u64) {
+        self.state().cpu.lock().unwrap_or_else(PoisonError::into_inner).counts()
+    }
+
     /// Whether it is suspended.
     pub(crate) fn is_frozen(&self) -> bool {
         self.state().frozen_since.is_some()
@@ -124,7 +132,11 @@ impl Device {
 
     /// Kills the app; the next one starts in a new process.
     pub(crate) fn kill(&self) {
-        let old = std::mem::take(&mut self.state().process);
+        let old = {
+            let mut state = self.state();
+            let new = Process::on(&state.cpu);
+            std::mem::replace(&mut state.process, new)
+        };
         self.inner.net.vanish(Owner::Phone(self.inner.id));
         old.kill();
         if self.is_frozen() {

@@ -21,18 +21,64 @@ const USERS_MAX: u64 = 4;
 /// Something that happens.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Deed {
-    BlackOut { phone: usize, lasts: Duration },
-    Cut { phone: usize, direction: Direction, cut: bool },
-    Rebind { phone: usize },
-    NatIdleMax { phone: usize, idle_max: Duration },
-    ChangeNetwork { phone: usize, path: Box<Path>, told: bool },
-    LoseNetwork { phone: usize },
-    Block { phone: usize, udp: bool, data: bool },
-    Freeze { phone: usize, frozen: bool },
-    SetClock { phone: usize, ahead_ms: i64 },
-    KillApp { phone: usize },
-    StartApp { phone: usize },
-    RestartApp { phone: usize },
+    BlackOut {
+        phone: usize,
+        lasts: Duration,
+    },
+    Cut {
+        phone: usize,
+        direction: Direction,
+        cut: bool,
+    },
+    Rebind {
+        phone: usize,
+    },
+    NatIdleMax {
+        phone: usize,
+        idle_max: Duration,
+    },
+    ChangeNetwork {
+        phone: usize,
+        path: Box<Path>,
+        told: bool,
+    },
+    LoseNetwork {
+        phone: usize,
+    },
+    Block {
+        phone: usize,
+        udp: bool,
+        data: bool,
+    },
+    Freeze {
+        phone: usize,
+        frozen: bool,
+    },
+    SetClock {
+        phone: usize,
+        ahead_ms: i64,
+    },
+    KillApp {
+        phone: usize,
+    },
+    StartApp {
+        phone: usize,
+    },
+    RestartApp {
+        phone: usize,
+    },
+    /// The business gives the phone's app no more tokens, or does so again.
+    LogOut {
+        phone: usize,
+    },
+    LogIn {
+        phone: usize,
+    },
+    SocketRoom {
+        phone: usize,
+        bytes: usize,
+    },
+    MuteDisk,
     CrashGateway,
     DrainGateway,
     StartGateway,
@@ -61,6 +107,10 @@ pub(crate) struct Plan {
     pub(crate) pause: Duration,
     /// Whether members come and go.
     pub(crate) moves: bool,
+    /// How long the gateway keeps what was said, if not for good.
+    pub(crate) kept_for: Option<Duration>,
+    /// How long the tokens of each phone are good, if not for as long as the world lasts.
+    pub(crate) tokens: Vec<Option<Duration>>,
     /// How long people talk and things go wrong.
     pub(crate) length: Duration,
     /// In order of time.
@@ -204,11 +254,16 @@ impl Plan {
         draw_networks(&mut draw, &links);
         draw_phones(&mut draw);
         draw_gateway(&mut draw);
+        // Chance of their own: what came to the plan later changes nothing of what a seed meant before.
+        draw.rng = Rng::new(seed).fork(101);
+        draw_later(&mut draw);
+        let tokens = draw_sessions(&mut draw);
+        let kept_for = draw.on().then(|| Duration::from_secs(draw.rng.between(4, 10)));
         let mut deeds = draw.deeds;
         deeds.retain(|planned| planned.at <= length);
         // Stable, so that a beginning stays before its end.
         deeds.sort_by_key(|planned| planned.at);
-        Self { phones, groups, paths, sockets_die, pause, moves, length, deeds }
+        Self { phones, groups, paths, sockets_die, pause, moves, kept_for, tokens, length, deeds }
     }
 }
 
@@ -327,6 +382,50 @@ fn draw_gateway(draw: &mut Draw) {
         }
         draw.plan(Duration::ZERO, Deed::Disk(manner));
     }
+}
+
+fn draw_later(draw: &mut Draw) {
+    if draw.on() {
+        // Of a phone that is suspended while others write, a few packets fit.
+        for _ in 0..draw.times(2) {
+            let (at, phone, lasts) = (draw.at(), draw.phone(), draw.ms(2_000, 15_000));
+            let bytes = usize::try_from(draw.rng.between(1_200, 4_000)).unwrap_or(1_200);
+            draw.plan(at, Deed::SocketRoom { phone, bytes });
+            draw.plan(at, Deed::Freeze { phone, frozen: true });
+            draw.plan(at + lasts, Deed::Freeze { phone, frozen: false });
+        }
+    }
+    if draw.on() {
+        for _ in 0..draw.times(2) {
+            let (at, mute, lasts) = (draw.at(), draw.ms(50, 1_500), draw.ms(50, 4_000));
+            draw.plan(at, Deed::MuteDisk);
+            draw.plan(at + mute, Deed::CrashGateway);
+            draw.plan(at + mute + lasts, Deed::StartGateway);
+        }
+    }
+}
+
+/// Tokens of a few seconds, and a business that does not renew them for a while. An app that is killed is told once more what it had
+/// not taken in, with or without a session: what it says then proves nothing. So only apps that live all the time are logged out.
+fn draw_sessions(draw: &mut Draw) -> Vec<Option<Duration>> {
+    let count = usize::try_from(draw.phones).unwrap_or(0);
+    let mut tokens = vec![None; count];
+    if !draw.on() {
+        return tokens;
+    }
+    let phone = draw.phone();
+    let killed = draw.deeds.iter().any(|planned| {
+        matches!(planned.deed, Deed::KillApp { phone: of } | Deed::RestartApp { phone: of } if of == phone)
+    });
+    if let Some(good_for) = tokens.get_mut(phone) {
+        *good_for = Some(Duration::from_secs(draw.rng.between(2, 8)));
+    }
+    if !killed {
+        let (at, lasts) = (draw.at(), draw.ms(2_000, 15_000));
+        draw.plan(at, Deed::LogOut { phone });
+        draw.plan(at + lasts, Deed::LogIn { phone });
+    }
+    tokens
 }
 
 #[cfg(test)]

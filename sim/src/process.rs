@@ -12,6 +12,10 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::{Context, Poll, Waker};
 
+use tokio::time::Instant;
+
+use crate::spent::REST;
+
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 type Slot = Arc<Mutex<Option<Task>>>;
 
@@ -21,8 +25,32 @@ pub(crate) struct Process {
     state: Arc<Mutex<State>>,
 }
 
+/// How often a phone's processes ran, over all of them.
+#[derive(Debug, Default)]
+pub(crate) struct Cpu {
+    /// When a task ran last.
+    last: Option<Instant>,
+    wakeups: u64,
+    polls: u64,
+}
+
+impl Cpu {
+    /// Wake-ups after a rest of at least [`REST`], and tasks that were run.
+    pub(crate) fn counts(&self) -> (u64, u64) {
+        (self.wakeups, self.polls)
+    }
+
+    fn runs(&mut self) {
+        let now = Instant::now();
+        let rested = self.last.replace(now).is_none_or(|last| now.saturating_duration_since(last) >= REST);
+        self.wakeups += u64::from(rested);
+        self.polls += 1;
+    }
+}
+
 #[derive(Default)]
 struct State {
+    cpu: Arc<Mutex<Cpu>>,
     frozen: bool,
     dead: bool,
     next: u64,
@@ -32,6 +60,11 @@ struct State {
 }
 
 impl Process {
+    /// A process whose work is counted there.
+    pub(crate) fn on(cpu: &Arc<Mutex<Cpu>>) -> Self {
+        Self { state: Arc::new(Mutex::new(State { cpu: Arc::clone(cpu), ..State::default() })) }
+    }
+
     /// Runs `task` until it ends or the process is killed. Must be called on the world's thread.
     pub(crate) fn spawn(&self, task: Task) {
         let slot: Slot = Arc::new(Mutex::new(Some(task)));
@@ -123,6 +156,7 @@ impl Future for Running {
                 state.held.insert(self.id, cx.waker().clone());
                 return Poll::Pending;
             }
+            state.cpu.lock().unwrap_or_else(PoisonError::into_inner).runs();
         }
         let ended = {
             let mut slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner);

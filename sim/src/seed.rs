@@ -8,7 +8,7 @@ use fulmar_badnet::checker::Counters;
 
 use crate::bite::Bites;
 use crate::people;
-use crate::plan::calm_path;
+use crate::plan::{Plan, calm_path};
 use crate::world::World;
 
 /// How long a seed's world may last in its own time.
@@ -48,9 +48,10 @@ impl SeedReport {
 /// Runs the world of a seed.
 #[must_use]
 pub fn run_seed(seed: u64, keep_log: bool) -> SeedReport {
-    let world = World::new(seed).path(calm_path()).keep_log(keep_log).limit(LIMIT);
+    let plan = Plan::of(seed);
+    let world = World::new(seed).path(calm_path()).keep_log(keep_log).limit(LIMIT).kept_for(plan.kept_for);
     let ended = world.run(async move |sim| {
-        let outcome = people::live(sim, seed).await?;
+        let outcome = people::live(sim, seed, plan).await?;
         anyhow::ensure!(sim.gateway().failed().is_none(), "the gateway: {:?}", sim.gateway().failed());
         Ok(outcome)
     });

@@ -23,6 +23,10 @@ pub(crate) const HEADER_BYTES: usize = 32;
 /// Bytes either buffer holds.
 pub(crate) const BUFFER_BYTES: usize = 256 * 1024;
 
+/// Bytes that may wait in an end without having been sent once, as Linux is told where the SDK and the gateway tune their sockets
+/// (`TCP_NOTSENT_LOWAT`): more waits with its writer, who may still put something else first.
+const UNSENT_MAX: usize = 16 * 1024;
+
 /// Segments kept that came too early.
 const HELD_MAX: usize = 256;
 
@@ -185,7 +189,9 @@ impl End {
         if self.finishing {
             return Err(Broken::Reset);
         }
-        let room = BUFFER_BYTES.saturating_sub(self.out.len()).min(bytes.len());
+        let unsent = self.out.len().saturating_sub(self.in_flight());
+        let room = BUFFER_BYTES.saturating_sub(self.out.len()).min(UNSENT_MAX.saturating_sub(unsent));
+        let room = room.min(bytes.len());
         self.out.extend(bytes.iter().take(room));
         Ok(room)
     }
@@ -220,6 +226,13 @@ impl End {
         self.broken = Some(Broken::Reset);
         self.timer = None;
         Segment::refusal()
+    }
+
+    /// Bytes that were sent at least once and are not acked.
+    fn in_flight(&self) -> usize {
+        usize::try_from(self.sent_max.saturating_sub(self.una.max(1)))
+            .unwrap_or(usize::MAX)
+            .min(self.out.len())
     }
 
     fn room(&self) -> u64 {
@@ -530,6 +543,25 @@ mod tests {
         let (end, resent) = transfer(&clean, 100_000, 1);
         assert_eq!(resent, 0);
         assert!(end < SimTime::from_millis(550), "{end}: slow start doubles");
+    }
+
+    #[test]
+    fn what_was_never_sent_is_bounded() {
+        let now = SimTime::from_millis(1);
+        let (mut one, mut two) = (End::new(true), End::new(false));
+        two.handle(&one.poll_transmit(now).unwrap(), now);
+        one.handle(&two.poll_transmit(now).unwrap(), now);
+        let bytes = vec![7; BUFFER_BYTES];
+        assert_eq!(one.write(&bytes), Ok(UNSENT_MAX));
+        assert_eq!(one.write(&bytes), Ok(0));
+        // What leaves makes room, up to what the link takes at once.
+        let mut sent = 0;
+        while let Some(segment) = one.poll_transmit(now) {
+            sent += segment.data.len();
+        }
+        assert_eq!(sent, 10 * SEGMENT_BYTES);
+        assert_eq!(one.write(&bytes), Ok(sent));
+        assert_eq!(one.write(&bytes), Ok(0));
     }
 
     #[test]

@@ -21,7 +21,8 @@ use anyhow::Context as _;
 use fulmar_badnet::history::{Event, History};
 use fulmar_badnet::net::Path;
 use fulmar_badnet::{Profile, Rng, SimTime};
-use fulmar_client::{Client, Durability, NetworkHint, NetworkKind, Options, Trust};
+use fulmar_client::{Client, Durability, NetworkHint, NetworkKind, Options, Token, Trust};
+use fulmar_gateway::config::retention::KeepAge;
 use fulmar_gateway::config::{Config, Engine};
 use fulmar_gateway::data_folder::DataFolder;
 use fulmar_gateway::drain::{Cause, DrainTrigger, drain};
@@ -40,6 +41,7 @@ use crate::network::{Direction, Net, Owner, Rules, Traffic};
 use crate::phone::{Device, QuicRuntime, WALL_START_MS, sim_time};
 use crate::process::Process;
 use crate::socket::Socket;
+use crate::spent::Spent;
 use crate::stream::Listener;
 
 /// The stack of a world's thread: unoptimised futures of two ends on one thread are large.
@@ -90,6 +92,7 @@ pub struct World {
     shards: u16,
     keep_log: bool,
     limit: Duration,
+    kept_for: Option<Duration>,
 }
 
 /// What is left of a world.
@@ -115,7 +118,14 @@ impl World {
     /// A world with one gateway, a clean network, and this seed.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        Self { seed, path: Path::default(), shards: 2, keep_log: false, limit: Duration::from_secs(3_600) }
+        Self {
+            seed,
+            path: Path::default(),
+            shards: 2,
+            keep_log: false,
+            limit: Duration::from_secs(3_600),
+            kept_for: None,
+        }
     }
 
     /// The network new phones are in.
@@ -135,6 +145,13 @@ impl World {
     #[must_use]
     pub fn shards(mut self, shards: u16) -> Self {
         self.shards = shards;
+        self
+    }
+
+    /// How long the gateway keeps what was said, in whole seconds; everything and for good unless said. It looks each second.
+    #[must_use]
+    pub fn kept_for(mut self, age: Option<Duration>) -> Self {
+        self.kept_for = age;
         self
     }
 
@@ -272,6 +289,13 @@ impl Sim {
         config.listen.http_address = None;
         config.data.engine = Engine::Memory;
         config.data.shards = world.shards;
+        // A token ends when it says so.
+        config.auth.leeway_s = 0;
+        if let Some(age) = world.kept_for {
+            config.retention.age = KeepAge::at(age.as_secs().max(1) * 1_000);
+            config.retention.sweep_s = 1;
+            config.retention.clock_settle_s = 1;
+        }
         let keys = DataFolder::prepare(&data, &config.tls.names)?;
         let certificate = std::fs::read(keys.certificate())?;
         let app = config.apps.first().context("a fresh folder has an app")?;
@@ -281,7 +305,7 @@ impl Sim {
             net: Arc::clone(net),
             address: config.listen.address,
             config,
-            keys,
+            keys: Arc::new(keys),
             memory: MemoryDisk::default(),
             disk,
             rng: RefCell::new(rng.fork(label::GATEWAY)),
@@ -337,13 +361,15 @@ impl Sim {
         }
     }
 
-    /// A token for this user, valid for a day of the world.
+    /// A token for this user, valid for a week of the world.
     #[must_use]
     pub fn token(&self, user: &str) -> String {
-        let now = ground::unix_now();
-        let claims = Mint { app: &self.app.0, issuer: &self.app.1, user, ttl_s: 86_400 };
-        // A name that may not be gives a token that is refused.
-        mint(&self.gateway.keys.dev_key, claims, now).unwrap_or_default()
+        self.business().token(user, Duration::from_secs(7 * 86_400))
+    }
+
+    /// The business, to be taken along.
+    pub(crate) fn business(&self) -> Business {
+        Business { keys: Arc::clone(&self.gateway.keys), app: self.app.clone() }
     }
 
     /// Now.
@@ -392,6 +418,22 @@ impl fmt::Debug for Sim {
     }
 }
 
+/// Who says who is who.
+#[derive(Clone, Debug)]
+pub(crate) struct Business {
+    keys: Arc<DataFolder>,
+    app: (String, String),
+}
+
+impl Business {
+    /// A token for this user that is good for so long, in whole seconds, from now.
+    pub(crate) fn token(&self, user: &str, good_for: Duration) -> String {
+        let claims = Mint { app: &self.app.0, issuer: &self.app.1, user, ttl_s: good_for.as_secs() };
+        // A name that may not be gives a token that is refused.
+        mint(&self.keys.dev_key, claims, ground::unix_now()).unwrap_or_default()
+    }
+}
+
 /// In memory where there is a folder for that.
 fn temporary_folder() -> anyhow::Result<tempfile::TempDir> {
     let memory = std::path::Path::new("/dev/shm");
@@ -415,6 +457,11 @@ impl Recorder {
         self.net.note(format_args!("{event}"));
         let at = sim_time(self.start, Instant::now());
         self.history.lock().unwrap_or_else(PoisonError::into_inner).record(at, event);
+    }
+
+    /// Counts a fault.
+    pub(crate) fn bite(&self, bite: Bite, what: fmt::Arguments<'_>) {
+        self.net.bite(bite, what);
     }
 }
 
@@ -447,7 +494,13 @@ impl Phone {
     /// What an app's own code makes its client from.
     #[must_use]
     pub fn options(&self) -> Options {
-        Options::new(self.database.clone(), self.address.to_string(), SERVER_NAME, self.token.as_str())
+        self.options_with(self.token.as_str())
+    }
+
+    /// The same with a token, or somebody who gives tokens, of your own.
+    #[must_use]
+    pub fn options_with(&self, token: impl Into<Token>) -> Options {
+        Options::new(self.database.clone(), self.address.to_string(), SERVER_NAME, token)
             .trust(Trust::Certificate(self.certificate.clone()))
             .durability(Durability::AppKill)
             .platform(Arc::new(self.device.clone()))
@@ -458,8 +511,13 @@ impl Phone {
     /// # Errors
     /// As [`Client::connect`].
     pub async fn connect(&self) -> Result<Client, fulmar_client::Error> {
+        self.connect_with(self.options()).await
+    }
+
+    /// Starts a client with these options, which came from this phone.
+    pub(crate) async fn connect_with(&self, options: Options) -> Result<Client, fulmar_client::Error> {
         self.started.store(true, Ordering::Relaxed);
-        Client::connect(self.options()).await
+        Client::connect(options).await
     }
 
     /// Runs a task in the phone's process: it stands still while the phone is suspended and ends when the app is killed.
@@ -554,10 +612,23 @@ impl Phone {
         self.net.sockets_follow(self.device.id(), follow);
     }
 
+    /// How many bytes each of the phone's sockets holds for an app that does not read, as one that is suspended; `None`: as many
+    /// as Linux gives it, 208 KiB. What comes beyond is dropped.
+    pub fn socket_room(&self, bytes: Option<usize>) {
+        self.net.set_socket_room(self.device.id(), bytes);
+    }
+
     /// What the phone's links have carried.
     #[must_use]
     pub fn traffic(&self) -> Traffic {
         self.net.traffic(self.device.id())
+    }
+
+    /// What the phone has spent since it was made.
+    #[must_use]
+    pub fn spent(&self) -> Spent {
+        let (cpu_wakeups, polls) = self.device.cpu();
+        Spent { cpu_wakeups, polls, ..self.net.spent(self.device.id()) }
     }
 
     /// A hint of this kind for [`Client::network_changed`].
@@ -572,7 +643,7 @@ pub struct Gateway {
     net: Arc<Net>,
     address: SocketAddr,
     config: Config,
-    keys: DataFolder,
+    keys: Arc<DataFolder>,
     memory: MemoryDisk,
     disk: Arc<Disk>,
     rng: RefCell<Rng>,
@@ -610,6 +681,13 @@ impl Gateway {
     /// What its disk is like from now on.
     pub fn disk(&self, manner: DiskManner) {
         self.disk.set(manner);
+    }
+
+    /// From now on (`true`) it stores what it is sent and hears nothing of that from its disk, so that nobody is told. That ends with
+    /// `false`, when it is killed ([`Gateway::crash`]), and when it begins to leave.
+    pub fn mute_disk(&self, mute: bool) {
+        let serves = self.running.borrow().as_ref().is_some_and(|running| !running.draining);
+        self.disk.mute(mute && serves);
     }
 
     /// Starts it, on what it stored before.
@@ -689,6 +767,7 @@ impl Gateway {
             && !running.draining
         {
             running.draining = true;
+            self.disk.mute(false);
             running.trigger.start(Cause::Request);
             self.net.bite(Bite::GatewayDrained, format_args!("gateway"));
         }

@@ -78,6 +78,8 @@ pub struct Record {
     pub ttl: Option<u32>,
     /// Its body goes on in the next record of the same producer.
     pub more: bool,
+    /// It goes on with the body of the record before it of the same producer.
+    pub continues: bool,
     /// Delivered without a notification.
     pub silent: bool,
     /// What the sender wrote; opaque, at most [`RECORD_PAYLOAD_BYTES_MAX`].
@@ -100,7 +102,8 @@ const SILENT: u8 = 1 << 1;
 const HAS_PRODUCER: u8 = 1 << 2;
 const HAS_TARGET: u8 = 1 << 3;
 const HAS_TTL: u8 = 1 << 4;
-const FLAGS_KNOWN: u8 = MORE | SILENT | HAS_PRODUCER | HAS_TARGET | HAS_TTL;
+const CONTINUES: u8 = 1 << 5;
+const FLAGS_KNOWN: u8 = MORE | SILENT | HAS_PRODUCER | HAS_TARGET | HAS_TTL | CONTINUES;
 
 impl Record {
     /// Appends the record's bytes for the log of `conversation`.
@@ -111,6 +114,7 @@ impl Record {
         let mut flags = 0;
         for (set, bit) in [
             (self.more, MORE),
+            (self.continues, CONTINUES),
             (self.silent, SILENT),
             (has_producer, HAS_PRODUCER),
             (self.target.is_some(), HAS_TARGET),
@@ -207,6 +211,7 @@ impl Record {
             target,
             ttl,
             more: flags & MORE != 0,
+            continues: flags & CONTINUES != 0,
             silent: flags & SILENT != 0,
             payload: Bytes::new(),
         };
@@ -239,7 +244,8 @@ pub(crate) mod tests {
         pub(crate) fn any_record()(
             seq in 1..=VARINT_MAX, kind in 1u8..=8, sender in 0..=VARINT_MAX, producer in any::<Option<(u32, u32, u32)>>(),
             time in 0..=VARINT_MAX, count in any::<u64>(), target in proptest::option::of(0..=VARINT_MAX),
-            ttl in any::<Option<u32>>(), more in any::<bool>(), silent in any::<bool>(),
+            ttl in any::<Option<u32>>(), more in any::<bool>(), continues in any::<bool>(),
+            silent in any::<bool>(),
             payload in proptest::collection::vec(any::<u8>(), 0..300),
         ) -> Record {
             let (device, epoch, pseq) = producer.unwrap_or_default();
@@ -255,6 +261,7 @@ pub(crate) mod tests {
                 target: target.map(|n| Seq::new(n).unwrap()),
                 ttl,
                 more,
+                continues,
                 silent,
                 payload: payload.into(),
             }
@@ -303,12 +310,16 @@ pub(crate) mod tests {
             target: Some(Seq::new(5).unwrap()),
             ttl: Some(60),
             more: true,
+            continues: false,
             silent: false,
             payload: Bytes::from_static(b"hi"),
         };
         let mut bytes = Vec::new();
         record.encode(conversation(256), &mut bytes);
         assert_eq!(crate::hex(&bytes), GOLDEN);
+        let mut continued = Vec::new();
+        Record { continues: true, ..record.clone() }.encode(conversation(256), &mut continued);
+        assert_eq!(crate::hex(&continued), GOLDEN_CONTINUED);
         let mut elsewhere = Vec::new();
         record.encode(conversation(512), &mut elsewhere);
         assert!(
@@ -319,4 +330,5 @@ pub(crate) mod tests {
 
     // kind flags | seq 300 | time | sender 257 | count 299 | device epoch pseq | target | ttl | length "hi" | crc32c
     const GOLDEN: &str = "011dac0280d095ffbc318102ab02010203053c026869da4f16da";
+    const GOLDEN_CONTINUED: &str = "013dac0280d095ffbc318102ab02010203053c0268698b84b57e";
 }

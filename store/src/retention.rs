@@ -306,6 +306,7 @@ mod tests {
             target: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             payload: Bytes::from(vec![7; 968]),
         };

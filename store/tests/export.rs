@@ -153,6 +153,7 @@ fn message(sender: UserId, n: u64, pseq: u64) -> Record {
         target: n.is_multiple_of(7).then(|| seq(n - 1)),
         ttl: n.is_multiple_of(5).then_some(60),
         more: n.is_multiple_of(11),
+        continues: n.is_multiple_of(13),
         silent: n.is_multiple_of(3),
         payload: Bytes::from(vec![u8::try_from(n % 251).unwrap(); usize::try_from(n * 37 % 900).unwrap()]),
     }

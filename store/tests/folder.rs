@@ -49,6 +49,7 @@ fn record(conversation: ConversationId, n: u64) -> Record {
         target: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         payload: payload(conversation, n),
     }

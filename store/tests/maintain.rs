@@ -55,6 +55,7 @@ fn record(n: u64) -> Record {
         target: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         payload: Bytes::from(vec![u8::try_from(n % 251).unwrap(); usize::try_from(n * 97 % 700).unwrap()]),
     }

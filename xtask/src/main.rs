@@ -4,6 +4,7 @@
 //! standard output carries only what a command is asked for, so `cargo xtask test` closes it with one summary line.
 
 mod client_rig;
+mod footprint;
 mod fuzz;
 mod layering;
 mod rig;
@@ -20,7 +21,7 @@ use clap::{Parser, Subcommand};
 
 use crate::rig::RigArgs;
 use crate::run::Workspace;
-use crate::sim::{BarsArgs, SimArgs};
+use crate::sim::{BarsArgs, DaysArgs, SimArgs};
 use crate::steps::{Options, StepName};
 use crate::tally::Tally;
 
@@ -44,6 +45,7 @@ use crate::tally::Tally;
         cargo xtask sim --seeds 100000 --json campaign.json\n  \
         cargo xtask sim --from 131 --seeds 1 --log seed-131.log\n  \
         cargo xtask bars --only blackout\n  \
+        cargo xtask days --only normal\n  \
         cargo xtask bench codec"
 )]
 struct Cli {
@@ -123,6 +125,10 @@ enum Command {
     },
     /// Measure what the weak-network bars are about, in virtual time
     Bars(BarsArgs),
+    /// Measure what typical days cost a phone (packets, bytes, wake-ups, connections), in virtual time
+    Days(DaysArgs),
+    /// Build the smallest app with the SDK for size, and measure it and its memory against a gateway on loopback
+    Footprint,
     /// Run the benchmarks, each beside the floor it is measured against
     Bench {
         /// Benchmark to run, by its name in benches/Cargo.toml; without it, all
@@ -205,6 +211,11 @@ fn carry_out(command: Command) -> anyhow::Result<bool> {
         Command::Damage { images, args } => closed(steps::damage(&workspace, images, &args)?),
         Command::Sim { seeds, args } => closed(sim::worlds(&workspace, seeds, &args)?),
         Command::Bars(args) => sim::bars(&workspace, &args),
+        Command::Days(args) => sim::days(&workspace, &args),
+        Command::Footprint => {
+            print(footprint::measure(&workspace)?.trim_end());
+            Ok(true)
+        }
         Command::Bench { name, args } => {
             let mut command = workspace.cargo(["bench", "--package", "fulmar-benches"]);
             if let Some(name) = name {

@@ -1,4 +1,4 @@
-//! Whole worlds in virtual time: campaigns over seeds, and the weak-network bars.
+//! Whole worlds in virtual time: campaigns over seeds, the weak-network bars, and what typical days cost.
 //!
 //! - The program is built with the same profile as the tests, so that a test run builds nothing twice.
 //!
@@ -51,6 +51,23 @@ pub(crate) struct BarsArgs {
     log: Option<PathBuf>,
 }
 
+/// What the days are told.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub(crate) struct DaysArgs {
+    /// Only days whose names hold this
+    #[arg(long, value_name = "WORD")]
+    only: Option<String>,
+    /// Worlds for each day
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    worlds: u64,
+    /// Write the figures as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the event log of the last world
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
+}
+
 /// Runs the worlds of `seeds` seeds.
 ///
 /// # Errors
@@ -87,6 +104,25 @@ pub(crate) fn bars(workspace: &Workspace, args: &BarsArgs) -> anyhow::Result<boo
         command.arg("--log").arg(log);
     }
     Ok(command.status().context("the bars can't be started")?.success())
+}
+
+/// Measures what typical days cost a phone.
+///
+/// # Errors
+/// When the program can't be built or started.
+pub(crate) fn days(workspace: &Workspace, args: &DaysArgs) -> anyhow::Result<bool> {
+    let mut command = workspace.command(program(workspace, "days")?);
+    command.args(["--worlds", &args.worlds.to_string()]);
+    if let Some(only) = &args.only {
+        command.args(["--only", only]);
+    }
+    if let Some(json) = &args.json {
+        command.arg("--json").arg(json);
+    }
+    if let Some(log) = &args.log {
+        command.arg("--log").arg(log);
+    }
+    Ok(command.status().context("the days can't be started")?.success())
 }
 
 fn program(workspace: &Workspace, name: &str) -> anyhow::Result<PathBuf> {

@@ -112,6 +112,7 @@ impl Load {
             target: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             payload,
         };

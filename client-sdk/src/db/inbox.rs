@@ -3,14 +3,15 @@
 //! - A record and the move of its conversation's cursor are in one transaction.
 //! - (conversation, seq) is unique: a record that comes again is not stored again.
 //! - `arrival` orders what was received over all conversations; the app's place in it is one number (`taken`).
-//! - The pieces of a large body stay separate rows and are put together when they are handed out.
+//! - The pieces of a large body stay separate rows and are put together when they are handed out: only pieces one device
+//!   sent one after the other, from the first to the last. Others are never shown.
 
 use std::collections::{BTreeSet, HashMap};
 
 use bytes::Bytes;
 use fulmar_protocol::{
     frame::{Deliver, RecordKind},
-    id::{ConversationId, DeviceId, Epoch, Seq, UnixMillis, UserId},
+    id::{ConversationId, DeviceId, Epoch, Pseq, Seq, UnixMillis, UserId},
     limit::BODY_BYTES_MAX,
 };
 use rusqlite::{OptionalExtension, Row, params};
@@ -21,7 +22,8 @@ use super::{
 };
 use crate::{error::Error, event::Received};
 
-const MORE: i64 = 1;
+/// A piece, but for the last one of a body: not shown by itself.
+const PIECE: i64 = 1;
 const SILENT: i64 = 2;
 const OWN: i64 = 4;
 const THIS_DEVICE: i64 = 8;
@@ -58,6 +60,21 @@ pub(crate) struct Delivered {
     pub(crate) nameless: BTreeSet<UserId>,
     /// Conversations seen for the first time.
     pub(crate) fresh: Vec<ConversationId>,
+    /// Pieces of bodies that will never be whole.
+    pub(crate) strays: u64,
+}
+
+/// A record's place in a body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// It is the body.
+    Whole,
+    /// One of several, but for the last: the seq of the first, and whether it is beyond what is kept.
+    Piece(Seq, bool),
+    /// The last of several: the seq of the first, and whether the body was cut.
+    Last(Seq, bool),
+    /// The one before it never came.
+    Stray,
 }
 
 impl Store {
@@ -97,9 +114,18 @@ impl Store {
     ) -> Result<(), Error> {
         let by_user = record.sender == own.user;
         let this_device = by_user && record.origin.is_some_and(|origin| origin.device == own.device);
-        let (first, truncated) = self.chain(record)?;
+        if (record.more || record.continues) && self.stored(record.conversation, record.seq)? {
+            return Ok(());
+        }
+        let place = self.place(record, delivered)?;
+        let (first, truncated) = match place {
+            Place::Whole => (None, false),
+            Place::Piece(first, truncated) | Place::Last(first, truncated) => (Some(first), truncated),
+            Place::Stray => (Some(record.seq), true),
+        };
+        let piece = matches!(place, Place::Piece(..) | Place::Stray);
         let flag = |on: bool, flag: i64| if on { flag } else { 0 };
-        let flags = flag(record.more, MORE)
+        let flags = flag(piece, PIECE)
             | flag(record.silent, SILENT)
             | flag(by_user, OWN)
             | flag(this_device, THIS_DEVICE)
@@ -110,7 +136,7 @@ impl Store {
                  (conversation, seq, sender, time, kind, flags, reference, first, payload)
                  VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
         )?;
-        let payload: &[u8] = if truncated && record.more { &[] } else { &record.payload };
+        let payload: &[u8] = if truncated && piece { &[] } else { &record.payload };
         let inserted = insert.execute(params![
             int(record.conversation),
             int(record.seq),
@@ -131,7 +157,9 @@ impl Store {
             delivered.settled.push(settled);
         }
         match record.kind {
-            RecordKind::Created | RecordKind::Joined | RecordKind::Left => self.take_roster(record)?,
+            RecordKind::Created | RecordKind::Joined | RecordKind::Left => {
+                self.take_roster(record, delivered)?
+            }
             _ if !by_user && record.sender.get() != 0 && self.user_name(record.sender)?.is_none() => {
                 delivered.nameless.insert(record.sender);
             }
@@ -143,41 +171,99 @@ impl Store {
         Ok(())
     }
 
-    /// Keeps track of a body in pieces: the seq of its first piece, once it is complete, and whether it was cut.
-    fn chain(&self, record: &Deliver) -> Result<(Option<Seq>, bool), Error> {
-        let key = params![int(record.conversation), int(record.sender)];
-        let open: Option<(Seq, u64)> = self
-            .sql
-            .prepare_cached("SELECT first, bytes FROM chains WHERE conversation = ?1 AND sender = ?2")?
-            .query_row(key, |row| Ok((number(row, 0)?, number(row, 1)?)))
-            .optional()?;
-        if open.is_none() && !record.more {
-            return Ok((None, false));
-        }
-        let (first, bytes) = open.unwrap_or((record.seq, 0));
-        let bytes = bytes.saturating_add(record.payload.len() as u64);
-        if record.more {
-            self.sql
-                .prepare_cached("INSERT OR REPLACE INTO chains VALUES (?1, ?2, ?3, ?4)")?
-                .execute(params![int(record.conversation), int(record.sender), int(first), int(bytes)])?;
-            return Ok((None, bytes > BODY_BYTES_MAX as u64));
-        }
-        self.sql
-            .prepare_cached("DELETE FROM chains WHERE conversation = ?1 AND sender = ?2")?
-            .execute(key)?;
-        Ok((Some(first), bytes > BODY_BYTES_MAX as u64))
+    fn stored(&self, conversation: ConversationId, seq: Seq) -> Result<bool, Error> {
+        let mut select =
+            self.sql.prepare_cached("SELECT 1 FROM messages WHERE conversation = ?1 AND seq = ?2")?;
+        Ok(select.exists(params![int(conversation), int(seq)])?)
     }
 
-    fn take_roster(&self, record: &Deliver) -> Result<(), Error> {
+    /// Keeps track of the bodies in pieces, one for each device that sends. What does not follow directly on what the
+    /// device sent before ends its body: the rest of that one will not come any more, or never was for this reader.
+    fn place(&self, record: &Deliver, delivered: &mut Delivered) -> Result<Place, Error> {
+        if !record.more && !record.continues {
+            return Ok(Place::Whole);
+        }
+        let Some(origin) = record.origin else {
+            delivered.strays += 1;
+            return Ok(Place::Stray);
+        };
+        let key = params![int(record.conversation), int(record.sender), int(origin.device)];
+        let open: Option<(Epoch, Pseq, Seq, u64)> = self
+            .sql
+            .prepare_cached(
+                "SELECT epoch, pseq, first, bytes FROM chains
+                     WHERE conversation = ?1 AND sender = ?2 AND device = ?3",
+            )?
+            .query_row(key, |row| Ok((number(row, 0)?, number(row, 1)?, number(row, 2)?, number(row, 3)?)))
+            .optional()?;
+        let follows = |epoch: Epoch, pseq: Pseq| epoch == origin.epoch && pseq.next() == Some(origin.pseq);
+        let (first, bytes) = match open {
+            Some((epoch, pseq, first, bytes)) if record.continues && follows(epoch, pseq) => (first, bytes),
+            open => {
+                if let Some((_, _, first, _)) = open {
+                    delivered.strays += self.let_go(record.conversation, first)?;
+                }
+                if record.continues {
+                    delivered.strays += 1;
+                    return Ok(Place::Stray);
+                }
+                (record.seq, 0)
+            }
+        };
+        let bytes = bytes.saturating_add(record.payload.len() as u64);
+        let cut = bytes > BODY_BYTES_MAX as u64;
+        if !record.more {
+            self.sql
+                .prepare_cached("DELETE FROM chains WHERE conversation = ?1 AND sender = ?2 AND device = ?3")?
+                .execute(key)?;
+            return Ok(Place::Last(first, cut));
+        }
+        self.sql
+            .prepare_cached(
+                "INSERT OR REPLACE INTO chains (conversation, sender, device, epoch, pseq, first, bytes)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+            )?
+            .execute(params![
+                int(record.conversation),
+                int(record.sender),
+                int(origin.device),
+                int(origin.epoch),
+                int(origin.pseq),
+                int(first),
+                int(bytes),
+            ])?;
+        Ok(Place::Piece(first, cut))
+    }
+
+    /// A body will not be finished: its pieces are of no use. Says how many there were.
+    fn let_go(&self, conversation: ConversationId, first: Seq) -> Result<u64, Error> {
+        self.sql
+            .prepare_cached("DELETE FROM chains WHERE conversation = ?1 AND first = ?2")?
+            .execute(params![int(conversation), int(first)])?;
+        let pieces = self
+            .sql
+            .prepare_cached(
+                "UPDATE messages SET payload = x'' WHERE conversation = ?1 AND seq >= ?2 AND first = ?2 AND flags & 1",
+            )?
+            .execute(params![int(conversation), int(first)])?;
+        Ok(pieces as u64)
+    }
+
+    fn take_roster(&self, record: &Deliver, delivered: &mut Delivered) -> Result<(), Error> {
         let roster = fulmar_protocol::service::decode::<fulmar_protocol::service::Roster>(&record.payload);
         let users = roster.map(|roster| roster.users).unwrap_or_default();
         for (user, name) in &users {
             self.name_user(*user, name)?;
             if record.kind == RecordKind::Left {
                 // What the leaver began will not be finished.
-                self.sql
-                    .prepare_cached("DELETE FROM chains WHERE conversation = ?1 AND sender = ?2")?
-                    .execute(params![int(record.conversation), int(*user)])?;
+                let mut select = self
+                    .sql
+                    .prepare_cached("SELECT first FROM chains WHERE conversation = ?1 AND sender = ?2")?;
+                let begun =
+                    select.query_map(params![int(record.conversation), int(*user)], |row| number(row, 0))?;
+                for first in begun.collect::<Result<Vec<Seq>, _>>()? {
+                    delivered.strays += self.let_go(record.conversation, first)?;
+                }
             }
         }
         Ok(())
@@ -278,11 +364,13 @@ impl Store {
         Ok(received)
     }
 
-    /// Puts the pieces from `first` on in front of the last piece.
+    /// Puts the pieces from `first` on in front of the last piece. (Pieces from a file of format 2 or older don't say
+    /// which body they are of, only whose.)
     fn put_together(&self, received: &mut Received, first: Seq) -> Result<(), Error> {
         let mut select = self.sql.prepare_cached(
             "SELECT payload FROM messages
-                 WHERE conversation = ?1 AND seq >= ?2 AND seq < ?3 AND sender = ?4 AND flags & 1 ORDER BY seq",
+                 WHERE conversation = ?1 AND seq >= ?2 AND seq < ?3 AND flags & 1
+                 AND (first = ?2 OR (first IS NULL AND sender = ?4)) ORDER BY seq",
         )?;
         let mut rows = select.query(params![
             int(received.conversation),

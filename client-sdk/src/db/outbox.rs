@@ -187,6 +187,7 @@ impl Store {
                     reference: draft.reference,
                     ttl: draft.ttl,
                     more: false,
+                    continues: false,
                     silent: draft.silent,
                     cancel: false,
                     payload: draft.payload.clone(),
@@ -325,6 +326,7 @@ impl Store {
                     // The whole ttl, not what is left: a repeated send must have the same bytes.
                     ttl,
                     more: flags & MORE != 0,
+                    continues: row.get::<_, Option<i64>>(9)?.is_some(),
                     silent: flags & SILENT != 0,
                     cancel,
                     payload: if cancel { Bytes::new() } else { payload.unwrap_or_default().into() },
@@ -471,9 +473,15 @@ impl Store {
         Ok(())
     }
 
-    /// The server handed out another epoch: what is unsettled is numbered from 1 again, in the same order.
+    /// The server handed out another epoch: what is unsettled is numbered from 1 again, in the same order. A body of which
+    /// only some pieces were stored is sent from its first one on: pieces of two epochs are not put together.
     pub(crate) fn new_epoch(&self, epoch: Epoch) -> Result<(), Error> {
         self.first_epoch(epoch)?;
+        self.sql.execute(
+            "UPDATE outbox SET state = 0, seq = NULL WHERE state = 1 AND flags & 1 AND code IS NULL AND coalesce(body, id)
+                 IN (SELECT body FROM outbox WHERE state = 0 AND body IS NOT NULL AND pseq IS NOT NULL AND code IS NULL)",
+            [],
+        )?;
         let conversations = self.waiting_conversations()?;
         self.sql.execute("UPDATE conversations SET pseq = 0 WHERE pseq > 0", [])?;
         for conversation in conversations {

@@ -8,13 +8,13 @@ use rusqlite::Connection;
 use crate::error::Error;
 
 /// The format this version writes.
-pub(crate) const VERSION: i64 = 2;
+pub(crate) const VERSION: i64 = 3;
 
 /// "Fulm" in `application_id`: says whose file it is.
 const APPLICATION: i64 = 0x4675_6c6d;
 
 /// Step `n` brings format `n` to `n + 1`.
-const STEPS: [&str; 2] = [FIRST, FOLDER_AND_NETWORKS];
+const STEPS: [&str; 3] = [FIRST, FOLDER_AND_NETWORKS, CHAINS_OF_DEVICES];
 
 const FIRST: &str = "
 CREATE TABLE device (
@@ -100,6 +100,22 @@ CREATE TABLE receipts (
 const FOLDER_AND_NETWORKS: &str = "
 ALTER TABLE device ADD COLUMN folder BLOB;
 ALTER TABLE device ADD COLUMN networks BLOB;
+";
+
+/// Bodies in pieces are kept apart by device. Which device sent the pieces of an older file is not known: a body that was
+/// not finished there is let go.
+const CHAINS_OF_DEVICES: &str = "
+DROP TABLE chains;
+CREATE TABLE chains (
+    conversation INTEGER NOT NULL,
+    sender INTEGER NOT NULL,
+    device INTEGER NOT NULL,
+    epoch INTEGER NOT NULL,
+    pseq INTEGER NOT NULL,
+    first INTEGER NOT NULL,
+    bytes INTEGER NOT NULL,
+    PRIMARY KEY (conversation, sender, device)
+) WITHOUT ROWID;
 ";
 
 /// Brings the file to [`VERSION`].

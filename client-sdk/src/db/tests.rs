@@ -120,9 +120,32 @@ fn record(conversation: u64, seq: u64, sender: u64, text: &str) -> Deliver {
         reference: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         payload: Bytes::copy_from_slice(text.as_bytes()),
     }
+}
+
+/// A piece of what device `from` of a user sent under (epoch, pseq), the first or a later one, the last or not.
+fn piece(at: (u64, u64), from: (u64, u64), lane: (u64, u64), order: (bool, bool), text: &str) -> Deliver {
+    Deliver {
+        origin: Some(Origin { device: device(from.1), epoch: epoch(lane.0), pseq: p(lane.1) }),
+        continues: order.0,
+        more: order.1,
+        ..record(at.0, at.1, from.0, text)
+    }
+}
+
+const FIRST: (bool, bool) = (false, true);
+const MIDDLE: (bool, bool) = (true, true);
+const LAST: (bool, bool) = (true, false);
+
+fn texts(store: &Store) -> Vec<(u64, String)> {
+    page(store).into_iter().map(|(_, seq, text)| (seq, text)).collect()
+}
+
+fn shown(texts: &[(u64, &str)]) -> Vec<(u64, String)> {
+    texts.iter().map(|(seq, text)| (*seq, (*text).to_owned())).collect()
 }
 
 fn deliver(store: &Store, record: Deliver) -> Delivered {
@@ -154,9 +177,9 @@ fn pseqs_are_contiguous_per_conversation() {
     let own = |lane: &[(u64, &str)]| lane.iter().map(|(p, t)| (*p, (*t).to_owned())).collect::<Vec<_>>();
     assert_eq!(lane(&store, 7), own(&[(1, "a"), (2, "c"), (3, "long"), (4, " bod"), (5, "y")]));
     assert_eq!(lane(&store, 9), own(&[(1, "b"), (2, "d")]));
-    let more: Vec<bool> =
-        store.waiting(c(7), p(2), 10, 0).unwrap().iter().map(|waiting| waiting.send.more).collect();
-    assert_eq!(more, [true, true, false]);
+    let order: Vec<_> = store.waiting(c(7), Pseq::ZERO, 10, 0).unwrap();
+    let order: Vec<_> = order.iter().map(|waiting| (waiting.send.continues, waiting.send.more)).collect();
+    assert_eq!(order, [(false, false), (false, false), FIRST, MIDDLE, LAST]);
     assert_eq!(store.oldest_waiting(3, 0).unwrap().len(), 3);
 }
 
@@ -366,40 +389,118 @@ fn an_own_echo_settles_its_send_under_its_epoch_only() {
 #[test]
 fn pieces_are_put_together_also_between_messages_of_others() {
     let store = memory();
-    let piece = |seq, text| Deliver { more: true, ..record(7, seq, 2, text) };
-    deliver(&store, piece(1, "one "));
+    deliver(&store, piece((7, 1), (2, 1), (1, 4), FIRST, "one "));
     deliver(&store, record(7, 2, 3, "between"));
-    deliver(&store, piece(3, "two "));
-    assert_eq!(page(&store), [(7, 2, "between".to_owned())]);
-    deliver(&store, record(7, 4, 2, "three"));
+    deliver(&store, piece((7, 3), (2, 1), (1, 5), MIDDLE, "two "));
+    deliver(&store, piece((7, 3), (2, 1), (1, 5), MIDDLE, "two again "));
+    assert_eq!(texts(&store), shown(&[(2, "between")]));
+    let end = deliver(&store, piece((7, 4), (2, 1), (1, 6), LAST, "three"));
     deliver(&store, record(7, 5, 2, "alone"));
-    let texts: Vec<_> = page(&store).into_iter().map(|(_, seq, text)| (seq, text)).collect();
-    let want = [(2, "between"), (4, "one two three"), (5, "alone")].map(|(n, t)| (n, t.to_owned()));
-    assert_eq!(texts, want);
+    assert_eq!(texts(&store), shown(&[(2, "between"), (4, "one two three"), (5, "alone")]));
     assert_eq!(store.history(c(7), Some(s(5)), 1).unwrap()[0].text(), "one two three");
+    assert_eq!(end.strays, 0);
+}
+
+#[test]
+fn two_devices_of_a_user_send_bodies_at_once() {
+    let store = memory();
+    deliver(&store, piece((7, 1), (2, 1), (1, 4), FIRST, "one "));
+    deliver(&store, piece((7, 2), (2, 2), (1, 5), FIRST, "eins "));
+    deliver(&store, piece((7, 3), (2, 2), (1, 6), MIDDLE, "zwei "));
+    deliver(&store, piece((7, 4), (3, 1), (1, 5), FIRST, "another user's, "));
+    deliver(&store, piece((7, 5), (2, 1), (1, 5), MIDDLE, "two "));
+    deliver(&store, piece((7, 6), (2, 1), (1, 6), LAST, "three"));
+    deliver(&store, piece((7, 7), (2, 2), (1, 7), LAST, "drei"));
+    let last = deliver(&store, piece((7, 8), (3, 1), (1, 6), LAST, "to its end"));
+    let want = [(6, "one two three"), (7, "eins zwei drei"), (8, "another user's, to its end")];
+    assert_eq!(texts(&store), shown(&want));
+    assert_eq!(last.strays, 0);
+}
+
+#[test]
+fn a_body_that_was_left_in_the_middle_swallows_nothing_and_is_never_shown() {
+    let store = memory();
+    let mut strays = 0;
+    for (record, why) in [
+        (piece((7, 1), (2, 1), (1, 1), FIRST, "begun "), "and its device dies for good"),
+        (record(7, 2, 2, "from the other device"), "whole"),
+        (record(7, 3, 2, "from the new database"), "whole"),
+        (piece((7, 4), (2, 1), (2, 2), FIRST, "a new "), "ends what was begun"),
+        (piece((7, 5), (2, 1), (2, 3), LAST, "body"), "as ever"),
+        (piece((7, 6), (2, 1), (2, 4), FIRST, "the next is refused, "), "5 is refused for good"),
+        (piece((7, 7), (2, 1), (2, 6), MIDDLE, "does not follow "), "nor does what follows on it"),
+        (piece((7, 8), (2, 1), (2, 7), LAST, "nor does this"), "not shown"),
+        (record(7, 9, 2, "next"), "whole"),
+        (piece((7, 10), (2, 1), (2, 9), FIRST, "begun "), "and numbered anew in the middle"),
+        (piece((7, 11), (2, 1), (3, 10), LAST, "under another epoch"), "not shown"),
+        (piece((7, 12), (2, 2), (1, 1), LAST, "whose beginning is gone"), "not shown"),
+        (Deliver { continues: true, ..record(7, 13, 2, "of nobody knows whom") }, "not shown"),
+    ] {
+        let seq = record.seq;
+        let delivered = deliver(&store, record);
+        assert_eq!(delivered.cursors[&c(7)], seq, "{why}: the cursor moves");
+        strays += delivered.strays;
+    }
+    let want = [(2, "from the other device"), (3, "from the new database"), (5, "a new body"), (9, "next")];
+    assert_eq!(texts(&store), shown(&want));
+    assert_eq!(strays, 8, "3 beginnings and 5 ends");
+    let kept: i64 = store
+        .sql
+        .query_row(
+            "SELECT coalesce(sum(length(payload)), 0) FROM messages WHERE seq NOT IN (2, 3, 4, 5, 9)",
+            [],
+            |row| row.get(0),
+        )
+        .unwrap();
+    assert_eq!(kept, 0, "what is never shown takes no room");
+    assert_eq!(store.conversations().unwrap()[0].unread, 4);
+}
+
+#[test]
+fn a_body_that_was_begun_is_sent_whole_under_another_epoch() {
+    let store = memory();
+    store.enqueue(&to(7, "gone")).unwrap();
+    store.enqueue(&to(7, "0123456789")).unwrap();
+    let spoiled = store.enqueue(&to(9, "0123456789")).unwrap().id;
+    store.enqueue(&to(7, "after")).unwrap();
+    store.acked(c(7), p(1), s(1)).unwrap();
+    store.acked(c(7), p(2), s(2)).unwrap();
+    store.acked(c(7), p(3), s(3)).unwrap();
+    store.acked(c(9), p(1), s(1)).unwrap();
+    store.refused(c(9), p(2), RefusalCode::NotAMember).unwrap();
+    store.new_epoch(epoch(5)).unwrap();
+    let all = |lane: &[(u64, &str)]| lane.iter().map(|(p, t)| (*p, (*t).to_owned())).collect::<Vec<_>>();
+    assert_eq!(lane(&store, 7), all(&[(1, "0123"), (2, "4567"), (3, "89"), (4, "afte"), (5, "r")]));
+    assert_eq!(lane(&store, 9), all(&[(1, "89")]), "that one is lost, and is said to be");
+    let end = store.acked(c(9), p(1), s(9)).unwrap().unwrap();
+    assert_eq!((end.id, end.outcome), (spoiled, Outcome::Refused(RefusalCode::NotAMember)));
 }
 
 #[test]
 fn who_leaves_in_the_middle_of_a_body_leaves_no_trace_of_it() {
     let store = memory();
-    deliver(&store, Deliver { more: true, ..record(7, 1, 2, "begun") });
+    deliver(&store, piece((7, 1), (2, 1), (1, 1), FIRST, "begun"));
     let roster = Roster { users: vec![(user(2), "bob".to_owned())] };
     let payload = fulmar_protocol::service::encode(&roster).unwrap();
-    deliver(&store, Deliver { kind: RecordKind::Left, payload, ..record(7, 2, 3, "") });
-    deliver(&store, record(7, 3, 2, "back"));
-    assert_eq!(page(&store).last().unwrap().2, "back");
+    let left = deliver(&store, Deliver { kind: RecordKind::Left, payload, ..record(7, 2, 3, "") });
+    deliver(&store, piece((7, 3), (2, 1), (1, 2), LAST, "and back"));
+    deliver(&store, record(7, 4, 2, "back"));
+    assert_eq!(texts(&store).last().unwrap(), &(4, "back".to_owned()));
+    assert_eq!(page(&store).len(), 2);
+    assert_eq!(left.strays, 1);
     assert_eq!(store.user_name(user(2)).unwrap().as_deref(), Some("bob"));
 }
 
 #[test]
 fn a_body_over_the_limit_is_cut_and_says_so() {
     let store = memory();
-    let piece = "x".repeat(16 * 1024);
-    let pieces = fulmar_protocol::limit::BODY_BYTES_MAX / piece.len();
+    let text = "x".repeat(16 * 1024);
+    let pieces = fulmar_protocol::limit::BODY_BYTES_MAX / text.len();
     for seq in 1..=pieces as u64 + 3 {
-        deliver(&store, Deliver { more: true, ..record(7, seq, 2, &piece) });
+        deliver(&store, piece((7, seq), (2, 1), (1, seq), (seq > 1, true), &text));
     }
-    deliver(&store, record(7, pieces as u64 + 4, 2, "end"));
+    let end = pieces as u64 + 4;
+    deliver(&store, piece((7, end), (2, 1), (1, end), LAST, "end"));
     let received = store.page(0, 1).unwrap().remove(0);
     assert!(received.truncated);
     assert_eq!(received.payload.len(), fulmar_protocol::limit::BODY_BYTES_MAX);
@@ -409,8 +510,8 @@ fn a_body_over_the_limit_is_cut_and_says_so() {
 fn unread_counts_complete_messages_of_others() {
     let store = memory();
     deliver(&store, record(7, 1, 2, "counts"));
-    deliver(&store, Deliver { more: true, ..record(7, 2, 2, "piece") });
-    deliver(&store, record(7, 3, 2, "counts with its piece"));
+    deliver(&store, piece((7, 2), (2, 1), (1, 1), FIRST, "piece"));
+    deliver(&store, piece((7, 3), (2, 1), (1, 2), LAST, "counts with its piece"));
     deliver(&store, record(7, 4, 1, "own"));
     deliver(&store, Deliver { silent: true, ..record(7, 5, 2, "silent") });
     deliver(&store, Deliver { kind: RecordKind::Notice, ..record(7, 6, 2, "notice") });
@@ -467,6 +568,16 @@ fn a_database_of_format_1_is_brought_up_and_nothing_is_lost() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("old.db");
     std::fs::write(&path, FORMAT_1).unwrap();
+    // Bodies in pieces did not say which body a piece was of, and one of them is not finished.
+    rusqlite::Connection::open(&path)
+        .unwrap()
+        .execute_batch(
+            "INSERT INTO messages (conversation, seq, sender, time, kind, flags, first, payload) VALUES
+                 (7, 3, 2, 0, 0, 1, NULL, x'6f6c'), (7, 4, 3, 0, 0, 0, NULL, x'6f'), (7, 5, 2, 0, 0, 0, 3, x'64'),
+                 (7, 6, 2, 0, 0, 1, NULL, x'6f6c');
+             INSERT INTO chains VALUES (7, 2, 6, 2);",
+        )
+        .unwrap();
     for _ in 0..2 {
         let store = file(&path);
         let version: i64 = store.sql.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
@@ -484,7 +595,7 @@ fn a_database_of_format_1_is_brought_up_and_nothing_is_lost() {
         let own = |lane: &[(u64, &str)]| lane.iter().map(|(p, t)| (*p, (*t).to_owned())).collect::<Vec<_>>();
         assert_eq!(lane(&store, 7), own(&[(1, "one"), (2, "two")]));
         assert_eq!(lane(&store, 8), own(&[(1, "thre"), (2, "e")]));
-        assert_eq!(page(&store), [(7, 2, "not taken".to_owned())]);
+        assert_eq!(texts(&store), shown(&[(2, "not taken"), (4, "o"), (5, "old")]));
         let restore = store.restore().unwrap();
         assert_eq!((restore.cursors, restore.marks), (vec![(c(7), s(2))], vec![(c(7), s(1))]));
         assert_eq!(store.user_name(user(2)).unwrap().as_deref(), Some("bob"));
@@ -597,7 +708,9 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let mut path = folder.path().join("0.db");
         let mut store = file(&path);
-        let mut lanes: BTreeMap<u64, Vec<String>> = BTreeMap::new();
+        // What waits in each lane, by body; and the pieces of its last body that were settled.
+        let mut lanes: BTreeMap<u64, Vec<(usize, String)>> = BTreeMap::new();
+        let mut begun: BTreeMap<u64, Vec<(usize, String)>> = BTreeMap::new();
         let mut received: BTreeMap<u64, u64> = BTreeMap::new();
         let mut arrived: Vec<(u64, u64)> = Vec::new();
         let mut seen: Vec<(u64, u64)> = Vec::new();
@@ -607,17 +720,19 @@ proptest! {
                 Op::Send(conversation, len) => {
                     let text: String = format!("{step}").chars().cycle().take(len).collect();
                     store.enqueue(&to(conversation, &text)).unwrap();
-                    let pieces: Vec<String> =
-                        text.as_bytes().chunks(4).map(|p| String::from_utf8(p.to_vec()).unwrap()).collect();
+                    let piece = |piece: &[u8]| (step, String::from_utf8(piece.to_vec()).unwrap());
                     let lane = lanes.entry(conversation).or_default();
-                    if pieces.is_empty() { lane.push(String::new()) } else { lane.extend(pieces) }
+                    if text.is_empty() { lane.push(piece(b"")) } else { lane.extend(text.as_bytes().chunks(4).map(piece)) }
                 }
                 Op::Settle(conversation) => {
                     let first = lane(&store, conversation).first().map(|(pseq, _)| *pseq);
                     if let Some(pseq) = first {
                         acked += 1;
                         store.acked(c(conversation), p(pseq), s(acked)).unwrap();
-                        lanes.get_mut(&conversation).unwrap().remove(0);
+                        let piece = lanes.get_mut(&conversation).unwrap().remove(0);
+                        let begun = begun.entry(conversation).or_default();
+                        begun.retain(|(body, _)| *body == piece.0);
+                        begun.push(piece);
                     }
                 }
                 Op::Receive(conversation) => {
@@ -639,7 +754,15 @@ proptest! {
                         store.take(message.arrival).unwrap();
                     }
                 }
-                Op::NewEpoch => store.new_epoch(epoch(step as u64 + 2)).unwrap(),
+                Op::NewEpoch => {
+                    store.new_epoch(epoch(step as u64 + 2)).unwrap();
+                    // A body that was begun begins anew.
+                    for (conversation, mut begun) in std::mem::take(&mut begun) {
+                        let lane = lanes.get_mut(&conversation).unwrap();
+                        begun.retain(|(body, _)| lane.first().is_some_and(|(next, _)| next == body));
+                        lane.splice(0..0, begun);
+                    }
+                }
                 Op::Crash => {
                     let next = folder.path().join(format!("{}.db", step + 1));
                     store = crashed(&path, &next);
@@ -649,7 +772,7 @@ proptest! {
             for (conversation, want) in &lanes {
                 let have = lane(&store, *conversation);
                 let texts: Vec<&String> = have.iter().map(|(_, text)| text).collect();
-                prop_assert_eq!(texts, want.iter().collect::<Vec<_>>());
+                prop_assert_eq!(texts, want.iter().map(|(_, text)| text).collect::<Vec<_>>());
                 prop_assert!(have.windows(2).all(|pair| pair[0].0 + 1 == pair[1].0), "{have:?}");
             }
             let cursors: BTreeMap<u64, u64> =

@@ -214,6 +214,7 @@ impl Feed {
                 reference: None,
                 ttl: None,
                 more: false,
+                continues: false,
                 silent: false,
                 cancel: true,
                 payload: Bytes::new(),

@@ -1,8 +1,10 @@
-//! A race as it is run: names are looked up, attempts made as [`Race`] says, and the first flight is on each that may carry
-//! early data, so that the answer to it comes with the handshake's.
+//! A race as it is run: names are looked up, attempts made as [`Race`] says, and the first flight written on each of them, in early
+//! data where that is possible. The first attempt on which the gateway answers it is the winner.
 //!
 //! - The first flight may be replayed, so it may leave on several attempts; the gateway takes it once.
-//! - Whoever loses is closed before its handshake is complete, as a rule, and then was never there for anybody.
+//! - The gateway counts a session for others, and ends older ones of the device, when the client goes on with it. So what is said
+//!   on an attempt takes nothing from anybody, and whoever loses is closed without ever having been there for others.
+//! - Without a first flight (the token is not there yet) attempts wait when they are connected.
 //!
 //! Not here: what to try when (`race`), what a won race is good for (`driver`), sockets (`transport`).
 
@@ -17,11 +19,12 @@ use fulmar_protocol::{
     close::CloseCode,
     frame::{Channel, Frame},
 };
+use fulmar_transport::Connection;
 
 use crate::{
     event::{Attempt, AttemptOutcome},
     options::BoxFuture,
-    race::{Arrival, AttemptId, Memory, Race, Step, Transport, Verdict, Win},
+    race::{AttemptId, Memory, Race, Step, Transport, Verdict, Win},
     transport::{
         Dialer,
         dial::Progress,
@@ -32,9 +35,9 @@ use crate::{
 /// What became of a race.
 #[derive(Debug)]
 pub(super) enum RaceEvent {
-    /// Somebody was reached.
+    /// Somebody answered.
     Won(Box<Won>),
-    /// Nobody was; the text is for people.
+    /// Nobody did; the text is for people.
     Nobody(String),
     /// The race goes on, and [`Racing::poll_timeout`] says another time than before.
     Rescheduled,
@@ -42,16 +45,14 @@ pub(super) enum RaceEvent {
     Over(Option<Verdict>),
 }
 
-/// The winner.
+/// The winner; the first flight has left on it.
 #[derive(Debug)]
 pub(super) struct Won {
     pub(super) link: Link,
-    /// The first flight has left on it.
-    pub(super) spoken: bool,
-    /// What came on it already.
-    pub(super) frames: Vec<(Channel, Frame)>,
+    /// Its answer.
+    pub(super) first: LinkEvent,
     pub(super) win: Win,
-    /// From its first packet to its answer.
+    /// From its first packet to the gateway's.
     pub(super) took: Duration,
 }
 
@@ -60,9 +61,26 @@ struct Runner {
     transport: Transport,
     address: SocketAddr,
     began: Duration,
-    step: BoxFuture<Progress>,
-    /// Open for early data; the first flight is written on it.
-    early: Option<Link>,
+    /// From its first packet to the end of its handshake.
+    connected: Option<Duration>,
+    /// What it waits for before or beside its link; `None`: its handshake is complete.
+    step: Option<BoxFuture<Progress>>,
+    link: Option<Link>,
+    /// Frames of the first flight written on the link.
+    written: usize,
+}
+
+/// What a look at a runner showed.
+enum Look {
+    /// Nothing new, or nothing that concerns others.
+    Nothing,
+    Answered(LinkEvent),
+    Failed {
+        text: String,
+        answered: bool,
+    },
+    /// It is connected, after the race was won.
+    TooLate,
 }
 
 /// See the module's text.
@@ -74,25 +92,25 @@ pub(super) struct Racing {
     race: Option<Race>,
     addresses: Vec<SocketAddr>,
     runners: Vec<Runner>,
-    /// Early data may be sent.
-    early: bool,
     won: bool,
     last_error: String,
     attempts: Vec<Attempt>,
+    /// Connections of attempts that ended, to be counted.
+    ended: Vec<Connection>,
 }
 
 impl Racing {
     /// A race that begins now, by every way there is.
-    pub(super) fn new(dialer: &Arc<Dialer>, memory: Memory, early: bool) -> Self {
-        Self::by(dialer.offered(), dialer, memory, early)
+    pub(super) fn new(dialer: &Arc<Dialer>, memory: Memory) -> Self {
+        Self::by(dialer.offered(), dialer, memory)
     }
 
     /// The same by QUIC alone: for a connection by another way that is fine, but could be better.
     pub(super) fn by_quic(dialer: &Arc<Dialer>, memory: Memory) -> Self {
-        Self::by(&[Transport::Quic], dialer, memory, false)
+        Self::by(&[Transport::Quic], dialer, memory)
     }
 
-    fn by(offered: &'static [Transport], dialer: &Arc<Dialer>, memory: Memory, early: bool) -> Self {
+    fn by(offered: &'static [Transport], dialer: &Arc<Dialer>, memory: Memory) -> Self {
         let looking = Arc::clone(dialer);
         Self {
             dialer: Arc::clone(dialer),
@@ -102,10 +120,10 @@ impl Racing {
             race: None,
             addresses: Vec::new(),
             runners: Vec::new(),
-            early,
             won: false,
             last_error: "no address".to_owned(),
             attempts: Vec::new(),
+            ended: Vec::new(),
         }
     }
 
@@ -114,16 +132,14 @@ impl Racing {
         self.race.as_ref().and_then(Race::poll_timeout)
     }
 
-    /// Writes one more frame of the first flight.
-    pub(super) fn write(&mut self, channel: Channel, frame: &Frame) {
-        for link in self.runners.iter_mut().filter_map(|runner| runner.early.as_mut()) {
-            link.write(channel, frame);
-        }
-    }
-
     /// Attempts that ended since the last call.
     pub(super) fn take_attempts(&mut self) -> Vec<Attempt> {
         std::mem::take(&mut self.attempts)
+    }
+
+    /// Connections of attempts that ended since the last call.
+    pub(super) fn take_ended(&mut self) -> Vec<Connection> {
+        std::mem::take(&mut self.ended)
     }
 
     /// Goes on. `flight` is what has been said of the first flight.
@@ -146,7 +162,7 @@ impl Racing {
             }
         }
         loop {
-            self.take_steps(now);
+            self.take_steps(flight.is_some(), now);
             match self.poll_runners(flight, now, cx) {
                 Poll::Ready(Some(event)) => return Poll::Ready(event),
                 // Something ended: what comes next is due at once.
@@ -164,7 +180,7 @@ impl Racing {
         }
     }
 
-    fn take_steps(&mut self, now: Duration) {
+    fn take_steps(&mut self, early: bool, now: Duration) {
         let Some(race) = &mut self.race else { return };
         loop {
             let steps = race.poll(now);
@@ -175,8 +191,17 @@ impl Racing {
                 match step {
                     Step::Start { id, transport, address } => {
                         let Some(&address) = self.addresses.get(address) else { continue };
-                        let step = self.dialer.dial(transport, address, self.memory.rtt, self.early);
-                        self.runners.push(Runner { id, transport, address, began: now, step, early: None });
+                        let step = self.dialer.dial(transport, address, self.memory.rtt, early);
+                        self.runners.push(Runner {
+                            id,
+                            transport,
+                            address,
+                            began: now,
+                            connected: None,
+                            step: Some(step),
+                            link: None,
+                            written: 0,
+                        });
                     }
                     Step::Stop(id) => {
                         if let Some(at) = self.runners.iter().position(|runner| runner.id == id) {
@@ -187,6 +212,7 @@ impl Racing {
                             let outcome =
                                 if self.won { AttemptOutcome::Overtaken } else { AttemptOutcome::NoAnswer };
                             note(&mut self.attempts, &runner, outcome, now);
+                            self.ended.extend(runner.close());
                         }
                     }
                 }
@@ -201,81 +227,130 @@ impl Racing {
         now: Duration,
         cx: &mut Context<'_>,
     ) -> Poll<Option<RaceEvent>> {
+        let Some(race) = &mut self.race else { return Poll::Pending };
         let mut index = 0;
         while let Some(runner) = self.runners.get_mut(index) {
-            let mut frames = Vec::new();
-            let mut progress = runner.step.as_mut().poll(cx);
-            if let Poll::Ready(Progress::Early(mut link, next)) = progress {
-                for (channel, frame) in flight.into_iter().flatten() {
-                    link.write(*channel, frame);
-                }
-                runner.early = Some(*link);
-                runner.step = next;
-                progress = runner.step.as_mut().poll(cx);
-            }
-            if progress.is_pending()
-                && let Some(link) = &mut runner.early
-            {
-                match link.poll(true, cx) {
-                    Poll::Ready(LinkEvent::Frames(come)) => {
-                        // Nobody but the gateway can have said this: it is there.
-                        frames = come;
-                        progress = Poll::Ready(Progress::Confirmed);
-                    }
-                    // Refused early data shows like this as well; the step will tell.
-                    Poll::Ready(LinkEvent::Lost(..) | LinkEvent::Violation(_)) => runner.early = None,
-                    Poll::Pending => {}
-                }
-            }
-            let Poll::Ready(progress) = progress else {
+            let look = runner.look(race, flight, now, cx);
+            if matches!(look, Look::Nothing) {
                 index += 1;
                 continue;
-            };
-            let mut runner = self.runners.swap_remove(index);
-            let link = match progress {
-                Progress::Up(link) => Ok((*link, false)),
-                Progress::Confirmed => match runner.early.take() {
-                    Some(link) => Ok((link, true)),
-                    None => Err(("the connection was lost at once".to_owned(), true)),
-                },
-                Progress::Early(..) => Err(("early data twice".to_owned(), false)),
-                Progress::Failed { text, answered } => Err((text, answered)),
-            };
-            return Poll::Ready(self.ended(runner, link, frames, now));
+            }
+            let runner = self.runners.swap_remove(index);
+            return Poll::Ready(self.ended(runner, look, now));
         }
         Poll::Pending
     }
 
-    fn ended(
-        &mut self,
-        runner: Runner,
-        link: Result<(Link, bool), (String, bool)>,
-        frames: Vec<(Channel, Frame)>,
-        now: Duration,
-    ) -> Option<RaceEvent> {
+    fn ended(&mut self, mut runner: Runner, look: Look, now: Duration) -> Option<RaceEvent> {
         let race = self.race.as_mut()?;
-        match link {
-            Ok((link, spoken)) => match race.won(runner.id, now) {
-                Arrival::First(win) => {
+        match look {
+            Look::Nothing => {}
+            Look::Answered(first) => {
+                let won = race.won(runner.id, now);
+                if let (Some(win), Some(link)) = (won, runner.link.take()) {
                     self.won = true;
                     note(&mut self.attempts, &runner, AttemptOutcome::Won, now);
-                    let took = now.saturating_sub(runner.began);
-                    Some(RaceEvent::Won(Box::new(Won { link, spoken, frames, win, took })))
+                    let took = runner.connected.unwrap_or_else(|| now.saturating_sub(runner.began));
+                    return Some(RaceEvent::Won(Box::new(Won { link, first, win, took })));
                 }
-                Arrival::Probe | Arrival::Late => {
-                    link.close(CloseCode::Done);
-                    note(&mut self.attempts, &runner, AttemptOutcome::Overtaken, now);
-                    None
-                }
-            },
-            Err((text, answered)) => {
+                note(&mut self.attempts, &runner, AttemptOutcome::Overtaken, now);
+                self.ended.extend(runner.close());
+            }
+            Look::TooLate => {
+                note(&mut self.attempts, &runner, AttemptOutcome::Overtaken, now);
+                self.ended.extend(runner.close());
+            }
+            Look::Failed { text, answered } => {
                 self.last_error = format!("{}: {text}", runner.address);
                 race.failed(runner.id, answered, now);
                 note(&mut self.attempts, &runner, AttemptOutcome::Failed(text), now);
-                None
+                self.ended.extend(runner.close());
+            }
+        }
+        None
+    }
+}
+
+impl Runner {
+    fn look(
+        &mut self,
+        race: &mut Race,
+        flight: Option<&[(Channel, Frame)]>,
+        now: Duration,
+        cx: &mut Context<'_>,
+    ) -> Look {
+        while let Some(step) = &mut self.step {
+            let Poll::Ready(progress) = step.as_mut().poll(cx) else { break };
+            self.step = None;
+            match progress {
+                Progress::Early(link, next) => {
+                    self.link = Some(*link);
+                    self.step = Some(next);
+                    self.speak(race, flight, now);
+                    continue;
+                }
+                Progress::Confirmed => {}
+                Progress::Up(link) => (self.link, self.written) = (Some(*link), 0),
+                Progress::Failed { text, answered } => return Look::Failed { text, answered },
+            }
+            if self.link.is_none() {
+                return Look::Failed { text: "the connection was lost at once".to_owned(), answered: true };
+            }
+            self.connected = Some(now.saturating_sub(self.began));
+            if !race.connected(self.id, now) {
+                return Look::TooLate;
+            }
+        }
+        self.speak(race, flight, now);
+        // Records may be there before the WELCOME: they are read when it is.
+        let Some(Poll::Ready(event)) = self.link.as_mut().map(|link| link.poll(false, cx)) else {
+            return Look::Nothing;
+        };
+        match event {
+            // Nobody but the gateway can have said this.
+            LinkEvent::Frames(_) => Look::Answered(event),
+            LinkEvent::Lost(..) | LinkEvent::Violation(_) if self.step.is_some() => {
+                // Refused early data shows like this as well; the step will tell.
+                self.link = None;
+                Look::Nothing
+            }
+            LinkEvent::Lost(Some(code), _) if is_answer(code) => Look::Answered(event),
+            LinkEvent::Lost(_, text) => Look::Failed { text, answered: true },
+            LinkEvent::Violation(violation) => {
+                if let Some(link) = &self.link {
+                    link.close(violation.close_code());
+                }
+                Look::Failed { text: violation.to_string(), answered: true }
             }
         }
     }
+
+    /// Writes what was not written yet of the first flight.
+    fn speak(&mut self, race: &mut Race, flight: Option<&[(Channel, Frame)]>, now: Duration) {
+        let (Some(link), Some(flight)) = (&mut self.link, flight) else { return };
+        for (channel, frame) in flight.iter().skip(self.written) {
+            link.write(*channel, frame);
+        }
+        if self.written == 0 && !flight.is_empty() {
+            race.asked(self.id, now);
+        }
+        self.written = flight.len();
+    }
+
+    /// Closes it; what there was of a connection.
+    fn close(&self) -> Option<Connection> {
+        let link = self.link.as_ref()?;
+        link.close(CloseCode::Done);
+        Some(link.connection().clone())
+    }
+}
+
+/// Whether a connection that was closed before the WELCOME has told what it had to: another attempt would be told the same.
+const fn is_answer(code: CloseCode) -> bool {
+    matches!(
+        code,
+        CloseCode::Kicked | CloseCode::AuthFailed | CloseCode::AuthExpired | CloseCode::VersionUnsupported
+    )
 }
 
 /// For the report of attempts.

@@ -2,6 +2,7 @@
 
 pub(crate) mod dial;
 pub(crate) mod link;
+pub(crate) mod meter;
 mod quic;
 pub(crate) mod stream;
 mod window;

@@ -19,6 +19,7 @@ use crate::{
     transport::{
         dial::Progress,
         link::Link,
+        meter::{Carried, Metered},
         stream::{Target, stream_tls, tls, websocket},
         window::Floored,
     },
@@ -28,13 +29,14 @@ use fulmar_protocol::{
     version::ALPN,
 };
 use quinn::{
-    Connecting, ConnectionError, Endpoint, EndpointConfig, TransportConfig, VarInt,
-    crypto::rustls::QuicClientConfig,
+    Connecting, ConnectionError, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig,
+    TransportConfig, VarInt, crypto::rustls::QuicClientConfig,
 };
 use rustls::{
     RootCertStore,
     client::Resumption,
-    pki_types::{CertificateDer, pem::PemObject},
+    pki_types::{CertificateDer, UnixTime, pem::PemObject},
+    time_provider::TimeProvider,
 };
 
 /// TLS sessions kept for resumption: a client talks to one gateway.
@@ -51,17 +53,20 @@ pub(crate) struct Tls {
 ///
 /// # Errors
 /// [`Error::Certificate`].
-pub(crate) fn client_tls(trust: Option<&Trust>) -> Result<Tls, Error> {
-    let mut tls = tls_config(trust)?;
+pub(crate) fn client_tls(trust: Option<&Trust>, platform: &Arc<dyn Platform>) -> Result<Tls, Error> {
+    let mut tls = tls_config(trust, platform)?;
     tls.alpn_protocols = vec![ALPN.to_vec()];
     // Only what may be replayed leaves early.
     tls.enable_early_data = true;
     let quic = QuicClientConfig::try_from(tls).map_err(|error| Error::Certificate(error.to_string()))?;
-    Ok(Tls { quic: Arc::new(quic), stream: stream_tls(trust)? })
+    Ok(Tls { quic: Arc::new(quic), stream: stream_tls(trust, platform)? })
 }
 
 /// TLS that believes `trust` only, with a session store of its own.
-pub(super) fn tls_config(trust: Option<&Trust>) -> Result<rustls::ClientConfig, Error> {
+pub(super) fn tls_config(
+    trust: Option<&Trust>,
+    platform: &Arc<dyn Platform>,
+) -> Result<rustls::ClientConfig, Error> {
     let mut roots = RootCertStore::empty();
     if let Some(trust) = trust {
         for certificate in certificates(trust)? {
@@ -69,13 +74,24 @@ pub(super) fn tls_config(trust: Option<&Trust>) -> Result<rustls::ClientConfig, 
         }
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
+    let time = Arc::new(DeviceTime(Arc::clone(platform)));
+    let mut tls = rustls::ClientConfig::builder_with_details(provider, time)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| Error::Certificate(error.to_string()))?
         .with_root_certificates(roots)
         .with_no_client_auth();
     tls.resumption = Resumption::in_memory_sessions(SESSIONS_KEPT);
     Ok(tls)
+}
+
+/// The device's clock, as TLS asks for it.
+#[derive(Debug)]
+struct DeviceTime(Arc<dyn Platform>);
+
+impl TimeProvider for DeviceTime {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::since_unix_epoch(Duration::from_millis(self.0.unix_millis())))
+    }
 }
 
 fn certificates(trust: &Trust) -> Result<Vec<CertificateDer<'static>>, Error> {
@@ -122,6 +138,7 @@ pub(crate) struct Dialer {
     found: Mutex<Vec<SocketAddr>>,
     /// One for IPv4, one for IPv6.
     sockets: Mutex<[Option<Endpoint>; 2]>,
+    carried: Arc<Carried>,
 }
 
 impl Dialer {
@@ -138,7 +155,18 @@ impl Dialer {
             names: Mutex::new(names),
             found: Mutex::default(),
             sockets: Mutex::default(),
+            carried: Arc::default(),
         }
+    }
+
+    /// What the sockets of QUIC have carried.
+    pub(crate) const fn carried(&self) -> &Arc<Carried> {
+        &self.carried
+    }
+
+    /// A socket of QUIC.
+    fn socket(&self, v6: bool) -> std::io::Result<Arc<Metered>> {
+        self.platform.udp(any(v6)).map(|socket| Metered::new(socket, &self.carried))
     }
 
     /// By which ways this client can reach a gateway.
@@ -222,7 +250,7 @@ impl Dialer {
     pub(crate) fn rebind(&self) {
         for (v6, endpoint) in [false, true].into_iter().zip(lock(&self.sockets).iter()) {
             let Some(endpoint) = endpoint else { continue };
-            let moved = self.platform.udp(any(v6)).and_then(|socket| endpoint.rebind_abstract(socket));
+            let moved = self.socket(v6).and_then(|socket| endpoint.rebind_abstract(socket));
             if let Err(error) = moved {
                 tracing::debug!(%error, "no new socket; the old one is kept");
             }
@@ -236,7 +264,9 @@ impl Dialer {
             part.copy_from_slice(&self.platform.random().to_le_bytes());
         }
         config.rng_seed(Some(seed));
-        let socket = self.platform.udp(any(v6))?;
+        let platform = Arc::clone(&self.platform);
+        config.cid_generator(move || Box::new(ShortIds(Arc::clone(&platform))));
+        let socket = self.socket(v6)?;
         Endpoint::new_with_abstract_socket(config, None, socket, self.platform.quic_runtime())
     }
 
@@ -252,6 +282,29 @@ impl Dialer {
         endpoint
             .connect_with(client_config(&self.tls, rtt), address, &self.server_name)
             .map_err(|error| format!("{address}: {error}"))
+    }
+}
+
+/// Ids by which a client tells its connections apart. Every packet to it carries one, and it has few connections: two
+/// bytes do where eight are usual. (None at all would do for one connection per socket only.)
+struct ShortIds(Arc<dyn Platform>);
+
+impl ShortIds {
+    const LEN: usize = 2;
+}
+
+impl ConnectionIdGenerator for ShortIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let [first, second, ..] = self.0.random().to_le_bytes();
+        ConnectionId::new(&[first, second])
+    }
+
+    fn cid_len(&self) -> usize {
+        Self::LEN
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
     }
 }
 
@@ -361,13 +414,14 @@ mod tests {
 
     #[test]
     fn what_is_no_certificate_is_refused() {
+        let platform: Arc<dyn Platform> = Arc::new(crate::platform::System::default());
         for bytes in
             [&b"rubbish"[..], b"", b"-----BEGIN CERTIFICATE-----\n", b"-----BEGIN X-----\n-----END X-----\n"]
         {
-            let refused = client_tls(Some(&Trust::Certificate(bytes.to_vec())));
+            let refused = client_tls(Some(&Trust::Certificate(bytes.to_vec())), &platform);
             assert!(matches!(refused, Err(Error::Certificate(_))), "{bytes:?}");
         }
-        let refused = client_tls(Some(&Trust::CertificateFile("/does/not/exist".into())));
+        let refused = client_tls(Some(&Trust::CertificateFile("/does/not/exist".into())), &platform);
         assert!(matches!(refused, Err(Error::Certificate(_))));
     }
 }

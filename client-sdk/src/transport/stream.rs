@@ -57,8 +57,11 @@ pub(crate) struct Target {
 ///
 /// # Errors
 /// [`Error::Certificate`].
-pub(crate) fn stream_tls(trust: Option<&Trust>) -> Result<Arc<rustls::ClientConfig>, Error> {
-    tls_config(trust).map(Arc::new)
+pub(crate) fn stream_tls(
+    trust: Option<&Trust>,
+    platform: &Arc<dyn Platform>,
+) -> Result<Arc<rustls::ClientConfig>, Error> {
+    tls_config(trust, platform).map(Arc::new)
 }
 
 impl Target {

@@ -22,8 +22,8 @@ use fulmar_protocol::{
         WireTime,
     },
     id::{
-        ClassEpoch, ConversationId, DeviceId, DeviceUid, Epoch, Pseq, RequestId, Seq, SessionId, UnixMillis,
-        UserId,
+        ClassEpoch, ConversationId, DeviceId, DeviceUid, Epoch, FolderId, Pseq, RequestId, Seq, SessionId,
+        UnixMillis, UserId,
     },
     producer::{Decision, Lane, fingerprint},
     service::{self, Method, Names, NamesFound},
@@ -65,6 +65,8 @@ struct World {
     epochs: u64,
     faults: Faults,
     connections: u64,
+    /// The data folder its WELCOMEs name.
+    folder: Option<FolderId>,
     live: Vec<Connection>,
 }
 
@@ -167,6 +169,17 @@ impl Scripted {
 
     pub(crate) fn say_goaway(&self) {
         self.goaway.send_modify(|count| *count += 1);
+    }
+
+    /// From now on it works on another data folder, with a log of its own and nobody in it.
+    pub(crate) fn move_to(&self, folder: FolderId) {
+        let mut world = self.world.lock().unwrap();
+        (world.folder, world.logs, world.devices) = (Some(folder), BTreeMap::new(), HashMap::new());
+    }
+
+    /// Whether anybody has opened or said anything in its data folder.
+    pub(crate) fn is_untouched(&self) -> bool {
+        self.world.lock().unwrap().logs.is_empty()
     }
 
     /// Payloads of all messages of a conversation, in order.
@@ -383,7 +396,7 @@ impl Session {
         self.sent = (!known).then(HashMap::new);
         let welcome = Welcome {
             minor: 0,
-            features: Features::OURS.0,
+            features: Features::OURS.without(Features::ACKS_ARE_ECHOES).0,
             session: SessionId::FIRST,
             ticket: Bytes8(name.into_bytes()),
             user: self.user,
@@ -396,7 +409,7 @@ impl Session {
             keepalive_ms: (1_000, 60_000),
             resumption: if known { Resumption::NeedCursors } else { Resumption::Fresh },
             addresses: Vec::new(),
-            folder: None,
+            folder: world.folder,
         };
         drop(world);
         self.half.welcome(welcome, now);
@@ -430,10 +443,15 @@ impl Session {
                     seq,
                     sender: self.user,
                     time: WireTime::Full(clock()),
-                    origin: None,
+                    origin: (send.more || send.continues).then_some(Origin {
+                        device: self.device,
+                        epoch: self.epoch,
+                        pseq: send.pseq,
+                    }),
                     reference: send.reference,
                     ttl: send.ttl,
                     more: send.more,
+                    continues: send.continues,
                     silent: send.silent,
                     payload: Bytes::copy_from_slice(&send.payload),
                 };
@@ -568,7 +586,7 @@ impl Session {
 
 fn shown((record, device, epoch, pseq): &(Deliver, DeviceId, Epoch, Pseq), user: UserId) -> Deliver {
     let origin = Origin { device: *device, epoch: *epoch, pseq: *pseq };
-    Deliver { origin: (record.sender == user).then_some(origin), ..record.clone() }
+    Deliver { origin: if record.sender == user { Some(origin) } else { record.origin }, ..record.clone() }
 }
 
 fn error(code: RefusalCode, refers: RequestId) -> Error {

@@ -17,6 +17,8 @@ use tracing::{Instrument, debug, warn};
 
 use super::{
     admission::{Load, Verdict, admit},
+    book::Book,
+    resets::first_id,
     stream::{Streams, next_stream},
 };
 use crate::{connection::serve, context::Context, drain::Drain, metrics::Metrics};
@@ -92,11 +94,12 @@ impl Drop for Counted {
 }
 
 /// Accepts connections until the drain has started and everybody has left, or its deadline has passed. `streams` is where
-/// those come in that can't use UDP.
+/// those come in that can't use UDP; who is connected by QUIC is noted in `book`.
 pub async fn accept(
     endpoint: &quinn::Endpoint,
     streams: Option<Streams>,
     context: &Arc<Context>,
+    book: &Arc<Book>,
     mut drain: Drain,
 ) {
     let (mut listener, tls) = match streams {
@@ -115,7 +118,7 @@ pub async fn accept(
                 }
             }
             incoming = endpoint.accept() => match incoming {
-                Some(incoming) => attempt(incoming, context, &counts, &mut connections),
+                Some(incoming) => attempt(incoming, context, book, &counts, &mut connections),
                 None => break,
             },
             Some((stream, from)) = next_stream(&mut listener, context) => {
@@ -183,6 +186,7 @@ impl Drop for Handshake<'_> {
 fn attempt(
     incoming: quinn::Incoming,
     context: &Arc<Context>,
+    book: &Arc<Book>,
     counts: &Arc<Mutex<Counts>>,
     connections: &mut JoinSet<()>,
 ) {
@@ -212,11 +216,12 @@ fn attempt(
         }
     }
     let mut counted = Counted::new(counts, address);
-    let context = Arc::clone(context);
+    let (context, book) = (Arc::clone(context), Arc::clone(book));
     let timeout = Duration::from_millis(context.config.limits.hello_timeout_ms);
     let task = async move {
         // A server always has the keys for its half of a round trip: what comes in early data is served at once.
-        let early = match incoming.accept().map(quinn::Connecting::into_0rtt) {
+        let (accepted, id) = first_id(|| incoming.accept());
+        let early = match accepted.map(quinn::Connecting::into_0rtt) {
             Ok(Ok(early)) => early,
             Ok(Err(_)) => return,
             Err(error) => {
@@ -229,10 +234,15 @@ fn attempt(
         let metrics = context.metrics.clone();
         let mut handshake = Handshake::begin(&metrics);
         let watched = quic.clone();
+        // As long as this task.
+        let mut noted = None;
         let confirmed = async {
             let completed = tokio::time::timeout(timeout, completed).await;
             // What is resolved says whether early data was taken, not whether there is a connection.
             let up = completed.is_ok() && watched.close_reason().is_none();
+            if up {
+                noted = id.and_then(|id| book.note(&watched, id));
+            }
             drop(watched);
             handshake.end(up.then_some(Kind::Quic));
             if up {
@@ -243,6 +253,7 @@ fn attempt(
             up
         };
         serve(quic.into(), confirmed, context).await;
+        drop(noted);
     };
     connections.spawn(task.in_current_span());
 }

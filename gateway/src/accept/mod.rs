@@ -6,6 +6,8 @@
 //! Not here: who it is (`identity`), what it says (`connection`).
 
 pub mod admission;
+pub mod book;
 pub mod endpoint;
+pub mod resets;
 pub mod stream;
 pub mod tls;

@@ -19,15 +19,17 @@ use std::time::Duration;
 use fulmar_protocol::version::ALPN;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, EndpointConfig, MtuDiscoveryConfig, ServerConfig, VarInt};
-use quinn_proto::HashedConnectionIdGenerator;
 use ring::{hkdf, hmac};
 use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, ServerSessionMemoryCache};
 use rustls::sign::CertifiedKey;
+use rustls::time_provider::TimeProvider;
 
+use super::resets::NotingIds;
 use crate::config::{LimitsConfig, TlsConfig, TransportConfig};
 use crate::data_folder::{DataFolder, EndpointKeys};
+use crate::ground;
 
 /// Bytes of one attempt's early packets that wait until it is accepted: HELLO and the first sends of a resume.
 const INCOMING_BUFFER_BYTES: u64 = 64 * 1024;
@@ -161,13 +163,23 @@ fn read_file(what: &str, path: &Path) -> Result<Vec<u8>, TlsError> {
     })
 }
 
+/// The gateway's clock, as TLS asks for it.
+#[derive(Debug)]
+struct GroundTime;
+
+impl TimeProvider for GroundTime {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(UnixTime::since_unix_epoch(Duration::from_millis(ground::unix_now().get())))
+    }
+}
+
 /// TLS as phones meet it.
 ///
 /// # Errors
 /// The cryptography this was built with lacks TLS 1.3.
 pub fn tls_config(tls: &TlsConfig, certificate: Arc<Certificate>) -> Result<rustls::ServerConfig, TlsError> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ServerConfig::builder_with_provider(provider)
+    let mut config = rustls::ServerConfig::builder_with_details(provider, Arc::new(GroundTime))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| TlsError(format!("TLS 1.3 is not available: {e}")))?
         .with_no_client_auth()
@@ -262,7 +274,7 @@ pub fn endpoint_config(keys: &EndpointKeys, transport: &TransportConfig) -> Endp
     let mut config = EndpointConfig::new(Arc::new(reset_key));
     let id_key = keys.connection_id;
     config
-        .cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(id_key)))
+        .cid_generator(move || Box::new(NotingIds::from_key(id_key)))
         .min_reset_interval(Duration::from_secs(1) / transport.resets_per_second.max(1));
     config
 }

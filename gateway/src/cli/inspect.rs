@@ -402,6 +402,7 @@ mod tests {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload: Bytes::from_static("grüß, (dich) \"{du}\"".as_bytes()),

@@ -1,7 +1,7 @@
 //! What each frame sets in motion. Frames of a connection come here one after the other.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -22,13 +22,16 @@ use tracing::{Span, debug, debug_span, warn};
 use super::driver::{Connection, End, Peer, describe};
 use crate::{
     conversation::{
-        Command, ConversationClass, DirectRequest, Found, LoggedIn, LoginRequest, Refusal, route::Named,
-        shard::carry_link, state::direct_peer,
+        Command, ConversationClass, DirectRequest, Found, KnownCursors, LoggedIn, LoginRequest, Refusal,
+        route::Named, shard::carry_link, state::direct_peer,
     },
     fanout::owed::Owed,
     ground::{blocking, now as monotonic_now, unix_now},
     identity::ticket::Ticket,
-    receipt::{catchup, resume},
+    receipt::{
+        ReadError, catchup,
+        resume::{self, Looked},
+    },
     service,
 };
 
@@ -220,6 +223,7 @@ impl Connection {
             uid: hello.device,
             class: hello.class,
             epoch: hello.epoch,
+            changed: hello.changed.clone(),
         };
         let login = shard.ask(|answer| Command::Login(request, answer)).await;
         let login = login.map_err(|refusal| (refusal, refusal.code.to_string()))?;
@@ -285,19 +289,26 @@ impl Connection {
 
     async fn welcome(self: &Arc<Self>, hello: &Hello, proven: Proven, login: LoggedIn) -> Result<(), End> {
         let context = &self.context;
-        let LoggedIn { user, device, epoch, class_epoch, fresh, cursors } = login;
-        let owed = Owed::new(user, device, context.number(), BACKLOG_RECORDS_MAX);
-        let owed = Arc::new(if self.is_confirmed() { owed } else { owed.unconfirmed() });
-        Span::current().record("user", user.get());
-        // Present from here on: what is committed from now on is owed, whatever the resume finds.
-        for shard in &context.shards {
-            let arrived = shard.tell(|answer| Command::Arrive(Arc::clone(&owed), answer)).await;
-            arrived.map_err(|refusal| End::Close(CloseCode::Draining, refusal.code.to_string()))?;
-        }
+        let LoggedIn { user, device, epoch, class_epoch, fresh, digest } = login;
         let mut features = Features(hello.features).and(Features::OURS);
         if self.transport.quic().is_none() {
             // On a byte stream nothing is lost alone, and a copy would come after what it is a copy of.
             features = features.without(Features::HEDGE);
+        }
+        let owed = Owed::new(user, device, context.number(), BACKLOG_RECORDS_MAX)
+            .acks_are_echoes(features.has(Features::ACKS_ARE_ECHOES));
+        let owed = Arc::new(owed);
+        Span::current().record("user", user.get());
+        // Present from here on: what is committed from now on is owed, whatever the resume finds.
+        let mut lacks = Some(Vec::new());
+        for shard in &context.shards {
+            let arrived = shard.tell(|answer| Command::Arrive(Arc::clone(&owed), answer)).await;
+            let some =
+                arrived.map_err(|refusal| End::Close(CloseCode::Draining, refusal.code.to_string()))?;
+            lacks = lacks.zip(some).map(|(mut lacks, some)| {
+                lacks.extend(some);
+                lacks
+            });
         }
         let peer = Peer {
             app: proven.app,
@@ -311,20 +322,24 @@ impl Connection {
         if self.peer.set(peer).is_err() {
             return Err(End::Close(CloseCode::Internal, "welcomed twice".to_owned()));
         }
-        if self.is_confirmed() {
-            self.tell_confirmed().await;
-        }
         context.metrics.sessions.inc();
         if matches!(hello.auth, AuthProof::Ticket(_)) {
             context.metrics.sessions_resumed.inc();
         }
         let now = unix_now();
         self.auth_ends.store(proven.ends.get(), Ordering::Relaxed);
-        let mut cursors: HashMap<ConversationId, Seq> = cursors.into_iter().collect();
-        for (conversation, seq) in &hello.changed {
-            cursors.insert(*conversation, *seq);
-        }
-        let digest = CursorDigest::of(cursors.iter().map(|(conversation, seq)| (*conversation, *seq)));
+        let changed: HashMap<ConversationId, Seq> = hello.changed.iter().copied().collect();
+        let mut cursors = None;
+        let digest = match digest {
+            Some(digest) => digest,
+            None => {
+                let mut known = if fresh { HashMap::new() } else { self.all_cursors().await? };
+                known.extend(&changed);
+                let digest = CursorDigest::of(known.iter().map(|(conversation, seq)| (*conversation, *seq)));
+                cursors = Some(known);
+                digest
+            }
+        };
         let resumption = if digest.0 == hello.cursor_digest {
             Resumption::Resumed
         } else if fresh && hello.cursor_digest == 0 {
@@ -379,27 +394,100 @@ impl Connection {
                     Some(HashMap::new());
                 Ok(())
             }
-            Resumption::Resumed | Resumption::Fresh => self.resume(cursors).await,
+            Resumption::Resumed | Resumption::Fresh => match lacks.filter(|_| !fresh) {
+                Some(lacks) => self.resume_among(lacks, changed).await,
+                None => {
+                    let cursors = match cursors {
+                        Some(cursors) => cursors,
+                        None => {
+                            let mut cursors = self.all_cursors().await?;
+                            cursors.extend(changed);
+                            cursors
+                        }
+                    };
+                    self.resume(cursors).await
+                }
+            },
         }
     }
 
-    /// Owes the device what it missed, and lets the writers start.
-    async fn resume(self: &Arc<Self>, cursors: HashMap<ConversationId, Seq>) -> Result<(), End> {
-        let peer = self.peer()?;
-        let user = peer.producer.user;
+    /// All that is known of the device's receive cursors; their digest is kept from then on.
+    async fn all_cursors(&self) -> Result<HashMap<ConversationId, Seq>, End> {
+        let failed = |text: String| End::Close(CloseCode::Internal, format!("resume failed: {text}"));
+        let Producer { user, device, .. } = self.peer()?.producer;
+        let shard = self.context.user(user).map_err(|refusal| failed(refusal.code.to_string()))?;
+        // What is on its way to disk first: what has arrived there meanwhile is read then.
+        let known = shard.ask(|answer| Command::KnownCursors { user, device, of: None, answer }).await;
+        let KnownCursors { cursors, moves } = known.map_err(|refusal| failed(refusal.code.to_string()))?;
+        let reader = shard.reader.clone();
+        let on_disk = blocking(move || resume::cursors_on_disk(&reader, user, device)).await;
+        let mut all = match on_disk {
+            Ok(Ok(all)) => all,
+            Ok(Err(error)) => return Err(failed(error.to_string())),
+            Err(error) => return Err(failed(error.to_string())),
+        };
+        for (conversation, seq) in cursors {
+            let known = all.entry(conversation).or_default();
+            *known = (*known).max(seq);
+        }
+        let digest = CursorDigest::of(all.iter().map(|(conversation, seq)| (*conversation, *seq)));
+        // A shard that is gone needs no digest.
+        let _ = shard.send(Command::KeepDigest { user, device, digest, moves }).await;
+        Ok(all)
+    }
+
+    /// Owes the device what it missed, which is in these conversations and those whose cursors have changed, and lets the
+    /// writers start.
+    async fn resume_among(
+        self: &Arc<Self>,
+        lacks: Vec<ConversationId>,
+        changed: HashMap<ConversationId, Seq>,
+    ) -> Result<(), End> {
+        let failed = |text: String| End::Close(CloseCode::Internal, format!("resume failed: {text}"));
+        let Producer { user, device, .. } = self.peer()?.producer;
+        let mut among = lacks;
+        among.extend(changed.keys());
+        among.sort_unstable();
+        among.dedup();
+        let shard = self.context.user(user).map_err(|refusal| failed(refusal.code.to_string()))?;
+        let of = Some(among.clone());
+        let known = shard.ask(|answer| Command::KnownCursors { user, device, of, answer }).await;
+        let known = known.map_err(|refusal| failed(refusal.code.to_string()))?;
+        let mut cursors: HashMap<ConversationId, Seq> = known.cursors.into_iter().collect();
+        // The device's word counts.
+        cursors.extend(changed);
         let context = Arc::clone(&self.context);
         let found = blocking(move || {
-            let Ok(shard) = context.user(user) else { return Ok(Vec::new()) };
+            let shard_of = |conversation| Some(context.conversation(conversation).ok()?.reader.clone());
+            resume::missed_among(among, shard_of, user, &cursors)
+        });
+        self.owe("kept", found.await.map_err(|error| failed(error.to_string()))?)
+    }
+
+    /// Owes the device what it missed in any conversation of its user, and lets the writers start.
+    async fn resume(self: &Arc<Self>, cursors: HashMap<ConversationId, Seq>) -> Result<(), End> {
+        let user = self.peer()?.producer.user;
+        let context = Arc::clone(&self.context);
+        // After a restart everybody comes at once: only so many are looked after at a time.
+        let _turn = self.context.looks.acquire().await;
+        let found = blocking(move || {
+            let Ok(shard) = context.user(user) else { return Ok(Looked::default()) };
             let shard_of = |conversation| Some(context.conversation(conversation).ok()?.reader.clone());
             resume::missed(&shard.reader, shard_of, user, &cursors)
         });
-        let missed = match found.await {
-            Ok(Ok(missed)) => missed,
-            Ok(Err(error)) => return Err(End::Close(CloseCode::Internal, format!("resume failed: {error}"))),
-            Err(error) => return Err(End::Close(CloseCode::Internal, format!("resume failed: {error}"))),
-        };
-        debug!(conversations = missed.len(), "resume");
-        resume::owe(&peer.owed, &missed);
+        let found = found.await;
+        self.owe(
+            "full",
+            found.map_err(|error| End::Close(CloseCode::Internal, format!("resume failed: {error}")))?,
+        )
+    }
+
+    fn owe(&self, how: &'static str, found: Result<Looked, ReadError>) -> Result<(), End> {
+        let Looked { missed, heads } =
+            found.map_err(|error| End::Close(CloseCode::Internal, format!("resume failed: {error}")))?;
+        self.context.metrics.looked(how, heads);
+        debug!(conversations = missed.len(), heads, how, "resume");
+        resume::owe(&self.peer()?.owed, &missed);
         let _ = self.ready.send_replace(true);
         Ok(())
     }
@@ -442,8 +530,11 @@ impl Connection {
         self.context.metrics.cursors_moved.inc_by(entries.len() as u64);
         let now = self.now();
         self.copies().acked(&entries, now);
-        let user = self.peer()?.producer.user;
-        let mut by_shard: HashMap<usize, Vec<(ConversationId, Seq)>> = HashMap::new();
+        let peer = self.peer()?;
+        peer.owed.acked(&entries);
+        let user = peer.producer.user;
+        // In the order of their numbers: a simulated world repeats itself.
+        let mut by_shard: BTreeMap<usize, Vec<(ConversationId, Seq)>> = BTreeMap::new();
         for (conversation, seq) in &entries {
             if let Some(shard) = self.context.route.conversation(*conversation) {
                 by_shard.entry(shard).or_default().push((*conversation, *seq));

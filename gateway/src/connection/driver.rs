@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -90,6 +90,8 @@ pub(super) struct Connection {
     pub(super) ready: watch::Sender<bool>,
     /// The handshake is complete.
     confirmed: watch::Sender<bool>,
+    /// The client goes on with this connection: it said something that only follows a WELCOME.
+    chosen: AtomicBool,
     session: Mutex<Session>,
     started: tokio::time::Instant,
     /// Held while frames of one channel are taken in and carried out, so that their order is kept.
@@ -134,6 +136,7 @@ pub async fn serve(
         peer: OnceLock::new(),
         ready: watch::channel(false).0,
         confirmed: watch::channel(false).0,
+        chosen: AtomicBool::new(false),
         started: tokio::time::Instant::now(),
         order: AsyncMutex::new(()),
         control: Mutex::new(VecDeque::new()),
@@ -172,19 +175,16 @@ impl Connection {
             return End::Lost("the handshake was not completed".to_owned());
         }
         self.confirmed.send_replace(true);
-        self.tell_confirmed().await;
+        self.count_for_others().await;
         std::future::pending().await
     }
 
-    /// Whether the handshake is complete: until then, what comes may be a copy of an earlier first flight.
-    pub(super) fn is_confirmed(&self) -> bool {
-        *self.confirmed.borrow()
-    }
-
-    /// The session counts for others from now on.
-    pub(super) async fn tell_confirmed(&self) {
+    /// The session counts for others once it is known that it is no copy of an earlier first flight (the handshake is
+    /// complete) and no attempt of a race that another one won (the client goes on with it).
+    async fn count_for_others(&self) {
         let Some(peer) = self.peer.get() else { return };
-        if peer.owed.is_confirmed() {
+        let counts = *self.confirmed.borrow() && self.chosen.load(Ordering::Relaxed);
+        if !counts || peer.owed.is_confirmed() {
             return;
         }
         peer.owed.confirm();
@@ -253,8 +253,13 @@ impl Connection {
         if channel == Channel::Datagram && matches!(frame, Frame::Send(_)) {
             self.context.metrics.hedged("up");
         }
+        let follows_welcome = !frame.replayable();
         self.session().handle(channel, frame, now)?;
-        self.carry_out().await
+        self.carry_out().await?;
+        if follows_welcome && self.peer.get().is_some() && !self.chosen.swap(true, Ordering::Relaxed) {
+            self.count_for_others().await;
+        }
+        Ok(())
     }
 
     /// Carries out what the session wants, in order.

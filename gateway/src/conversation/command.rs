@@ -9,6 +9,7 @@ use fulmar_protocol::{
         AppId, ClassEpoch, ConversationId, DeviceClass, DeviceId, DeviceUid, Epoch, Producer, Pseq, Seq,
         UserId,
     },
+    session::digest::CursorDigest,
 };
 use fulmar_store::{ConversationMeta, Head, Member, PendingLink};
 use tokio::sync::oneshot;
@@ -60,6 +61,8 @@ pub struct LoginRequest {
     pub class: DeviceClass,
     /// The epoch the device thinks it has; 0 for none.
     pub epoch: Epoch,
+    /// Receive cursors it says have changed.
+    pub changed: Vec<(ConversationId, Seq)>,
 }
 
 /// The device is known now.
@@ -75,8 +78,18 @@ pub struct LoggedIn {
     pub class_epoch: ClassEpoch,
     /// The device was not known before, or had lost its state.
     pub fresh: bool,
-    /// What the gateway knows of the device's receive cursors.
+    /// The digest over what the gateway knows of the device's receive cursors, those it says have changed being as it says.
+    /// `None`: it is to be made from all of them ([`Command::KnownCursors`]).
+    pub digest: Option<CursorDigest>,
+}
+
+/// What a shard knows of a device's receive cursors.
+#[derive(Clone, Debug)]
+pub struct KnownCursors {
+    /// The cursors that were asked for, where there is one; of all, those that are not on disk yet.
     pub cursors: Vec<(ConversationId, Seq)>,
+    /// How often one of the device's cursors has moved.
+    pub moves: u64,
 }
 
 /// The direct conversation of two users is asked for.
@@ -199,13 +212,37 @@ pub enum Command {
         /// The user.
         user: UserId,
     },
-    /// A session arrived. On its user's shard an older connection of the same device is ended.
-    Arrive(Arc<Owed>, oneshot::Sender<()>),
-    /// The handshake of a session that arrived in early data is complete: on its user's shard an older connection of the
-    /// same device is ended now.
+    /// A session arrived. Answers in which conversations of the shard the device may lack something; `None`: in any.
+    Arrive(Arc<Owed>, oneshot::Sender<Option<Vec<ConversationId>>>),
+    /// A session that arrived counts for others from now on: on its user's shard older connections of the same device are
+    /// ended.
     Confirm(Arc<Owed>),
     /// A session left.
     Depart(Arc<Owed>),
+    /// A device's cursors in some conversations, or (`None`) those in any that are not on disk yet (user's shard). What is
+    /// not among these is on disk by now.
+    KnownCursors {
+        /// The user.
+        user: UserId,
+        /// The device.
+        device: DeviceId,
+        /// Where.
+        of: Option<Vec<ConversationId>>,
+        /// What is known.
+        answer: Answer<KnownCursors>,
+    },
+    /// The digest over all cursors of a device as they were when they had moved so often (user's shard keeps it, if none has
+    /// moved since).
+    KeepDigest {
+        /// The user.
+        user: UserId,
+        /// The device.
+        device: DeviceId,
+        /// The digest.
+        digest: CursorDigest,
+        /// How often a cursor had moved.
+        moves: u64,
+    },
     /// A device has committed records (user's shard keeps the cursor).
     Cursors {
         /// The user.

@@ -17,5 +17,6 @@ mod storage;
 pub use fulmar_store::ConversationClass;
 
 pub use self::command::{
-    Answer, Command, DirectRequest, Found, GroupRequest, LoggedIn, LoginRequest, MembersRequest, Refusal,
+    Answer, Command, DirectRequest, Found, GroupRequest, KnownCursors, LoggedIn, LoginRequest,
+    MembersRequest, Refusal,
 };

@@ -11,6 +11,7 @@
 //! Not here: what is decided (`state`, `directory`), how it is stored (`fulmar_store`).
 
 mod cursors;
+mod epochs;
 mod fate;
 mod links;
 mod parking;
@@ -28,13 +29,13 @@ use std::{
 use fulmar_protocol::{
     close::{CloseCode, RefusalCode},
     frame::{self, WireTime},
-    id::{AppId, ConversationId, DeviceId, Producer, Pseq, Seq, ShardId, UserId},
+    id::{AppId, ConversationId, Producer, Pseq, Seq, ShardId, UserId},
 };
 use fulmar_store::{CommitError, ConversationClass, Op, ReadError, ShardReader, ShardWriter};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, debug_span, error};
 
-use self::parking::Parking;
+use self::{cursors::WaitingCursors, epochs::RecentEpochs, parking::Parking};
 use super::{
     command::{Answer, Command, Refusal},
     commit::{Batch, Effect},
@@ -47,7 +48,7 @@ use crate::{
         owed::{Ending, Owed, Settled},
         push,
         ring::{Ring, RingLimits},
-        roster::Roster,
+        roster::{AwayLimits, Forgotten, Roster},
     },
     ground::{blocking, is_simulated, now, unix_now},
     metrics::Metrics,
@@ -70,6 +71,8 @@ pub struct ShardLimits {
     pub inline_members_max: usize,
     /// Members up to which a conversation has receipts.
     pub receipts_members_max: usize,
+    /// What is kept for devices that are away.
+    pub away: AwayLimits,
     /// How long receive and read cursors may wait for a commit of others before they get their own.
     pub cursor_delay: Duration,
 }
@@ -171,20 +174,22 @@ pub fn start<W: CommitLog>(
     metrics.storage_writable(shard, true);
     let name = format!("shard-{shard}");
     let shard = move || Shard {
+        started: now(),
         id: shard,
         reader,
         directory,
         limits,
         metrics,
         loaded: HashMap::new(),
-        roster: Roster::default(),
+        roster: Roster::new(shard, limits.away),
         batch: Batch::default(),
-        cursors: HashMap::new(),
+        cursors: WaitingCursors::default(),
         reads: HashMap::new(),
         cursors_since: None,
         tick: 0,
         storage: Storage::default(),
         parking: Parking::default(),
+        recent_epochs: RecentEpochs::default(),
         fault: fault_told,
         damaged_told: HashSet::new(),
         unreadable_told: None,
@@ -234,6 +239,7 @@ struct Done<W> {
 type InFlight<W> = Pin<Box<dyn Future<Output = Done<W>>>>;
 
 struct Shard {
+    started: Instant,
     id: ShardId,
     reader: ShardReader,
     directory: Directory,
@@ -243,7 +249,7 @@ struct Shard {
     roster: Roster,
     batch: Batch,
     /// Receive cursors that wait for a commit.
-    cursors: HashMap<(UserId, DeviceId, ConversationId), Seq>,
+    cursors: WaitingCursors,
     /// Read cursors that wait for a commit.
     reads: HashMap<(ConversationId, UserId), Seq>,
     cursors_since: Option<Instant>,
@@ -252,6 +258,7 @@ struct Shard {
     /// Sends whose predecessors are missing.
     parking: Parking,
     fault: watch::Sender<Option<String>>,
+    recent_epochs: RecentEpochs,
     /// Damaged conversations that were logged.
     damaged_told: HashSet<ConversationId>,
     /// When it was last logged that the engine can't read.
@@ -307,10 +314,28 @@ impl Shard {
                     }
                     self.probe();
                     self.put_away(in_flight.is_none());
+                    self.look_after_the_absent();
                 }
             }
         }
         debug!(shard = %self.id, "shard ended");
+    }
+
+    /// Time on the roster's clock.
+    fn clock(&self) -> Duration {
+        now().saturating_duration_since(self.started)
+    }
+
+    /// Forgets devices that have been away for too long, and counts.
+    fn look_after_the_absent(&mut self) {
+        let clock = self.clock();
+        self.roster.expire(clock);
+        let Forgotten { expired, full, marks } = self.roster.take_forgotten();
+        for (reason, times) in [("expired", expired), ("full", full), ("marks", marks)] {
+            self.metrics.forgotten(reason, times);
+        }
+        let (devices, marks) = self.roster.kept();
+        self.metrics.away(self.id, devices, marks);
     }
 
     fn unload(&mut self, conversation: ConversationId) {
@@ -340,24 +365,30 @@ impl Shard {
                 if record.pseq != Pseq::ZERO {
                     self.metrics.sends_accepted.inc();
                 }
+                let others = !joined.is_empty() || !left.is_empty();
                 for user in joined {
                     self.roster.join(conversation, user);
                     for session in self.roster.sessions(user) {
                         session.rejoin(conversation, record.seq);
                     }
                 }
-                let sessions = self.roster.present(conversation);
-                if let Some(loaded) = self.loaded.get(&conversation) {
+                if let Some(loaded) = self.loaded.get_mut(&conversation) {
+                    loaded.state.sent(record.sender, record.seq);
+                    let sessions = self.roster.present(conversation);
                     let wire = record::to_wire(conversation, &record, WireTime::short(record.time));
                     let inline = loaded.state.member_count() <= self.limits.inline_members_max;
-                    push::push(&loaded.ring, wire, record::origin(&record), record.time, sessions, inline);
-                    self.metrics.deliveries.inc_by(sessions.len() as u64);
-                    debug_span!("fanout", conversation = conversation.get()).in_scope(
-                        || debug!(seq = %record.seq, recipients = sessions.len(), "committed and published"),
-                    );
+                    let origin = record::origin(&record);
+                    let told = push::push(&loaded.ring, wire, origin, record.time, sessions, inline);
+                    self.metrics.deliveries.inc_by(told as u64);
+                    debug_span!("fanout", conversation = conversation.get())
+                        .in_scope(|| debug!(seq = %record.seq, recipients = told, "committed and published"));
                 }
+                self.roster.mark_away(conversation);
                 for user in left {
                     self.roster.leave(conversation, user);
+                }
+                if let Some(loaded) = self.loaded.get(&conversation).filter(|_| others) {
+                    self.roster.resize(conversation, loaded.state.members());
                 }
             }
         }
@@ -453,17 +484,22 @@ impl Shard {
                 self.answer_when_committed(Some(conversation), answer, result, None);
             }
             Command::Arrive(session, answer) => {
-                self.arrive(&session);
-                let _ = answer.send(());
+                let _ = answer.send(self.roster.arrive(&session));
             }
             Command::Confirm(session) => self.take_over(&session),
-            Command::Depart(session) => self.roster.depart(&session),
+            Command::Depart(session) => {
+                let clock = self.clock();
+                self.roster.depart(&session, clock);
+            }
+            Command::KnownCursors { user, device, of, answer } => {
+                let _ = answer.send(self.known_cursors(user, device, of));
+            }
+            Command::KeepDigest { user, device, digest, moves } => {
+                self.roster.keep_digest(user, device, digest, moves);
+            }
             Command::Cursors { user, device, entries } => {
                 for (conversation, seq) in entries {
-                    if !self.keeps_cursor(user, device, conversation) {
-                        continue;
-                    }
-                    self.wait_received(user, device, conversation, seq);
+                    self.received(user, device, conversation, seq);
                 }
                 if self.cursors.len() >= CURSORS_WAITING_MAX {
                     self.add_cursors(true);
@@ -479,7 +515,7 @@ impl Shard {
             Command::Online(users, answer) => {
                 let online = users
                     .iter()
-                    .map(|user| self.roster.sessions(*user).iter().any(|session| session.is_confirmed()))
+                    .map(|user| self.roster.sessions(*user).any(|session| session.is_confirmed()))
                     .collect();
                 let _ = answer.send(online);
             }
@@ -487,7 +523,6 @@ impl Shard {
                 let here = self
                     .roster
                     .sessions(user)
-                    .iter()
                     .filter(|session| session.is_confirmed())
                     .map(|session| session.device)
                     .collect();
@@ -645,7 +680,14 @@ impl Shard {
                 self.metrics.sends_repeated.inc();
                 // It may be in a batch that is not on disk yet, so the answer takes the same way.
                 match seq {
-                    Some(seq) => self.batch.acked(session, conversation, pseq, seq, now),
+                    Some(seq) => {
+                        // A client makes its own record from the answer: the time is the record's, if it is on disk.
+                        let stored = self.reader.record(conversation, seq).ok().flatten();
+                        let head =
+                            || self.loaded.get(&conversation).map_or(now, |loaded| loaded.state.head().time);
+                        let time = stored.map_or_else(head, |record| record.time);
+                        self.batch.acked(session, conversation, pseq, seq, time);
+                    }
                     None => {
                         let before = Settled::Before { conversation, up_to: pseq, time: now };
                         self.batch.effects.push(Effect::Settle(session, before));
@@ -737,16 +779,12 @@ impl Shard {
         }
     }
 
-    fn arrive(&mut self, session: &Arc<Owed>) {
-        self.take_over(session);
-        self.roster.arrive(session);
-    }
-
-    /// Ends older connections of a device, once it is known that the newer one is no copy of an earlier first flight.
+    /// Ends older connections of a device, once its client goes on with this one. Newer ones are attempts that this one won
+    /// against, which their client closes, or its next connection.
     fn take_over(&self, session: &Owed) {
-        if session.user.shard() == self.id && session.is_confirmed() {
+        if session.user.shard() == self.id {
             for other in self.roster.sessions(session.user) {
-                if other.device == session.device && other.connection != session.connection {
+                if other.device == session.device && other.connection < session.connection {
                     other.end(Ending::Close(
                         CloseCode::Superseded,
                         "a newer connection of this device took over",

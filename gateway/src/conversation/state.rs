@@ -141,7 +141,7 @@ impl State {
     }
 
     /// Who is in it.
-    pub fn members(&self) -> impl Iterator<Item = UserId> + '_ {
+    pub fn members(&self) -> impl ExactSizeIterator<Item = UserId> + '_ {
         self.members.keys().copied()
     }
 
@@ -246,6 +246,7 @@ impl State {
             target: send.reference,
             ttl: send.ttl,
             more: send.more,
+            continues: send.continues,
             silent: send.silent,
             // The payload is a slice of the receive buffer: a copy lets that go.
             payload: Bytes::copy_from_slice(&send.payload),
@@ -352,6 +353,7 @@ impl State {
             target: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: true,
             payload,
         };
@@ -415,6 +417,13 @@ impl State {
         let known = self.progress.entry(user).or_default();
         known.recv = known.recv.max(progress.recv);
         known.read = known.read.max(progress.read);
+    }
+
+    /// A member's own record was stored: it has that, if it had all before, which is no news to anybody.
+    pub fn sent(&mut self, user: UserId, seq: Seq) {
+        if let Some(known) = self.progress.get_mut(&user).filter(|known| known.recv.next() == Some(seq)) {
+            known.recv = seq;
+        }
     }
 
     /// The progress of a member.
@@ -503,6 +512,7 @@ mod tests {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload: Bytes::from_static(b"hi"),

@@ -3,6 +3,8 @@
 //! - For a conversation without an entry the connection has everything that was published before it attached, or
 //!   will get it by its resume; the first record published after that makes the entry.
 //! - `next` never goes back, but for a resume that finds the device further behind.
+//! - Once what the device lacked when it came is owed ([`Owed::caught_up`]), [`Owed::unfinished`] says where it may lack
+//!   something: what is not named there it has, and has said so.
 //! - Settled sends are bounded by the send window, events by [`EVENTS_MAX`] (newest per key wins), receipts by one per
 //!   (conversation, user) and [`RECEIPTS_MAX`], heads by one per conversation.
 //!
@@ -19,7 +21,7 @@ use std::{
 use fulmar_protocol::{
     close::CloseCode,
     frame::{Event, EventKind, Goaway, Head, Receipt, SendRefused},
-    id::{ConversationId, DeviceId, Pseq, Seq, UnixMillis, UserId},
+    id::{ConversationId, DeviceId, Pseq, Seq, ShardId, UnixMillis, UserId},
 };
 use tokio::sync::Notify;
 
@@ -31,6 +33,11 @@ pub const EVENTS_MAX: usize = 64;
 /// Receipts that wait for one connection; beyond it new pairs are dropped: receipts are news, not records, and the
 /// next one of the pair says it all.
 pub const RECEIPTS_MAX: usize = 1_024;
+
+/// Reminders ([`Owed::remind_heads`], about one a second) after which receipts of what is not on screen leave by themselves.
+/// Until then they wait for something they can go along with: nobody looks, and a packet of its own and the
+/// acknowledgement of that cost more than what it says.
+pub const RECEIPTS_WAIT: u32 = 5;
 
 /// Conversations of one connection that count as on screen.
 pub const ON_SCREEN_MAX: usize = 4;
@@ -50,6 +57,8 @@ pub enum Mode {
 struct Lag {
     next: Seq,
     head: Seq,
+    /// The furthest the device has acknowledged on this connection.
+    acked: Seq,
     mode: Mode,
     ring: Option<Arc<Ring>>,
     queued: bool,
@@ -99,11 +108,16 @@ struct Inner {
     settled: Vec<Settled>,
     heads: HashMap<ConversationId, Head>,
     receipts: HashMap<(ConversationId, UserId), Receipt>,
+    /// Reminders that passed since there are receipts.
+    receipts_waited: u32,
     events: VecDeque<Event>,
     events_dropped: u64,
     fell_behind: u64,
     on_screen: VecDeque<ConversationId>,
     ending: Option<Ending>,
+    caught_up: bool,
+    /// The own record that was acked last.
+    own_acked: Option<(ConversationId, Seq)>,
 }
 
 /// See the module's text. Shared by the connection and the shards.
@@ -113,10 +127,12 @@ pub struct Owed {
     pub user: UserId,
     /// The connection's device.
     pub device: DeviceId,
-    /// Tells two connections of one device apart.
+    /// Tells two connections of one device apart; the newer one has the higher number.
     pub connection: u64,
-    /// The handshake is complete: whoever is at the other end is there now, and not a copy of an earlier first flight.
+    /// Whoever is at the other end is there now, is no copy of an earlier first flight, and goes on with this connection.
     confirmed: AtomicBool,
+    /// The client makes its own records from what it sent and the ack.
+    acks_are_echoes: bool,
     inner: Mutex<Inner>,
     /// Woken when a lane has something to write.
     pub lanes: Notify,
@@ -154,14 +170,15 @@ pub struct ControlDue {
 }
 
 impl Owed {
-    /// Nothing owed yet. Whoever is more than `backlog_max` records behind is told the head and pulls.
+    /// Nothing owed yet, and of no account for others until [`Self::confirm`]. Whoever is more than `backlog_max` records behind is told the head and pulls.
     #[must_use]
     pub fn new(user: UserId, device: DeviceId, connection: u64, backlog_max: u64) -> Self {
         Self {
             user,
             device,
             connection,
-            confirmed: AtomicBool::new(true),
+            confirmed: AtomicBool::new(false),
+            acks_are_echoes: false,
             inner: Mutex::new(Inner::default()),
             lanes: Notify::new(),
             backlog: Notify::new(),
@@ -170,19 +187,19 @@ impl Owed {
         }
     }
 
-    /// The connection spoke in early data, which may be a copy: until [`Self::confirm`] it counts for nobody else.
+    /// A client that makes its own records from what it sent and the ack is not owed them.
     #[must_use]
-    pub fn unconfirmed(self) -> Self {
-        self.confirmed.store(false, Ordering::Relaxed);
+    pub const fn acks_are_echoes(mut self, on: bool) -> Self {
+        self.acks_are_echoes = on;
         self
     }
 
-    /// The handshake is complete.
+    /// The handshake is complete, and the client goes on with this connection of those it may have tried at once.
     pub fn confirm(&self) {
         self.confirmed.store(true, Ordering::Relaxed);
     }
 
-    /// Whether the handshake is complete.
+    /// Whether the session counts for others: who is online, and which connection of a device is the one.
     #[must_use]
     pub fn is_confirmed(&self) -> bool {
         self.confirmed.load(Ordering::Relaxed)
@@ -192,17 +209,25 @@ impl Owed {
     ///
     /// `inline` false: the conversation is too large for everybody to be served as it comes. A session that does not
     /// have it open is told the head instead, at the pace of [`Self::remind_heads`].
+    ///
+    /// The record whose ack was settled just before, and which the connection wants next, is not owed: the ack stands for it.
     pub fn publish(&self, conversation: ConversationId, seq: Seq, ring: &Arc<Ring>, inline: bool) {
         let mut guard = self.lock();
         let inner = &mut *guard;
         let lag = inner.lags.entry(conversation).or_insert_with(|| Lag {
             next: seq,
             head: seq,
+            acked: Seq::ZERO,
             mode: Mode::Live,
             ring: None,
             queued: false,
         });
         lag.head = lag.head.max(seq);
+        let acked = self.acks_are_echoes && inner.own_acked == Some((conversation, seq));
+        if acked && lag.mode == Mode::Live && !lag.queued && lag.next == seq {
+            lag.next = seq.saturating_add(1);
+            return;
+        }
         if !inline && lag.mode == Mode::Live && !lag.queued && !inner.on_screen.contains(&conversation) {
             lag.mode = Mode::Pulling;
         }
@@ -226,7 +251,8 @@ impl Owed {
         if next > known_head && !gap {
             // It has everything; an entry is only kept where a ring is known to be live.
             if ring.is_some() {
-                let lag = Lag { next, head: known_head, mode: Mode::Live, ring, queued: false };
+                let (acked, mode) = (next.prev(), Mode::Live);
+                let lag = Lag { next, head: known_head, acked, mode, ring, queued: false };
                 inner.lags.insert(conversation, lag);
             }
             return;
@@ -240,7 +266,8 @@ impl Owed {
         } else {
             Mode::Backlog
         };
-        inner.lags.insert(conversation, Lag { next, head: known_head, mode, ring, queued: !far });
+        let lag = Lag { next, head: known_head, acked: Seq::ZERO, mode, ring, queued: !far };
+        inner.lags.insert(conversation, lag);
         match mode {
             Mode::Live => inner.live.push_back(conversation),
             Mode::Backlog => inner.backlog.push_back(conversation),
@@ -254,6 +281,33 @@ impl Owed {
             Mode::Backlog => self.backlog.notify_one(),
             Mode::Pulling => self.control.notify_one(),
         }
+    }
+
+    /// What the device lacked when it came is owed now: from here on this set knows everything it may lack.
+    pub fn caught_up(&self) {
+        self.lock().caught_up = true;
+    }
+
+    /// The device has committed records up to these.
+    pub fn acked(&self, entries: &[(ConversationId, Seq)]) {
+        let mut inner = self.lock();
+        for (conversation, seq) in entries {
+            if let Some(lag) = inner.lags.get_mut(conversation) {
+                lag.acked = lag.acked.max(*seq);
+            }
+        }
+    }
+
+    /// The conversations of a shard in which the device has not acknowledged everything that was owed or published here,
+    /// and whether what it lacked when it came is among that.
+    #[must_use]
+    pub fn unfinished(&self, shard: ShardId) -> (bool, Vec<ConversationId>) {
+        let inner = self.lock();
+        let unfinished = inner
+            .lags
+            .iter()
+            .filter(|(conversation, lag)| conversation.shard() == shard && lag.acked < lag.head);
+        (inner.caught_up, unfinished.map(|(conversation, _)| *conversation).collect())
     }
 
     /// `conversation` is on screen: its backlog goes in front of the others, and its records come inline whatever its
@@ -292,8 +346,9 @@ impl Owed {
                 continue;
             };
             lag.queued = false;
-            let due =
-                lag.ring.as_ref().map_or(Due::Behind, |ring| ring.due(lag.next, self.user, budget, now));
+            // Not what follows its head: that is published to it in a moment, or never, if its user is no member any more.
+            let owed = lag.next..=lag.head;
+            let due = lag.ring.as_ref().map_or(Due::Behind, |ring| ring.due(owed, self.user, budget, now));
             match due {
                 Due::Frames { frames, next, more } => {
                     let first = std::mem::replace(&mut lag.next, next);
@@ -394,7 +449,8 @@ impl Owed {
         }
     }
 
-    /// Conversations the client pulls whose head has moved since it was told: tell it again. Called about once a second.
+    /// Conversations the client pulls whose head has moved since it was told: tell it again. Receipts that have waited long
+    /// enough leave too. Called about once a second.
     pub fn remind_heads(&self, told: &mut HashMap<ConversationId, Seq>) {
         let mut guard = self.lock();
         let inner = &mut *guard;
@@ -408,6 +464,10 @@ impl Owed {
             }
         }
         told.retain(|conversation, _| inner.lags.contains_key(conversation));
+        if !inner.receipts.is_empty() {
+            inner.receipts_waited += 1;
+            any |= inner.receipts_waited >= RECEIPTS_WAIT;
+        }
         drop(guard);
         if any {
             self.control.notify_one();
@@ -416,7 +476,12 @@ impl Owed {
 
     /// A send's fate is decided.
     pub fn settle(&self, settled: Settled) {
-        self.lock().settled.push(settled);
+        let mut inner = self.lock();
+        if let Settled::Acked { conversation, seq, .. } = settled {
+            inner.own_acked = Some((conversation, seq));
+        }
+        inner.settled.push(settled);
+        drop(inner);
         self.control.notify_one();
     }
 
@@ -434,7 +499,8 @@ impl Owed {
         self.control.notify_one();
     }
 
-    /// A member has come further.
+    /// A member has come further. Told at once where somebody looks, and to the member's own devices; else along with the
+    /// next that leaves, and after [`RECEIPTS_WAIT`] at the latest.
     pub fn receipt(&self, receipt: Receipt) {
         let mut inner = self.lock();
         let key = (receipt.conversation, receipt.user);
@@ -444,8 +510,11 @@ impl Owed {
         let known = inner.receipts.entry(key).or_insert(receipt);
         known.recv = known.recv.max(receipt.recv);
         known.read = known.read.max(receipt.read);
+        let prompt = receipt.user == self.user || inner.on_screen.contains(&receipt.conversation);
         drop(inner);
-        self.control.notify_one();
+        if prompt {
+            self.control.notify_one();
+        }
     }
 
     /// Something that need not be stored.
@@ -483,6 +552,7 @@ impl Owed {
     pub fn take_control(&self) -> ControlDue {
         let mut guard = self.lock();
         let inner = &mut *guard;
+        inner.receipts_waited = 0;
         ControlDue {
             settled: std::mem::take(&mut inner.settled),
             heads: inner.heads.drain().map(|(_, head)| head).collect(),
@@ -562,6 +632,27 @@ mod tests {
     }
 
     #[test]
+    fn who_is_no_member_any_more_gets_nothing_of_what_follows() {
+        let owed = owed();
+        let ring = Arc::new(Ring::new(RingLimits { records: 100, bytes: 100_000 }));
+        for n in 1..=3 {
+            push(&ring, n);
+            owed.publish(conversation(1), seq(n), &ring, true);
+        }
+        // The user left with 3; before its connection has taken it, others go on.
+        push(&ring, 4);
+        push(&ring, 5);
+        assert_eq!(live(&owed), [1, 2, 3]);
+        assert_eq!(live(&owed), [0u64; 0]);
+        // It is a member again from 6 on.
+        owed.rejoin(conversation(1), seq(6));
+        push(&ring, 6);
+        owed.publish(conversation(1), seq(6), &ring, true);
+        assert_eq!(live(&owed), [0u64; 0], "a BLOCK says that it begins later");
+        assert_eq!(owed.take_backlog(), Some((conversation(1), seq(6), seq(6))));
+    }
+
+    #[test]
     fn who_is_a_member_again_does_not_get_what_was_said_in_between() {
         let (owed, ring) = (owed(), Arc::new(Ring::new(RingLimits { records: 8, bytes: 1_000 })));
         push(&ring, 3);
@@ -580,6 +671,81 @@ mod tests {
         push(&ring, 6);
         owed.publish(conversation(1), seq(6), &ring, true);
         assert_eq!(live(&owed), [6]);
+    }
+
+    #[test]
+    fn receipts_wait_unless_somebody_looks() {
+        use futures_util::FutureExt as _;
+        let owed = owed();
+        let woken = || owed.control.notified().now_or_never().is_some();
+        let receipt = |user, c, n| Receipt {
+            conversation: conversation(c),
+            user: UserId::new(user).unwrap(),
+            recv: seq(n),
+            read: Seq::ZERO,
+        };
+        let mut told = HashMap::new();
+        owed.receipt(receipt(301, 1, 4));
+        for _ in 1..RECEIPTS_WAIT {
+            owed.remind_heads(&mut told);
+        }
+        assert!(!woken());
+        owed.receipt(receipt(301, 1, 5));
+        owed.remind_heads(&mut told);
+        assert!(woken(), "long enough");
+        assert_eq!(owed.take_control().receipts, [receipt(301, 1, 5)]);
+        owed.remind_heads(&mut told);
+        owed.receipt(receipt(301, 1, 6));
+        assert!(!woken());
+        let ack = Settled::Before { conversation: conversation(1), up_to: Pseq::FIRST, time: now() };
+        owed.settle(ack);
+        assert!(woken());
+        assert_eq!(owed.take_control().receipts, [receipt(301, 1, 6)], "along with something else");
+        owed.receipt(receipt(300, 1, 7));
+        assert!(woken(), "what the user did elsewhere");
+        owed.prefer(conversation(2));
+        owed.receipt(receipt(301, 2, 1));
+        assert!(woken(), "on screen");
+    }
+
+    #[test]
+    fn an_own_record_is_not_owed_when_its_ack_stands_for_it() {
+        let ring = Arc::new(Ring::new(RingLimits { records: 8, bytes: 1_000 }));
+        let acked = |n| Settled::Acked {
+            conversation: conversation(1),
+            pseq: Pseq::new(n).unwrap(),
+            seq: seq(n),
+            time: now(),
+        };
+        let (owed, plain) = (owed().acks_are_echoes(true), owed());
+        let said = |n, own: bool| {
+            push(&ring, n);
+            for owed in [&owed, &plain] {
+                if own {
+                    owed.settle(acked(n));
+                }
+                owed.publish(conversation(1), seq(n), &ring, true);
+            }
+        };
+        said(3, true);
+        assert_eq!((live(&owed), live(&plain)), (vec![], vec![3]));
+        said(4, false);
+        assert_eq!((live(&owed), live(&plain)), (vec![4], vec![4]));
+        said(5, true);
+        said(6, true);
+        said(7, false);
+        assert_eq!((live(&owed), live(&plain)), (vec![7], vec![5, 6, 7]));
+        said(8, false);
+        said(9, true);
+        assert_eq!(live(&owed), [8, 9], "what is owed already goes on in order");
+        // An older ack of the same conversation, as an answer to a repeated send, stands for nothing new.
+        owed.settle(acked(3));
+        said(10, false);
+        assert_eq!(live(&owed), [10]);
+        // A resume that finds the device further behind brings it all.
+        said(11, true);
+        owed.resume(conversation(1), seq(10), false, head(11));
+        assert_eq!(live(&owed), [10, 11]);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 
 use std::{
     collections::VecDeque,
+    ops::RangeInclusive,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -37,7 +38,7 @@ pub struct RingEntry {
     pub time: UnixMillis,
     /// The frame for everybody but the sender's own devices.
     pub frame: Bytes,
-    /// The frame with the origin, for the sender's own devices.
+    /// The frame with the origin, for the sender's own devices; `None` when `frame` has it, or there is none.
     pub own_frame: Option<Bytes>,
 }
 
@@ -111,14 +112,16 @@ impl Ring {
         }
     }
 
-    /// The frames from `next` on for a device of `user`, up to `budget` bytes (at least one frame).
+    /// The frames of `owed` for a device of `user`, up to `budget` bytes (at least one frame). What is in the ring beyond its
+    /// end is not for this reader, or not yet.
     #[must_use]
-    pub fn due(&self, next: Seq, user: UserId, budget: usize, now: UnixMillis) -> Due {
+    pub fn due(&self, owed: RangeInclusive<Seq>, user: UserId, budget: usize, now: UnixMillis) -> Due {
+        let (next, up_to) = owed.into_inner();
         let inner = self.lock();
         let (Some(first), Some(last)) = (inner.entries.front(), inner.entries.back()) else {
             return Due::Behind;
         };
-        if next > last.seq {
+        if next > last.seq.min(up_to) {
             return Due::Frames { frames: Vec::new(), next, more: false };
         }
         if next < first.seq {
@@ -128,7 +131,7 @@ impl Ring {
         let mut frames = Vec::new();
         let mut bytes = 0;
         let mut at = next;
-        for entry in inner.entries.iter().skip(skip) {
+        for entry in inner.entries.iter().skip(skip).take_while(|entry| entry.seq <= up_to) {
             if now.get().saturating_sub(entry.time.get()) > WireTime::SHORT_AGE_MS_MAX {
                 return if frames.is_empty() {
                     Due::Behind
@@ -188,7 +191,7 @@ mod tests {
     const NOW: u64 = 2_000;
 
     fn due(ring: &Ring, next: u64, reader: u64, budget: usize) -> Due {
-        ring.due(seq(next), user(reader), budget, UnixMillis::new(NOW).unwrap())
+        ring.due(seq(next)..=seq(1_000), user(reader), budget, UnixMillis::new(NOW).unwrap())
     }
 
     #[test]
@@ -215,6 +218,21 @@ mod tests {
     }
 
     #[test]
+    fn nobody_is_served_beyond_what_it_is_owed() {
+        let ring = Ring::new(RingLimits { records: 8, bytes: 1_000 });
+        for n in 1..=6 {
+            ring.push(entry(n, 1));
+        }
+        let now = UnixMillis::new(NOW).unwrap();
+        let due = |from, to, budget| ring.due(seq(from)..=seq(to), user(9), budget, now);
+        let Due::Frames { frames, next, more } = due(3, 4, 1_000) else { panic!("3 is there") };
+        assert_eq!((frames.len(), next, more), (2, seq(5), false));
+        assert_eq!(due(5, 4, 1_000), Due::Frames { frames: vec![], next: seq(5), more: false });
+        let Due::Frames { frames, next, more } = due(3, 5, 25) else { panic!("3 is there") };
+        assert_eq!((frames.len(), next, more), (2, seq(5), true));
+    }
+
+    #[test]
     fn bytes_are_bounded_and_a_hole_empties_the_ring() {
         let ring = Ring::new(RingLimits { records: 100, bytes: 50 });
         for n in 1..=10 {
@@ -236,6 +254,6 @@ mod tests {
         let ring = Ring::new(RingLimits { records: 4, bytes: 1_000 });
         ring.push(entry(1, 1));
         let late = UnixMillis::new(1_001 + WireTime::SHORT_AGE_MS_MAX).unwrap();
-        assert_eq!(ring.due(seq(1), user(9), 100, late), Due::Behind);
+        assert_eq!(ring.due(seq(1)..=seq(1), user(9), 100, late), Due::Behind);
     }
 }

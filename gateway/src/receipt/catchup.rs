@@ -111,6 +111,7 @@ mod tests {
             target: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             payload: Bytes::from_static(b"hi"),
         }

@@ -6,7 +6,7 @@
 //! Not here: live delivery (`fanout`), keeping cursors (the shards' commits).
 
 use fulmar_protocol::close::RefusalCode;
-use fulmar_store::ReadError;
+pub use fulmar_store::ReadError;
 
 pub mod catchup;
 pub mod resume;

@@ -502,6 +502,9 @@ impl Phone {
                 Output::Welcomed(welcome) => {
                     self.ticket = Some(welcome.ticket.0.clone());
                     self.welcome = Some(*welcome);
+                    // It goes on with this connection.
+                    let now = self.now();
+                    self.half.ping(now);
                 }
                 Output::NewEpoch { unsettled, .. } => {
                     assert!(unsettled.is_empty(), "{}: lost its epoch", self.name)
@@ -560,6 +563,7 @@ impl Phone {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload: payload.into(),

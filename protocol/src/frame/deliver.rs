@@ -1,5 +1,5 @@
 //! DELIVER and BLOCK: records on their way to a client. No field depends on the recipient, but for the origin, which
-//! only the sender's own devices are sent.
+//! only the sender's own devices are sent, unless the record is a piece of a body.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -21,7 +21,8 @@ const KIND: u64 = 1 << 3;
 const MORE: u64 = 1 << 4;
 const TTL: u64 = 1 << 5;
 const SILENT: u64 = 1 << 6;
-const FLAGS: u64 = ORIGIN | REFERENCE | FULL_TIME | KIND | MORE | TTL | SILENT;
+const CONTINUES: u64 = 1 << 7;
+const FLAGS: u64 = ORIGIN | REFERENCE | FULL_TIME | KIND | MORE | TTL | SILENT | CONTINUES;
 
 /// What a record is. Every state change of a conversation is one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -126,7 +127,8 @@ impl WireTime {
     }
 }
 
-/// Where an own record came from, so that the sending device knows its echo. All three together: an older incarnation
+/// Where a record came from, so that the sending device knows its echo, and everybody which pieces are of one body. All
+/// three together, and the sender: an older incarnation
 /// of the same device counted its pseqs from 1 too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
@@ -151,14 +153,16 @@ pub struct Deliver {
     pub sender: UserId,
     /// When the gateway stored it.
     pub time: WireTime,
-    /// For the sender's own devices only.
+    /// For the sender's own devices, and with pieces of bodies, which need it to be put together.
     pub origin: Option<Origin>,
     /// The record it refers to.
     pub reference: Option<Seq>,
     /// Seconds after `time` from which it is of no use.
     pub ttl: Option<u32>,
-    /// More pieces of the same body follow from the same sender.
+    /// More pieces of the same body follow, from the same device under the next pseqs.
     pub more: bool,
+    /// A piece of a body that an earlier record began: the one that the same device sent before this one.
+    pub continues: bool,
     /// Not counted as unread.
     pub silent: bool,
     /// The business's bytes.
@@ -173,6 +177,7 @@ impl Deliver {
             | bit(matches!(self.time, WireTime::Full(_)), FULL_TIME)
             | bit(self.kind != RecordKind::Message, KIND)
             | bit(self.more, MORE)
+            | bit(self.continues, CONTINUES)
             | bit(self.ttl.is_some(), TTL)
             | bit(self.silent, SILENT)
     }
@@ -226,6 +231,7 @@ impl Deliver {
             self.ttl = Some(fields.u32("ttl")?);
         }
         self.more = flags & MORE != 0;
+        self.continues = flags & CONTINUES != 0;
         self.silent = flags & SILENT != 0;
         self.payload = fields.rest("payload", SEND_PAYLOAD_BYTES_MAX)?;
         Ok(())
@@ -282,6 +288,7 @@ impl Body for Deliver {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             payload: Bytes::new(),
         };
@@ -394,6 +401,7 @@ impl Body for Block {
                 reference: None,
                 ttl: None,
                 more: false,
+                continues: false,
                 silent: false,
                 payload: Bytes::new(),
             };

@@ -15,7 +15,8 @@ const TTL: u64 = 1 << 2;
 const MORE: u64 = 1 << 3;
 const SILENT: u64 = 1 << 4;
 const CANCEL: u64 = 1 << 5;
-const FLAGS: u64 = KIND | REFERENCE | TTL | MORE | SILENT | CANCEL;
+const CONTINUES: u64 = 1 << 6;
+const FLAGS: u64 = KIND | REFERENCE | TTL | MORE | SILENT | CANCEL | CONTINUES;
 
 /// A client's change of a conversation: a message, an edit, a recall or a reaction.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +35,8 @@ pub struct Send {
     pub ttl: Option<u32>,
     /// More pieces of the same body follow under the next pseqs.
     pub more: bool,
+    /// A piece of the body that the send before it in this lane began or went on with.
+    pub continues: bool,
     /// Not counted as unread.
     pub silent: bool,
     /// A tombstone: if this pseq was not stored yet it never will be; if it was, it is acked as usual.
@@ -49,6 +52,7 @@ impl Send {
             | bit(self.reference.is_some(), REFERENCE)
             | bit(self.ttl.is_some(), TTL)
             | bit(self.more, MORE)
+            | bit(self.continues, CONTINUES)
             | bit(self.silent, SILENT)
             | bit(self.cancel, CANCEL)
     }
@@ -81,6 +85,7 @@ impl Body for Send {
             reference,
             ttl,
             more: flags & MORE != 0,
+            continues: flags & CONTINUES != 0,
             silent: flags & SILENT != 0,
             cancel: flags & CANCEL != 0,
             payload,
@@ -88,7 +93,8 @@ impl Body for Send {
     }
 
     fn len(&self) -> usize {
-        1 + varint_len(self.conversation.get())
+        varint_len(self.flags())
+            + varint_len(self.conversation.get())
             + varint_len(self.pseq.get())
             + varint_len(self.seen.get())
             + usize::from(self.kind != RecordKind::Message)
@@ -133,7 +139,7 @@ pub struct SendAck {
     pub conversation: ConversationId,
     /// The last pseq that is settled.
     pub up_to: Pseq,
-    /// Server time of the last of them.
+    /// When they were stored: the time of every record that is named.
     pub time: UnixMillis,
     /// The seqs of the last pseqs, in order, ending with `up_to`. Empty: all of it was settled so long ago that the
     /// gateway does not remember how.

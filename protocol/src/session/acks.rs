@@ -1,6 +1,7 @@
 //! Settled sends on their way into SEND_ACK frames.
 //!
-//! - Acks of one conversation that come between two polls leave as one frame of runs.
+//! - Acks of one conversation that come between two polls leave as one frame of runs, if they are of one time: the client
+//!   makes its own records from them.
 //! - Within a conversation frames leave in the order in which sends were settled, refusals included.
 //!
 //! Not here: when a send is settled (the shard's commit).
@@ -37,8 +38,11 @@ impl PendingAcks {
         if pseq <= frame.up_to && pseq.get() + covered > frame.up_to.get() {
             return None;
         }
-        if frame.up_to.next() == Some(pseq) {
-            frame.time = frame.time.max(time);
+        let recorded = frame.runs.iter().any(|run| run.base != Seq::ZERO);
+        if frame.up_to.next() == Some(pseq) && (frame.time == time || !recorded || seq == Seq::ZERO) {
+            if !recorded {
+                frame.time = frame.time.max(time);
+            }
             let room = frame.runs.len() < ENTRIES_PER_FRAME_MAX;
             if let Some(run) = frame.runs.last_mut().filter(|run| continues(**run, seq)) {
                 run.count += 1;
@@ -150,6 +154,21 @@ mod tests {
         ] {
             assert_eq!(collect(&acks), want, "{acks:?}");
         }
+    }
+
+    #[test]
+    fn records_of_two_times_are_acked_in_two_frames() {
+        let mut pending = PendingAcks::default();
+        let (p, s, at) =
+            (|n| Pseq::new(n).unwrap(), |n| Seq::new(n).unwrap(), |n| UnixMillis::new(n).unwrap());
+        assert_eq!(pending.acked(c(1), p(1), s(0), at(3)), None);
+        assert_eq!(pending.acked(c(1), p(2), s(10), at(5)), None);
+        assert_eq!(pending.acked(c(1), p(3), s(11), at(5)), None);
+        assert_eq!(pending.acked(c(1), p(4), s(0), at(7)), None, "without a record the time means nothing");
+        let first = pending.acked(c(1), p(5), s(12), at(6)).unwrap();
+        let second = pending.pop().unwrap();
+        let seen = [&first, &second].map(|ack| (ack.up_to.get(), ack.time.get(), ack.runs.len()));
+        assert_eq!(seen, [(4, 5, 3), (5, 6, 1)]);
     }
 
     #[test]

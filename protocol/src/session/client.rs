@@ -33,8 +33,9 @@ use crate::{
     error::Violation,
     frame::{
         Ack, Auth, AuthProof, Block, Call, CallStatus, Channel, Cursors, Deliver, Error, Event, Frame,
-        Goaway, Head, Hello, Kicked, Limits, Mark, NetworkHint, Open, OpenTarget, Opened, Ping, PingFlags,
-        Pong, Pull, Receipt, Reply, Resumption, Send, SendAck, SendRefused, Side, Welcome,
+        Goaway, Head, Hello, Kicked, Limits, Mark, NetworkHint, Open, OpenTarget, Opened, Origin, Ping,
+        PingFlags, Pong, Pull, Receipt, Reply, Resumption, Send, SendAck, SendRefused, Side, Welcome,
+        WireTime,
     },
     id::{
         ConversationId, DeviceClass, DeviceId, DeviceUid, Epoch, FolderId, Pseq, RequestId, Seq, ServiceId,
@@ -238,6 +239,9 @@ pub struct Client {
     due: BTreeSet<ConversationId>,
     /// Dirty cursors that were not told on any connection.
     untold: BTreeSet<ConversationId>,
+    /// Own records that were made from SEND_ACKs and are not committed.
+    made: BTreeSet<(ConversationId, Seq)>,
+    /// Records of others that were committed since the last ACK.
     commits: u64,
     acks_sent: u64,
     /// When the last ACK of this connection left.
@@ -286,6 +290,7 @@ impl Client {
             untold: restored.dirty.iter().copied().collect(),
             dirty: restored.dirty.into_iter().map(|conversation| (conversation, None)).collect(),
             due: BTreeSet::new(),
+            made: BTreeSet::new(),
             commits: 0,
             acks_sent: 0,
             acked_at: None,
@@ -395,6 +400,45 @@ impl Client {
         if network.rtt_ms > 0 {
             self.hedges.reseed(Duration::from_millis(network.rtt_ms.into()));
         }
+        let hello = self.hello(auth, network);
+        self.told.clone_from(&hello.changed);
+        self.push(Channel::Control, Frame::Hello(hello));
+        self.first_flight = FIRST_FLIGHT_FRAMES_MAX;
+        self.inflight.set_room(self.first_room());
+        self.pump(now);
+    }
+
+    /// The first flight of a connection beside the one there is, to be written on every attempt to make it: HELLO, and what is
+    /// unsettled. Nothing changes by it; [`Self::switch`] goes over to a connection on which it was written.
+    #[must_use]
+    pub fn prepare(&self, auth: AuthProof, network: NetworkHint) -> Vec<(Channel, Frame)> {
+        let hello = self.hello(auth, network);
+        let sends = self.inflight.first(self.first_room());
+        let sends = sends.into_iter().map(|send| (Channel::Uplink, Frame::Send(send)));
+        core::iter::once((Channel::Control, Frame::Hello(hello))).chain(sends).collect()
+    }
+
+    /// The gateway answers on a connection on which `flight`, made by [`Self::prepare`], was written. The one before is gone;
+    /// what `flight` does not hold leaves on the new one.
+    pub fn switch(&mut self, flight: &[(Channel, Frame)], now: Duration) {
+        if self.state != ClientState::Offline {
+            self.disconnected(now);
+        }
+        self.enter(ClientInput::Connect);
+        self.first_flight = FIRST_FLIGHT_FRAMES_MAX.saturating_sub(flight.len());
+        self.inflight.set_room(self.first_room());
+        for (_, frame) in flight {
+            match frame {
+                Frame::Hello(hello) => self.told.clone_from(&hello.changed),
+                Frame::Send(send) => self.inflight.said(send),
+                _ => {}
+            }
+        }
+        self.reached(now);
+        self.pump(now);
+    }
+
+    fn hello(&self, auth: AuthProof, network: NetworkHint) -> Hello {
         let mut hello = Hello {
             minor: MINOR,
             features: self.config.features.0 | ((self.config.grease << 56) & Features::GREASE.0),
@@ -409,17 +453,18 @@ impl Client {
         while !hello.changed.is_empty() && Frame::Hello(hello.clone()).encoded_len() > HELLO_BYTES_MAX {
             hello.changed.truncate(hello.changed.len() / 2);
         }
-        self.told.clone_from(&hello.changed);
-        self.push(Channel::Control, Frame::Hello(hello));
-        self.first_flight = FIRST_FLIGHT_FRAMES_MAX;
+        hello
+    }
+
+    /// Room for sends before the WELCOME.
+    fn first_room(&self) -> Room {
         // Without an epoch nothing may be sent: the gateway hands one out at every such HELLO.
         let sends = if self.epoch == Epoch::ZERO { 0 } else { FIRST_FLIGHT_SENDS_MAX };
-        self.inflight.set_room(Room {
+        Room {
             per_conversation: sends.min(usize::from(self.limits.inflight_per_conversation)),
             in_all: sends.min(usize::from(self.limits.inflight_per_producer)),
             bytes: FIRST_FLIGHT_BYTES_MAX - FIRST_FLIGHT_RESERVE,
-        });
-        self.pump(now);
+        }
     }
 
     /// Dirty cursors for a HELLO, those first that were never told: the gateway has the others, as a rule.
@@ -690,7 +735,8 @@ impl Client {
     /// An own record came back: its send is settled.
     fn echo(&mut self, deliver: &Deliver, now: Duration) {
         let Some(origin) = deliver.origin else { return };
-        if Some(origin.device) != self.device || origin.epoch != self.epoch {
+        let ours = Some(deliver.sender) == self.user && Some(origin.device) == self.device;
+        if !ours || origin.epoch != self.epoch {
             return;
         }
         let highest = self.inflight.highest_left(deliver.conversation);
@@ -724,9 +770,49 @@ impl Client {
                 Some(_) => self.hedges.answered(ack.conversation, settled.send.pseq, now),
                 None => self.hedges.forget(ack.conversation, settled.send.pseq),
             }
+            let own = self.own_record(&settled, ack.time);
+            let stored = settled.seq.filter(|seq| *seq != Seq::ZERO);
             self.settled(settled, ack.time);
+            match (own, stored) {
+                (Some(own), _) => {
+                    if own.seq > self.readers.cursor(own.conversation) {
+                        self.made.insert((own.conversation, own.seq));
+                    }
+                    self.readers.record(own, now, &mut self.outputs);
+                }
+                (None, Some(seq)) if self.features.has(Features::ACKS_ARE_ECHOES) => {
+                    // What it was is not known here any more: it has to be asked for.
+                    let conversation = ack.conversation;
+                    self.readers.head(Head { conversation, head: seq, count: 0, low: Seq::ZERO }, now);
+                }
+                _ => {}
+            }
         }
         Ok(())
+    }
+
+    /// An own record as its echo would bring it: what was sent, and what the gateway says of it. `None`: the gateway sends the
+    /// echo, or what was stored is not what is known here.
+    fn own_record(&self, settled: &Settled, time: UnixMillis) -> Option<Deliver> {
+        let seq = settled.seq.filter(|seq| *seq != Seq::ZERO)?;
+        let send = &settled.send;
+        if !self.features.has(Features::ACKS_ARE_ECHOES) || send.cancel {
+            return None;
+        }
+        Some(Deliver {
+            kind: send.kind,
+            conversation: send.conversation,
+            seq,
+            sender: self.user?,
+            time: WireTime::Full(time),
+            origin: Some(Origin { device: self.device?, epoch: self.epoch, pseq: send.pseq }),
+            reference: send.reference,
+            ttl: send.ttl,
+            more: send.more,
+            continues: send.continues,
+            silent: send.silent,
+            payload: send.payload.clone(),
+        })
     }
 
     fn settled(&mut self, settled: Settled, time: UnixMillis) {
@@ -852,17 +938,24 @@ impl Client {
         Ok(())
     }
 
-    /// The application's storage has everything up to `seq`: an ACK becomes due.
+    /// The application's storage has everything up to `seq`: an ACK becomes due. One of nothing but own records that were
+    /// made here goes along with the next that leaves for another reason: nobody waits for it.
     pub fn committed(&mut self, conversation: ConversationId, seq: Seq, now: Duration) {
         let moved = self.readers.committed(conversation, seq);
         if moved == 0 {
             return;
         }
+        let made = (conversation, Seq::ZERO)..=(conversation, seq);
+        let made: Vec<_> = self.made.range(made).copied().collect();
+        for own in &made {
+            self.made.remove(own);
+        }
+        let moved = moved.saturating_sub(made.len() as u64);
         self.dirty.insert(conversation, None);
         self.due.insert(conversation);
         self.untold.insert(conversation);
         self.commits = self.commits.saturating_add(moved);
-        if self.state.is_welcomed() {
+        if self.state.is_welcomed() && moved > 0 {
             // A record by itself is acknowledged at once: the transport's own acknowledgement shares the packet. Only
             // while they keep coming it pays to wait for more.
             let at = self.acked_at.map_or(now, |last| last + self.config.ack_delay);
@@ -1113,7 +1206,9 @@ impl Client {
             if let Frame::Send(send) = &frame
                 && welcomed
             {
-                self.flush_acks(now);
+                if self.commits > 0 {
+                    self.flush_acks(now);
+                }
                 let (size, hedge) = self.hedgeable(send);
                 let left = Left { size, hedge, timed: true, patience: Duration::ZERO };
                 self.hedges.sent(send.conversation, send.pseq, (), left, now);

@@ -171,6 +171,40 @@ impl Inflight {
         Some(send)
     }
 
+    /// What a new connection would say first, if it had this room. Nothing flies by it.
+    pub(super) fn first(&self, room: Room) -> Vec<Send> {
+        let mut bytes = room.bytes;
+        let mut sends = Vec::new();
+        for lane in self.lanes.values() {
+            for entry in lane.entries.values().take(room.per_conversation) {
+                let size = Frame::Send(entry.send.clone()).encoded_len();
+                let Some(left) = bytes.checked_sub(size).filter(|_| sends.len() < room.in_all) else {
+                    return sends;
+                };
+                bytes = left;
+                sends.push(entry.send.clone());
+            }
+        }
+        sends
+    }
+
+    /// A send was said on this connection already. It flies, unless it was settled or taken back since.
+    pub(super) fn said(&mut self, send: &Send) {
+        let size = Frame::Send(send.clone()).encoded_len();
+        self.room.bytes = self.room.bytes.saturating_sub(size);
+        let Some(lane) = self.lanes.get_mut(&send.conversation) else { return };
+        let Some(entry) = lane.entries.get_mut(&send.pseq) else { return };
+        entry.left = true;
+        lane.highest_left = lane.highest_left.max(send.pseq);
+        if entry.flying || entry.send != *send {
+            return;
+        }
+        entry.flying = true;
+        lane.waiting.remove(&send.pseq);
+        self.flying += 1;
+        self.refresh(send.conversation);
+    }
+
     /// The highest number of a conversation that may have left; `None` when nothing is unsettled there.
     pub(super) fn highest_left(&self, conversation: ConversationId) -> Option<Pseq> {
         self.lanes.get(&conversation).map(|lane| lane.highest_left)
@@ -357,6 +391,7 @@ mod tests {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload: Bytes::from_static(b"x"),

@@ -461,6 +461,7 @@ mod tests {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             payload: Bytes::from_static(b"0123456789"),
         }

@@ -223,6 +223,7 @@ pub(crate) fn send(s: &mut Source<'_>) -> Send {
         reference: s.flag().then(|| s.id()),
         ttl: s.flag().then(|| s.narrow()),
         more: s.flag(),
+        continues: s.flag(),
         silent: s.flag(),
         cancel: s.flag(),
         payload: s.payload(SEND_PAYLOAD_BYTES_MAX),
@@ -273,6 +274,7 @@ fn record(s: &mut Source<'_>, time: WireTime) -> Deliver {
         reference: s.flag().then(|| s.id()),
         ttl: s.flag().then(|| s.narrow()),
         more: s.flag(),
+        continues: s.flag(),
         silent: s.flag(),
         payload: s.payload(SEND_PAYLOAD_BYTES_MAX / 8),
     }

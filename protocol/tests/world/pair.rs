@@ -73,7 +73,10 @@ struct Record {
     pseq: Pseq,
     time: UnixMillis,
     more: bool,
+    continues: bool,
     payload: Bytes,
+    /// Where it came in.
+    connection: u64,
 }
 
 #[derive(Debug, Default)]
@@ -204,6 +207,8 @@ struct Device {
     app: App,
     half: Client,
     link: Option<Connection>,
+    /// The first flight of a connection beside the one there is.
+    prepared: Option<Vec<(Channel, Frame)>>,
 }
 
 /// The world.
@@ -244,6 +249,7 @@ impl World {
                 app: App::default(),
                 half: half(index, &App::default()),
                 link: None,
+                prepared: None,
             })
             .collect();
         let mut server = Server::default();
@@ -280,7 +286,8 @@ impl World {
             32..=35 => self.app_commit(index, s.below(8) + 1),
             36..=40 => self.pass(Duration::from_millis(1 << s.below(12))),
             41 => self.cut(index),
-            42..=45 => self.connect(index),
+            42..=44 => self.connect(index),
+            45 => self.prepare_or_switch(index),
             46..=47 => self.welcome(index),
             48 => self.kill_gateway(),
             49 => self.kill_app(index),
@@ -326,6 +333,7 @@ impl World {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: s.flag(),
             cancel: false,
             payload: payload.clone(),
@@ -438,6 +446,7 @@ impl World {
         self.cut(index);
         let device = &mut self.devices[index];
         device.app.handed.clear();
+        device.prepared = None;
         device.half = half(index, &device.app);
     }
 
@@ -447,6 +456,37 @@ impl World {
         if self.devices[index].link.is_some() {
             return;
         }
+        self.link_up(index);
+        let now = self.now;
+        self.devices[index].half.connect(AuthProof::Token("t".to_owned()), NetworkHint::default(), now);
+        self.run_client(index);
+    }
+
+    /// The first time: says what a connection beside this one would begin with. The second time, however much later: that one is
+    /// the connection.
+    fn prepare_or_switch(&mut self, index: usize) {
+        let device = &mut self.devices[index];
+        let Some(flight) = device.prepared.take() else {
+            let proof = AuthProof::Token("t".to_owned());
+            device.prepared = Some(device.half.prepare(proof, NetworkHint::default()));
+            return;
+        };
+        // A new epoch ends the connection it came on, and a race beside that.
+        let Some((_, Frame::Hello(hello))) = flight.first() else { unreachable!("a HELLO is said first") };
+        if hello.epoch != device.half.epoch() {
+            return;
+        }
+        device.link = None;
+        self.link_up(index);
+        for (channel, frame) in &flight {
+            self.client_output(index, client::Output::Transmit(*channel, frame.clone()));
+        }
+        let now = self.now;
+        self.devices[index].half.switch(&flight, now);
+        self.run_client(index);
+    }
+
+    fn link_up(&mut self, index: usize) {
         self.server.connections += 1;
         let limits = Limits {
             inflight_per_conversation: 4,
@@ -469,8 +509,6 @@ impl World {
             epoch: Epoch::ZERO,
             next: None,
         });
-        self.devices[index].half.connect(AuthProof::Token("t".to_owned()), NetworkHint::default(), now);
-        self.run_client(index);
     }
 
     /// The connection is cut: what has not arrived never will.
@@ -928,7 +966,12 @@ impl World {
         };
         let Some(link) = &mut self.devices[index].link else { return };
         match verdict {
-            Verdict::Acked { conversation, pseq, seq } => link.gateway.acked(conversation, pseq, seq, time),
+            Verdict::Acked { conversation, pseq, seq } => {
+                // A client makes its own record from this.
+                let record = self.server.logs[&number_of(conversation)].get(seq.get());
+                let time = record.map_or(time, |record| record.time);
+                link.gateway.acked(conversation, pseq, seq, time);
+            }
             Verdict::Refused(refused) => link.gateway.refused(refused),
         }
         self.run_gateway(index);
@@ -1012,7 +1055,9 @@ impl World {
             pseq,
             time: UnixMillis::new(time).expect("small"),
             more: send.more,
+            continues: send.continues,
             payload: send.payload.clone(),
+            connection,
         });
         let seq = seq(log.records.len() as u64);
         lane.appended(pseq, seq, print);
@@ -1048,10 +1093,16 @@ impl World {
             seq: seq(at),
             sender: UserId::new(record.user).expect("small"),
             time: if full { WireTime::Full(record.time) } else { WireTime::short(record.time) },
-            origin: own.then_some(Origin { device, epoch: record.epoch, pseq: record.pseq }),
+            // Others may be told too (pieces of bodies are): it names nothing of theirs.
+            origin: (own || at.is_multiple_of(8)).then_some(Origin {
+                device,
+                epoch: record.epoch,
+                pseq: record.pseq,
+            }),
             reference: None,
             ttl: None,
             more: record.more,
+            continues: record.continues,
             silent: false,
             payload: record.payload.clone(),
         }
@@ -1093,6 +1144,11 @@ impl World {
             } else {
                 let lane = Channel::Lane(u8::try_from(number % 2).expect("small"));
                 for at in next..=head {
+                    let connection = self.devices[index].link.as_ref().map(|link| link.id);
+                    if self.server.logs[&number].get(at).map(|record| record.connection) == connection {
+                        // Its ack stands for it.
+                        continue;
+                    }
                     let frame = Frame::Deliver(self.deliver(index, number, at, false));
                     let now = self.now;
                     if let Some(link) = &mut self.devices[index].link {

@@ -1,7 +1,7 @@
 //! The one judge of a history: were the promises kept that can be seen from outside?
 //!
 //! What is checked, with the number of the promise in the project's design:
-//! - (1) what was acked reaches every member who should have it, and is never passed over;
+//! - (1) what was acked reaches every member who should have it, is never passed over, and is not gone before its time;
 //! - (2) nothing arrives that was not sent by then, by that sender, to that conversation, with that payload, by a
 //!   member; what was refused or expired never appears;
 //! - (3) per sender and conversation, positions are in the order of sending;
@@ -12,17 +12,18 @@
 //! - (8) read cursors don't go back, and after the calm don't pass the last position that anybody saw;
 //! - (9) nobody gets what is outside of their membership;
 //! - (11) after the calm, every outbox is empty, every member has everything, everybody is connected;
-//! - (12) a session that was ended neither gets nor sends.
+//! - (12) a session that was ended neither gets nor sends, and what is queued without one reaches nobody.
 //!
 //! A history is judged in two passes and in time proportional to its events plus the deliveries that were due. Which
 //! figures it reports and which it holds against the run come from the same pass, so they can't contradict.
 //!
-//! Not here: what only the inside can show (disk, memory), and time.
+//! Not here: what only the inside can show (disk, memory), and how long things take.
 
 mod judge;
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
 use crate::history::{Client, Conversation, History, Tag};
 
@@ -39,12 +40,15 @@ pub struct Rules {
     pub dense: bool,
     /// Retention was at work: a gap that was told excuses what it covers.
     pub gaps_excused: bool,
+    /// How long messages are kept at least: no gap may cover what was queued later than this before it was told. `None`: gaps may
+    /// cover anything. Times of the history count here.
+    pub kept_for: Option<Duration>,
 }
 
 impl Default for Rules {
     /// Converged, no echoes wanted, not dense, no gap excused.
     fn default() -> Self {
-        Self { converged: true, echoes: false, dense: false, gaps_excused: false }
+        Self { converged: true, echoes: false, dense: false, gaps_excused: false, kept_for: None }
     }
 }
 
@@ -89,6 +93,15 @@ pub enum Breach {
         conversation: Conversation,
         /// The first position.
         from: u64,
+    },
+    /// (1) A message counted as gone before its time.
+    GoneTooSoon {
+        /// Who was told.
+        reader: Client,
+        /// Where.
+        conversation: Conversation,
+        /// Its position.
+        seq: u64,
     },
     /// (6) A message or a position came twice to one application.
     Doubled {
@@ -267,7 +280,7 @@ impl Breach {
     #[must_use]
     pub const fn promise(&self) -> Option<u8> {
         match self {
-            Self::Lost { .. } | Self::ResolvedTwice { .. } => Some(1),
+            Self::Lost { .. } | Self::GoneTooSoon { .. } | Self::ResolvedTwice { .. } => Some(1),
             Self::NotSent { .. }
             | Self::Altered { .. }
             | Self::WrongSender { .. }
@@ -299,6 +312,7 @@ impl Breach {
             Self::Skipped { .. } => "skipped",
             Self::Unexplained { .. } => "unexplained",
             Self::GapTold { .. } => "gap-told",
+            Self::GoneTooSoon { .. } => "gone-too-soon",
             Self::Doubled { .. } => "doubled",
             Self::OutOfOrder { .. } => "out-of-order",
             Self::SendOrder { .. } => "send-order",
@@ -471,6 +485,9 @@ impl fmt::Display for Breach {
             }
             Self::GapTold { reader, conversation, from } => {
                 write!(f, "{reader} was told of a gap in {conversation} from seq {from} on")
+            }
+            Self::GoneTooSoon { reader, conversation, seq } => {
+                write!(f, "{reader} was told that {conversation}, seq {seq}, is gone, before its time")
             }
             Self::Doubled { reader, conversation, seq } => {
                 write!(f, "{reader} got {conversation}, seq {seq}, a second time")

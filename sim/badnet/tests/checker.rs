@@ -2,9 +2,11 @@
 #![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "helpers of tests")]
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use fulmar_badnet::Rng;
 use fulmar_badnet::Share;
+use fulmar_badnet::SimTime;
 use fulmar_badnet::checker::{Report, Rules, check};
 use fulmar_badnet::history::{Client, Conversation, Digest, Event, History, Tag};
 use proptest::prelude::{ProptestConfig, prop_assert, proptest};
@@ -216,6 +218,11 @@ const BROKEN: &[(&str, &str, Break)] = &[
     ("a kicked client comes back by itself", "after-kick", |h| {
         h.extend([Event::Kicked { client: BOB }, Event::Connected { client: BOB }]);
     }),
+    ("what a kicked client queues reaches others", "after-kick", |h| {
+        let late = tag(BOB, 2);
+        h.extend([Event::Kicked { client: BOB }, queued(late), delivered(ALICE, late, 5), delivered(CAROL, late, 5)]);
+        h.extend([Event::LoggedIn { client: BOB }, acked(late, 5)]);
+    }),
     ("a message without an outcome", "unresolved", |h| h.push(queued(tag(BOB, 2)))),
     ("delivered and never acked", "unresolved", |h| h.retain(|e| *e != acked(tag(ALICE, 3), 4))),
     ("a client stays away", "not-connected", |h| h.push(Event::Disconnected { client: BOB })),
@@ -311,6 +318,12 @@ fn rules_change_what_is_expected() {
     endless.push(Event::GapTold { client: BOB, conversation: ROOM, from: 5, to: u64::MAX - 1 });
     endless.push(Event::Notice { client: BOB, conversation: ROOM, seq: u64::MAX });
     assert!(judged(&endless, Rules { gaps_excused: true, dense: true, ..Rules::default() }).holds());
+    // What was queued without a session leaves with the next one.
+    let mut back = good();
+    let late = tag(BOB, 2);
+    back.extend([Event::Kicked { client: BOB }, queued(late), Event::LoggedIn { client: BOB }]);
+    back.extend([delivered(ALICE, late, 5), acked(late, 5), delivered(CAROL, late, 5)]);
+    assert!(judged(&back, Rules::default()).holds(), "{:?}", judged(&back, Rules::default()));
     // Nothing more is expected of who is gone.
     let mut gone = good();
     gone.retain(|e| *e != delivered(CAROL, tag(ALICE, 3), 4));
@@ -322,7 +335,7 @@ fn rules_change_what_is_expected() {
 fn a_history_with_holes_is_no_evidence() {
     let mut history = History::bounded(10);
     for event in good() {
-        history.record(fulmar_badnet::SimTime::START, event);
+        history.record(SimTime::START, event);
     }
     let open = Rules { converged: false, ..Rules::default() };
     assert!(check(&history, &open).by_kind.contains_key("incomplete"));
@@ -787,7 +800,7 @@ fn every_mutation_is_met() {
 #[test]
 fn a_million_events_are_judged() {
     let mut history = History::new();
-    let mut record = |event| history.record(fulmar_badnet::SimTime::START, event);
+    let mut record = |event| history.record(SimTime::START, event);
     for client in [ALICE, BOB, CAROL] {
         record(joined(client, ROOM));
     }
@@ -826,6 +839,26 @@ fn wild_event(rng: &mut Rng) -> Event {
     }
 }
 
+#[test]
+fn what_is_kept_is_not_gone_before_its_time() {
+    let kept = Rules { gaps_excused: true, kept_for: Some(Duration::from_secs(10)), ..Rules::default() };
+    let told = |after_ms: u64, to: u64| {
+        let mut history = History::new();
+        for event in good() {
+            if event != delivered(CAROL, tag(ALICE, 1), 1) {
+                history.record(SimTime::START, event);
+            }
+        }
+        let gap = Event::GapTold { client: CAROL, conversation: ROOM, from: 1, to };
+        history.record(SimTime::from_millis(after_ms), gap);
+        check(&history, &kept)
+    };
+    assert!(told(10_000, 1).holds());
+    assert_eq!(told(9_999, 1).by_kind, BTreeMap::from([("gone-too-soon", 1)]));
+    assert!(!told(0, u64::MAX).holds());
+    assert!(told(0, 0).by_kind.contains_key("lost"), "a gap of nothing excuses nothing");
+}
+
 proptest! {
     #[test]
     fn nonsense_is_judged_without_a_panic(seed: u64, len in 0usize..300) {
@@ -836,6 +869,7 @@ proptest! {
             echoes: rng.chance(Share::percent(50)),
             dense: rng.chance(Share::percent(50)),
             gaps_excused: rng.chance(Share::percent(50)),
+            kept_for: rng.chance(Share::percent(50)).then_some(Duration::from_secs(1)),
         };
         let report = judged(&events, rules);
         prop_assert!(report.holds() == (report.violations_total() == 0));

@@ -377,6 +377,7 @@ impl Draft<'_> {
             target: chance.percent(10).then(|| small(chance.below(head.seq.get() + 1))),
             ttl: chance.percent(5).then_some(60),
             more: chance.percent(3),
+            continues: chance.percent(3),
             silent: chance.percent(3),
             payload: Bytes::from(chance.bytes(usize::try_from(length).unwrap_or(0))),
         };

@@ -65,6 +65,7 @@ pub(crate) fn message(n: u64, payload: impl Into<Bytes>) -> Record {
         target: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         payload: payload.into(),
     }

@@ -191,6 +191,8 @@ pub(crate) struct RecordLine {
     #[serde(default, skip_serializing_if = "is_false")]
     more: bool,
     #[serde(default, skip_serializing_if = "is_false")]
+    continues: bool,
+    #[serde(default, skip_serializing_if = "is_false")]
     silent: bool,
     #[serde(with = "base64_bytes")]
     payload: Bytes,
@@ -306,6 +308,7 @@ impl From<(ConversationId, Record)> for RecordLine {
             target,
             ttl,
             more,
+            continues,
             silent,
             payload,
         } = record;
@@ -323,6 +326,7 @@ impl From<(ConversationId, Record)> for RecordLine {
             target,
             ttl,
             more,
+            continues,
             silent,
             payload,
         }
@@ -344,11 +348,27 @@ impl From<RecordLine> for Record {
             target,
             ttl,
             more,
+            continues,
             silent,
             payload,
         } = line;
         let kind = kind.into();
-        Self { seq, kind, sender, device, epoch, pseq, time, count, target, ttl, more, silent, payload }
+        Self {
+            seq,
+            kind,
+            sender,
+            device,
+            epoch,
+            pseq,
+            time,
+            count,
+            target,
+            ttl,
+            more,
+            continues,
+            silent,
+            payload,
+        }
     }
 }
 
@@ -434,6 +454,7 @@ mod tests {
             target: Some(seq(5)),
             ttl: None,
             more: false,
+            continues: false,
             silent: true,
             payload: Bytes::from_static(b"hi\n"),
         };

@@ -554,6 +554,7 @@ mod tests {
             target: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             payload: Bytes::from_static(b"hello"),
         };

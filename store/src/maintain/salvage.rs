@@ -942,6 +942,7 @@ fn notice(seq: Seq, head: &Head) -> Record {
         target: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: true,
         payload: Bytes::new(),
     }

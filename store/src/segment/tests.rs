@@ -53,6 +53,7 @@ fn sample(conversation: u64, seq: u64, time: u64, payload: impl Into<Bytes>) -> 
         target: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         payload: payload.into(),
     };

@@ -50,6 +50,7 @@ const WORLD_CRATES: &[&str] = &[
 /// Packages that only run or test the others.
 const OUTER_CRATES: &[&str] = &[
     "fulmar-benches",
+    "fulmar-load",
     "fulmar-netlab",
     "fulmar-fuzz",
     "fulmar-faultdisk",

@@ -60,6 +60,11 @@ impl Shard {
                     self.fault.send_replace(None);
                 }
                 self.directory.batch_committed();
+                for op in &batch.ops {
+                    if let Op::Recv { user, device, conversation, seq } = op {
+                        self.cursors.committed(*user, *device, *conversation, *seq);
+                    }
+                }
                 for effect in batch.effects {
                     self.carry_out(effect);
                 }
@@ -120,8 +125,9 @@ impl Shard {
         for op in batch.ops.into_iter().chain(since.ops) {
             match op {
                 // Cursors only move forward: they wait for another commit.
-                Op::Recv { user, device, conversation, seq } => {
-                    self.wait_received(user, device, conversation, seq);
+                Op::Recv { user, device, conversation, .. } => {
+                    self.cursors.void(user, device, conversation);
+                    self.cursors_since.get_or_insert_with(now);
                 }
                 Op::Read { conversation, user, seq } => self.wait_read(conversation, user, seq),
                 // The row stays, and is repaired when the log can be written again.

@@ -198,6 +198,7 @@ mod tests {
             reference: None,
             ttl: None,
             more: false,
+            continues: false,
             silent: false,
             cancel: false,
             payload: vec![7; bytes].into(),

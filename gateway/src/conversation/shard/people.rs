@@ -20,7 +20,7 @@ use crate::{
         state::{self, MembersChange, State},
     },
     fanout::ring::Ring,
-    ground::unix_now,
+    ground::{now as monotonic, unix_now},
 };
 
 impl Shard {
@@ -49,37 +49,34 @@ impl Shard {
                 (device, row, true)
             }
         };
-        if fresh {
+        let again = self.recent_epochs.given((user, request.uid), request.epoch, monotonic());
+        let renewed = fresh && again != Some(row.epoch);
+        if renewed {
             self.writable()?;
             row.epoch = row.epoch.saturating_add(1);
+            self.recent_epochs.give((user, request.uid), request.epoch, row.epoch, monotonic());
         }
         // A device that comes back writes nothing, but for an hourly note of when it was seen, which can wait.
         let note = row.class != request.class || now.get().saturating_sub(row.seen.get()) > 3_600_000;
-        if fresh || (note && !self.storage.is_failing()) {
+        if renewed || (note && !self.storage.is_failing()) {
             row.seen = now;
             row.class = request.class;
             self.directory.put_device(user, device, row);
             self.batch.push(Op::Device { user, device, row });
         }
-        let mut cursors = HashMap::new();
-        if !fresh {
-            let mut after = None;
-            loop {
-                let page = self.reader.recv_cursors(user, device, after, 4_096);
-                let page = self.read(page)?;
-                let Some((last, _)) = page.last() else { break };
-                after = Some(*last);
-                cursors.extend(page);
+        let clock = self.clock();
+        self.roster.expect(user, device, clock);
+        let mut digest = None;
+        if fresh {
+            self.roster.start_over(user, device);
+        } else if let (Some(mut known), _) = self.roster.digest(user, device) {
+            let changed: HashMap<ConversationId, Seq> = request.changed.iter().copied().collect();
+            for (conversation, seq) in changed {
+                known.moved(conversation, self.known_cursor(user, device, conversation)?, seq);
             }
-            for ((_, _, conversation), seq) in
-                self.cursors.iter().filter(|((of, on, _), _)| *of == user && *on == device)
-            {
-                let known: &mut Seq = cursors.entry(*conversation).or_default();
-                *known = (*known).max(*seq);
-            }
+            digest = Some(known);
         }
-        let cursors = cursors.into_iter().collect();
-        Ok(LoggedIn { user, device, epoch: row.epoch, class_epoch, fresh, cursors })
+        Ok(LoggedIn { user, device, epoch: row.epoch, class_epoch, fresh, digest })
     }
 
     pub(super) fn user(&mut self, app: AppId, name: &str, create: bool) -> Result<UserId, Refusal> {
@@ -149,7 +146,7 @@ impl Shard {
         let creation = State::create(id, meta, owner, members, now);
         self.tick += 1;
         let ring = Arc::new(Ring::new(self.limits.ring));
-        self.roster.load(id, []);
+        self.roster.load(id, [].into_iter());
         self.loaded.insert(id, Loaded { state: creation.state, ring, used: self.tick });
         Ok((id, self.put_change(id, creation.change)))
     }

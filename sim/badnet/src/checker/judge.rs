@@ -5,9 +5,11 @@
 //!   come. Maps that are walked are ordered, so equal histories give equal reports.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Duration;
 
 use super::{Breach, KEPT_PER_KIND, Report, Rules, Violation};
 use crate::history::{Client, Conversation, Digest, Event, History, Tag};
+use crate::time::SimTime;
 
 /// Index of an event in the history.
 type At = usize;
@@ -15,6 +17,7 @@ type At = usize;
 pub(super) fn judge(history: &History, rules: &Rules) -> Report {
     let mut judge = Judge { rules: *rules, ..Judge::default() };
     for (at, record) in history.records().iter().enumerate() {
+        judge.now = record.at;
         judge.take(at, record.event);
     }
     if history.missed() > 0 {
@@ -27,6 +30,8 @@ pub(super) fn judge(history: &History, rules: &Rules) -> Report {
 #[derive(Default)]
 struct Judge {
     rules: Rules,
+    /// When the event happened that is being taken in.
+    now: SimTime,
     report: Report,
     messages: Vec<Message>,
     by_tag: HashMap<Tag, usize>,
@@ -45,6 +50,7 @@ struct Message {
     conversation: Conversation,
     digest: Digest,
     queued: At,
+    queued_at: SimTime,
     /// The highest position acked in the conversation when the message was queued.
     floor: Option<(u64, At)>,
     seq: Option<(u64, At)>,
@@ -85,7 +91,8 @@ struct Reader {
     had: Vec<(u64, At)>,
     /// What came late.
     late: BTreeMap<u64, At>,
-    told: Vec<(u64, u64)>,
+    /// Gaps that were told: first, last, and when.
+    told: Vec<(u64, u64, At, SimTime)>,
 }
 
 impl Reader {
@@ -102,7 +109,7 @@ impl Reader {
 
     /// The end of the gap that was told around the position.
     fn told_upto(&self, seq: u64) -> Option<u64> {
-        self.told.iter().filter(|(from, to)| (*from..=*to).contains(&seq)).map(|(_, to)| *to).max()
+        self.told.iter().filter(|(from, to, ..)| (*from..=*to).contains(&seq)).map(|(_, to, ..)| *to).max()
     }
 }
 
@@ -141,7 +148,8 @@ impl Judge {
                 if !self.rules.gaps_excused {
                     self.hold(Breach::GapTold { reader: client, conversation, from }, Some(at), None);
                 }
-                self.readers.entry((conversation, client)).or_default().told.push((from, to));
+                let told = (from, to, at, self.now);
+                self.readers.entry((conversation, client)).or_default().told.push(told);
             }
             Event::Read { client, of, conversation, upto } => self.read(at, client, of, conversation, upto),
             Event::Connected { client } => {
@@ -203,6 +211,7 @@ impl Judge {
             conversation,
             digest,
             queued: at,
+            queued_at: self.now,
             floor,
             seq: None,
             outcome: None,
@@ -265,7 +274,7 @@ impl Judge {
             self.hold(Breach::WrongConversation { tag, conversation }, Some(at), Some(queued));
             return None;
         }
-        let (floor, outcome) = (message.floor, message.outcome);
+        let (floor, outcome, queued) = (message.floor, message.outcome, message.queued);
         match message.seq {
             None => message.seq = Some((seq, at)),
             Some((own, seen)) if own != seq => {
@@ -282,6 +291,12 @@ impl Judge {
         }
         if let Some((Outcome::Never, refused)) = outcome {
             self.hold(Breach::RefusedAppeared { tag }, Some(at), Some(refused));
+        }
+        // What was queued before may have left while the session lasted.
+        if let Some(kicked) = self.kicked.get(&tag.client).copied()
+            && kicked < queued
+        {
+            self.hold(Breach::AfterKick { client: tag.client }, Some(at), Some(kicked));
         }
         None
     }
@@ -488,6 +503,9 @@ impl Judge {
                 self.hold(Breach::NotMember { reader: client, conversation, seq: *seq }, Some(*at), None);
             }
         }
+        if let Some(kept_for) = self.rules.kept_for {
+            self.gone_too_soon(conversation, client, reader, place, kept_for);
+        }
         let waits = self.rules.converged && !self.is_excused(client);
         let mut had = reader.had.iter().peekable();
         for (seq, (tag, seen)) in &place.slots {
@@ -521,6 +539,30 @@ impl Judge {
                 Breach::Skipped { reader: client, tag, conversation, seq }
             };
             self.hold(breach, passed_by, Some(*seen));
+        }
+    }
+}
+
+impl Judge {
+    /// Holds it against the run when a gap covers what was queued less than `kept_for` before it was told.
+    fn gone_too_soon(
+        &mut self,
+        conversation: Conversation,
+        client: Client,
+        reader: &Reader,
+        place: &Place,
+        kept_for: Duration,
+    ) {
+        for (from, to, at, told_at) in reader.told.iter().copied().filter(|(from, to, ..)| from <= to) {
+            let young = place.slots.range(from..=to).find_map(|(seq, (tag, _))| {
+                let message = self.messages.get(*self.by_tag.get(tag)?)?;
+                let young = told_at.since(message.queued_at) < kept_for && reader.covers(*seq);
+                young.then_some((*seq, message.queued))
+            });
+            if let Some((seq, queued)) = young {
+                let breach = Breach::GoneTooSoon { reader: client, conversation, seq };
+                self.hold(breach, Some(at), Some(queued));
+            }
         }
     }
 }

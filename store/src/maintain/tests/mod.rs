@@ -64,6 +64,7 @@ pub(super) fn record(conversation: ConversationId, n: u64) -> Record {
         target: None,
         ttl: None,
         more: false,
+        continues: false,
         silent: false,
         payload: Bytes::from(vec![u8::try_from(n % 251).unwrap(); length]),
     }

@@ -1,0 +1,557 @@
+//! The phones: one thread and runtime for each part of them, one task for each phone.
+//!
+//! - Threads share nothing but [`Lasts`] and what [`Phase`] says; each counts for itself.
+//! - A thread's conductor hands over what is due to the phones' outboxes; a phone sends it as soon as its window has room. Either
+//!   delay is counted, from when the message was due.
+//! - A slow reader's task does not look at its connection until it may read on, so its streams fill as a stuck phone's do.
+//!
+//! Not here: when messages are due (`schedule`), what the figures mean (`verdict`).
+
+use std::{
+    cell::RefCell,
+    collections::{HashMap, VecDeque},
+    net::SocketAddr,
+    path::PathBuf,
+    rc::Rc,
+    sync::{Arc, atomic::AtomicU64, atomic::Ordering, mpsc},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use fulmar_benches::{
+    bare,
+    meter::thread_cpu,
+    phone::{Phone, Seen, Tokens},
+};
+use fulmar_protocol::id::{ConversationId, Pseq, Seq};
+use tokio::{
+    sync::{Notify, Semaphore, watch},
+    task::LocalSet,
+};
+
+use crate::{
+    plan::{Bodies, Lengths, Shape, Stamp, Talk, absent_user, user},
+    schedule::{Arrivals, Schedule},
+    tally::{Lasts, Tally},
+};
+
+/// Handshakes of one thread at the same time; those that wait for their turn are counted from when they were due.
+const HANDSHAKES: usize = 256;
+
+/// Messages that may wait for one phone's window. What comes beyond is not sent, and counted as due.
+const OUTBOX_MAX: usize = 4_096;
+
+/// How often a thread looks whether it is late.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// What every phone is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Connect.
+    Connect,
+    /// Make the conversations.
+    SetUp,
+    /// Talk, from these times after the beginning on: when the first message is due, when measuring begins, when the last is
+    /// due.
+    Talk(Duration, Duration, Duration),
+    /// It is over.
+    End,
+}
+
+/// What the phones are like.
+#[derive(Debug)]
+pub(crate) struct Orders {
+    /// When everything began; all times count from here.
+    pub(crate) begin: Instant,
+    /// The run's own number, so that nobody else's messages count.
+    pub(crate) run: u64,
+    /// Where the gateway listens.
+    pub(crate) gateway: SocketAddr,
+    /// Its data folder: its certificate and its development key.
+    pub(crate) data: PathBuf,
+    /// Who talks with whom.
+    pub(crate) shape: Shape,
+    /// The conversations.
+    pub(crate) talks: Vec<Talk>,
+    /// Messages a second, of all.
+    pub(crate) rate: f64,
+    /// How they are spread.
+    pub(crate) arrivals: Arrivals,
+    /// How long they are.
+    pub(crate) lengths: Lengths,
+    /// Threads.
+    pub(crate) threads: u32,
+    /// Sockets of each thread.
+    pub(crate) sockets: u32,
+    /// Connects a second, of all.
+    pub(crate) connect_rate: f64,
+    /// Bytes a second a slow reader takes; 0: none ever.
+    pub(crate) slow_bytes: u32,
+    /// When phones come back all at once, after the beginning of measuring, and how many of a hundred.
+    pub(crate) storm: Option<(Duration, u32)>,
+    /// The same seed, the same work.
+    pub(crate) seed: u64,
+}
+
+/// What threads share.
+#[derive(Debug, Default)]
+pub(crate) struct Common {
+    /// The next message's number.
+    pub(crate) number: AtomicU64,
+    /// Deliveries that must come of what was sent.
+    pub(crate) expected: AtomicU64,
+    /// The last recipients.
+    pub(crate) lasts: Lasts,
+}
+
+/// What a thread tells.
+#[derive(Debug)]
+pub(crate) enum News {
+    /// A phone is connected, or can't be.
+    Connected(bool),
+    /// A conversation is there.
+    Made(usize, ConversationId),
+    /// It can't go on.
+    Failed(anyhow::Error),
+}
+
+/// A thread of phones.
+#[derive(Debug)]
+pub(crate) struct Thread {
+    /// What it counts.
+    pub(crate) tally: Arc<Tally>,
+    handle: std::thread::JoinHandle<()>,
+    busy: Arc<AtomicU64>,
+}
+
+impl Thread {
+    /// CPU it has used, up to some milliseconds ago.
+    pub(crate) fn cpu(&self) -> Duration {
+        Duration::from_nanos(self.busy.load(Ordering::Relaxed))
+    }
+
+    /// Waits for its end.
+    pub(crate) fn join(self) {
+        // A thread that panicked has said so.
+        let _ = self.handle.join();
+    }
+}
+
+/// Conversations by their place in the plan, once they are made.
+pub(crate) type Conversations = Arc<std::sync::OnceLock<Vec<ConversationId>>>;
+
+/// Starts one of the threads.
+///
+/// # Errors
+/// The system has none to spare.
+pub(crate) fn start(
+    ordinal: u32,
+    orders: &Arc<Orders>,
+    common: &Arc<Common>,
+    conversations: &Conversations,
+    phase: &watch::Receiver<Phase>,
+    news: &mpsc::Sender<News>,
+) -> anyhow::Result<Thread> {
+    let tally = Arc::new(Tally::default());
+    let busy = Arc::new(AtomicU64::new(0));
+    let part = Part {
+        ordinal,
+        orders: Arc::clone(orders),
+        common: Arc::clone(common),
+        conversations: Arc::clone(conversations),
+        tally: Arc::clone(&tally),
+        phase: phase.clone(),
+        news: news.clone(),
+    };
+    let (news, cpu) = (news.clone(), Arc::clone(&busy));
+    let handle = std::thread::Builder::new().name(format!("phones-{ordinal}")).spawn(move || {
+        let run = || -> anyhow::Result<()> {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            LocalSet::new().block_on(&runtime, Rc::new(part).play(cpu))
+        };
+        if let Err(error) = run() {
+            // Nobody listens any more: it is over.
+            let _ = news.send(News::Failed(error));
+        }
+    })?;
+    Ok(Thread { tally, handle, busy })
+}
+
+/// A message that is due.
+struct Due {
+    talk: usize,
+    at: Duration,
+    number: u64,
+    /// There was no room for it once.
+    waited: bool,
+}
+
+/// A phone as its thread sees it.
+#[derive(Default)]
+struct Seat {
+    outbox: RefCell<VecDeque<Due>>,
+    orders: RefCell<VecDeque<Order>>,
+    wake: Notify,
+}
+
+enum Order {
+    Make(usize),
+    Reconnect(Duration),
+}
+
+struct Part {
+    ordinal: u32,
+    orders: Arc<Orders>,
+    common: Arc<Common>,
+    conversations: Conversations,
+    tally: Arc<Tally>,
+    phase: watch::Receiver<Phase>,
+    news: mpsc::Sender<News>,
+}
+
+impl Part {
+    fn now(&self) -> Duration {
+        self.orders.begin.elapsed()
+    }
+
+    fn tell(&self, news: News) {
+        // Nobody listens any more: it is over.
+        let _ = self.news.send(news);
+    }
+
+    async fn until(&self, at: Duration) {
+        tokio::time::sleep_until((self.orders.begin + at).into()).await;
+    }
+
+    /// Waits until the phase is one of these.
+    async fn reach<T>(&self, found: impl Fn(Phase) -> Option<T>) -> Option<T> {
+        let mut phase = self.phase.clone();
+        loop {
+            let now = *phase.borrow_and_update();
+            if let Some(found) = found(now) {
+                return Some(found);
+            }
+            phase.changed().await.ok()?;
+        }
+    }
+
+    /// Whether the figures of a message that is due then count.
+    fn counts(&self, due: Duration) -> bool {
+        matches!(*self.phase.borrow(), Phase::Talk(_, from, until) if due >= from && due < until)
+    }
+
+    async fn play(self: Rc<Self>, cpu: Arc<AtomicU64>) -> anyhow::Result<()> {
+        let sockets = (0..self.orders.sockets).map(|_| bare::client_endpoint(&self.orders.data));
+        let sockets: Rc<[quinn::Endpoint]> = sockets.collect::<Result<Vec<_>, _>>()?.into();
+        let tokens = Rc::new(Tokens::of(&self.orders.data)?);
+        let turns = Rc::new(Semaphore::new(HANDSHAKES));
+        let mut seats = HashMap::new();
+        let mine = (0..self.orders.shape.phones).filter(|phone| phone % self.orders.threads == self.ordinal);
+        let begin = self.now();
+        for (phone, socket) in mine.zip(sockets.iter().cycle()) {
+            let due = begin + Duration::try_from_secs_f64(f64::from(phone) / self.orders.connect_rate)?;
+            let seat = Rc::new(Seat::default());
+            seats.insert(phone, Rc::clone(&seat));
+            let user = User {
+                part: Rc::clone(&self),
+                seat,
+                phone,
+                socket: socket.clone(),
+                tokens: Rc::clone(&tokens),
+                turns: Rc::clone(&turns),
+                sent: RefCell::default(),
+                seen: RefCell::default(),
+            };
+            tokio::task::spawn_local(async move { user.live(due).await });
+        }
+        let seats = Rc::new(seats);
+        tokio::task::spawn_local(Rc::clone(&self).look_at_the_clock(cpu));
+        self.reach(|phase| (phase != Phase::Connect).then_some(())).await;
+        for (number, talk) in self.orders.talks.iter().enumerate() {
+            if let Some(seat) = talk.members.first().and_then(|phone| seats.get(phone)) {
+                seat.orders.borrow_mut().push_back(Order::Make(number));
+                seat.wake.notify_one();
+            }
+        }
+        let talk = |phase| match phase {
+            Phase::Talk(first, from, until) => Some(Some((first, from, until))),
+            Phase::End => Some(None),
+            Phase::Connect | Phase::SetUp => None,
+        };
+        if let Some(Some((first, from, until))) = self.reach(talk).await {
+            let storm = Rc::clone(&self).storm(Rc::clone(&seats), from);
+            tokio::task::spawn_local(storm);
+            self.conduct(&seats, first, until).await;
+            self.reach(|phase| (phase == Phase::End).then_some(())).await;
+        }
+        Ok(())
+    }
+
+    /// How late timers are here, and how much this thread works.
+    async fn look_at_the_clock(self: Rc<Self>, cpu: Arc<AtomicU64>) {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            cpu.store(u64::try_from(thread_cpu().as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
+    }
+
+    /// Some phones lose their connections and come back, all at once.
+    async fn storm(self: Rc<Self>, seats: Rc<HashMap<u32, Rc<Seat>>>, from: Duration) {
+        let Some((after, percent)) = self.orders.storm else { return };
+        self.until(from + after).await;
+        for (phone, seat) in seats.iter() {
+            // As for slow readers, by another factor: the two are not the same phones.
+            if phone.wrapping_mul(41) % 100 < percent && !self.orders.shape.is_slow(*phone) {
+                seat.orders.borrow_mut().push_back(Order::Reconnect(from + after));
+                seat.wake.notify_one();
+            }
+        }
+    }
+
+    /// Hands over what is due.
+    async fn conduct(&self, seats: &HashMap<u32, Rc<Seat>>, first: Duration, until: Duration) {
+        // Who sends here: (phone, conversation).
+        let mut senders = Vec::new();
+        let mut all = 0usize;
+        for (number, talk) in self.orders.talks.iter().enumerate() {
+            all += talk.senders.len();
+            senders.extend(
+                talk.senders.iter().filter(|phone| seats.contains_key(phone)).map(|phone| (*phone, number)),
+            );
+        }
+        let share = senders.len() as f64 / all.max(1) as f64;
+        let seed = self.orders.seed.wrapping_mul(31).wrapping_add(u64::from(self.ordinal));
+        let Some(mut schedule) = Schedule::new(self.orders.arrivals, self.orders.rate * share, first, seed)
+        else {
+            return;
+        };
+        while schedule.peek() < until {
+            self.until(schedule.peek()).await;
+            let now = self.now();
+            while schedule.peek() < until.min(now) {
+                let due = schedule.take();
+                let Some((phone, talk)) = senders.get(schedule.turn(senders.len())) else { continue };
+                let Some(seat) = seats.get(phone) else { continue };
+                let counts = self.counts(due);
+                self.tally.note(|tally, _| tally.due += u64::from(counts));
+                let mut outbox = seat.outbox.borrow_mut();
+                if outbox.len() < OUTBOX_MAX {
+                    let number = self.common.number.fetch_add(1, Ordering::Relaxed);
+                    outbox.push_back(Due { talk: *talk, at: due, number, waited: false });
+                    seat.wake.notify_one();
+                }
+            }
+        }
+    }
+}
+
+/// One phone's life.
+struct User {
+    part: Rc<Part>,
+    seat: Rc<Seat>,
+    phone: u32,
+    socket: quinn::Endpoint,
+    tokens: Rc<Tokens>,
+    turns: Rc<Semaphore>,
+    /// What is not acked: when it was due.
+    sent: RefCell<HashMap<(ConversationId, Pseq), Duration>>,
+    /// The last record of each conversation.
+    seen: RefCell<HashMap<ConversationId, Seq>>,
+}
+
+impl User {
+    async fn live(self, due: Duration) {
+        let part = &self.part;
+        part.until(due).await;
+        let connected = self.connect(due).await;
+        if let Err(error) = &connected {
+            self.refused(&format!("{error:#}"));
+        }
+        part.tell(News::Connected(connected.is_ok()));
+        let Ok(mut phone) = connected else { return };
+        let mut bodies = Bodies::new(part.orders.lengths.clone(), part.orders.seed ^ u64::from(self.phone));
+        loop {
+            match self.attend(&mut phone, &mut bodies).await {
+                Ok(due) => match self.again(phone, due).await {
+                    Ok(next) => phone = next,
+                    Err(error) => return self.refused(&format!("{error:#}")),
+                },
+                Err(error) => return self.refused(&format!("phone {}: {error:#}", self.phone)),
+            }
+        }
+    }
+
+    fn refused(&self, why: &str) {
+        self.part.tally.note(|counts, _| {
+            counts.refused += 1;
+            counts.refusal.get_or_insert_with(|| why.to_owned());
+        });
+    }
+
+    async fn connect(&self, due: Duration) -> anyhow::Result<Phone> {
+        let _turn = self.turns.acquire().await?;
+        let token = self.tokens.mint(&user(self.phone))?;
+        let uid = (u128::from(self.part.orders.run) << 64) | (u128::from(self.phone) + 1);
+        let phone = Phone::connect(&self.socket, self.part.orders.gateway, token, uid).await?;
+        let took = self.part.now().saturating_sub(due);
+        self.part.tally.note(|counts, _| counts.connect.add(took));
+        Ok(phone)
+    }
+
+    async fn again(&self, phone: Phone, due: Duration) -> anyhow::Result<Phone> {
+        let _turn = self.turns.acquire().await?;
+        let phone = phone.reconnect(&self.socket, self.part.orders.gateway).await?;
+        let took = self.part.now().saturating_sub(due);
+        self.part.tally.note(|counts, _| counts.connect.add(took));
+        Ok(phone)
+    }
+
+    /// Sends and receives; returns when the phone is to connect again, and since when it is.
+    async fn attend(&self, phone: &mut Phone, bodies: &mut Bodies) -> anyhow::Result<Duration> {
+        let is_slow = self.part.orders.shape.is_slow(self.phone);
+        loop {
+            let order = self.seat.orders.borrow_mut().pop_front();
+            match order {
+                Some(Order::Make(talk)) => self.make(phone, talk).await?,
+                Some(Order::Reconnect(due)) => return Ok(due),
+                None => {}
+            }
+            self.post(phone, bodies)?;
+            let seen = tokio::select! {
+                biased;
+                () = self.seat.wake.notified() => continue,
+                seen = phone.next() => seen?,
+            };
+            let bytes = self.take(seen);
+            let talking = matches!(*self.part.phase.borrow(), Phase::Talk(..));
+            if is_slow
+                && talking
+                && let Some(bytes) = bytes
+            {
+                self.stall(bytes).await;
+            }
+        }
+    }
+
+    /// A slow reader has read so much.
+    async fn stall(&self, bytes: usize) {
+        let rate = self.part.orders.slow_bytes;
+        if rate == 0 {
+            self.part.reach(|phase| (phase == Phase::End).then_some(())).await;
+        } else {
+            tokio::time::sleep(Duration::from_secs_f64(bytes as f64 / f64::from(rate))).await;
+        }
+    }
+
+    /// Sends what is due, as far as there is room.
+    fn post(&self, phone: &mut Phone, bodies: &mut Bodies) -> anyhow::Result<()> {
+        let part = &self.part;
+        let Some(conversations) = part.conversations.get() else { return Ok(()) };
+        loop {
+            let next = self.seat.outbox.borrow_mut().pop_front();
+            let Some(Due { talk, at, number, waited }) = next else { return Ok(()) };
+            let Some((conversation, plan)) = conversations.get(talk).zip(part.orders.talks.get(talk)) else {
+                continue;
+            };
+            let due = u64::try_from(at.as_nanos()).unwrap_or(u64::MAX);
+            let stamp = Stamp { run: part.orders.run, number, due, sender: self.phone };
+            let recipients = plan.recipients(self.phone, &part.orders.shape);
+            let late = part.now().saturating_sub(at);
+            let counts = part.counts(at);
+            match phone.post(*conversation, bodies.message(stamp))? {
+                Some(pseq) => {
+                    self.sent.borrow_mut().insert((*conversation, pseq), at);
+                    if counts {
+                        part.common.expected.fetch_add(u64::from(recipients), Ordering::Relaxed);
+                        part.common.lasts.begin(number, recipients);
+                    }
+                    part.tally.note(|tally, _| {
+                        tally.sent += u64::from(counts);
+                        if counts {
+                            tally.late.add(late);
+                        }
+                    });
+                }
+                None => {
+                    part.tally.note(|tally, _| tally.waited += u64::from(counts && !waited));
+                    self.seat.outbox.borrow_mut().push_front(Due { talk, at, number, waited: true });
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Counts what was seen; how many bytes of a message.
+    fn take(&self, seen: Seen) -> Option<usize> {
+        let part = &self.part;
+        match seen {
+            Seen::Acked(conversation, pseq) => {
+                let due = self.sent.borrow_mut().remove(&(conversation, pseq))?;
+                let took = part.now().saturating_sub(due);
+                let counts = part.counts(due);
+                part.tally.note(|tally, recent| {
+                    recent.acked += 1;
+                    if counts {
+                        tally.acked += 1;
+                        tally.ack.add(took);
+                    }
+                });
+                None
+            }
+            Seen::Delivered(record) => {
+                let before = self.seen.borrow_mut().insert(record.conversation, record.seq);
+                let in_order = before.is_none_or(|before| record.seq > before);
+                let stamp = Stamp::of(&record.payload).filter(|stamp| stamp.run == part.orders.run)?;
+                if stamp.sender == self.phone {
+                    return Some(record.payload.len());
+                }
+                let due = Duration::from_nanos(stamp.due);
+                let took = part.now().saturating_sub(due);
+                let counts = part.counts(due);
+                let is_slow = part.orders.shape.is_slow(self.phone);
+                let was_last = counts && !is_slow && part.common.lasts.reached(stamp.number);
+                part.tally.note(|tally, recent| {
+                    tally.disordered += u64::from(!in_order);
+                    if is_slow {
+                        tally.delivered_slowly += 1;
+                        return;
+                    }
+                    recent.delivered += 1;
+                    recent.delivery.add(took);
+                    if counts {
+                        tally.delivered += 1;
+                        tally.delivery.add(took);
+                    }
+                    if was_last {
+                        tally.last.add(took);
+                    }
+                });
+                Some(record.payload.len())
+            }
+            Seen::Refused(refused) => {
+                self.sent.borrow_mut().remove(&(refused.conversation, refused.pseq));
+                self.refused(&format!("a send was refused: {:?}", refused.code));
+                None
+            }
+            Seen::Other(_) => None,
+        }
+    }
+
+    async fn make(&self, phone: &mut Phone, number: usize) -> anyhow::Result<()> {
+        let part = &self.part;
+        let talk = part.orders.talks.get(number).context("no such conversation in the plan")?;
+        let made = if part.orders.shape.groups == 0 {
+            let other = talk.members.get(1).context("a pair has two")?;
+            phone.open_direct(&user(*other)).await
+        } else {
+            let others = talk.members.iter().skip(1).map(|phone| user(*phone));
+            let names: Vec<String> = others.chain((0..talk.absent).map(absent_user)).collect();
+            phone.create_group(&format!("load {number}"), &names).await
+        };
+        match made {
+            Ok(conversation) => part.tell(News::Made(number, conversation)),
+            Err(error) => part.tell(News::Failed(error.context("a conversation can't be made"))),
+        }
+        Ok(())
+    }
+}

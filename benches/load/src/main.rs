@@ -1,0 +1,585 @@
+//! Phones by the thousand against a gateway: `cargo run --release -p fulmar-load -- --help`.
+//!
+//! - An open loop: messages are due at times decided before, and are measured from then (`schedule`).
+//! - The program looks at itself as hard as at the gateway, and says when it was the bottleneck (`verdict`).
+//! - Every delivery is checked: once, in order, none missing.
+//!
+//! The way of a figure: `plan` → `crowd` (threads of phones) → `tally` → `verdict` → `report`, `page`.
+
+mod crowd;
+mod page;
+mod plan;
+mod report;
+mod schedule;
+mod server;
+mod tally;
+mod verdict;
+
+use std::{
+    io::{IsTerminal as _, Write as _},
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use clap::Parser;
+use tokio::sync::watch;
+
+use crate::{
+    crowd::{Common, Conversations, News, Orders, Phase, Thread},
+    plan::{Lengths, Shape},
+    report::{Run, Second, spoken},
+    schedule::Arrivals,
+    server::{Reading, Server},
+    tally::{Counts, Recent},
+    verdict::Circumstances,
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  fulmar-load                                              1 000 phones in one group, 20 messages a second
+  fulmar-load --groups 0 --rate 10000                      500 pairs that write to each other
+  fulmar-load --groups 100 --group-size 100 --rate 400     many groups
+  fulmar-load --phones 5000 --group-size 5000 --absent 5000 --rate 40
+                                                           a large group, half of it away
+  fulmar-load --phones 20000 --rate 0                      idle phones: what does a connection cost?
+  fulmar-load --slow 30 --slow-bytes 1024                  a third reads 1 KiB a second
+  fulmar-load --storm 10 --storm-percent 100               everybody comes back at once after 10 s
+  fulmar-load --to 127.0.0.1:4433 --data ./data --pid 77   a gateway that runs already
+
+The gateway is started for the run, in a process of its own and with an empty folder, unless --to is given. Who measures phones
+by the thousand needs open files (ulimit -n) only for --sockets, and socket buffers (net.core.rmem_max) for bursts.";
+
+/// Many phones against a gateway: latencies, what a delivery costs, and whether to believe it.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "fulmar-load", version, after_help = EXAMPLES)]
+struct Flags {
+    /// Phones that are online
+    #[arg(long, value_name = "N", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    phones: u32,
+    /// Groups; 0: phones talk in pairs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(..=100_000))]
+    groups: u32,
+    /// Members of a group that are online [default: all phones]
+    #[arg(long, value_name = "N")]
+    group_size: Option<u32>,
+    /// Members of each group who are never online
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    absent: u32,
+    /// Senders in each group
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    senders: u32,
+    /// Messages a second, of all senders; 0: none
+    #[arg(long, value_name = "PER SECOND", default_value_t = 20.0)]
+    rate: f64,
+    /// How messages are spread over time
+    #[arg(long, value_enum, default_value_t = Arrivals::Poisson)]
+    arrivals: Arrivals,
+    /// Length of a message: a number of bytes, `chat` for what people write, or a file with a length on each line
+    #[arg(long, value_name = "BYTES|chat|FILE", default_value = "128")]
+    payload: String,
+    /// Seconds to measure
+    #[arg(long, value_name = "S", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    seconds: u64,
+    /// Seconds to talk before that
+    #[arg(long, value_name = "S", default_value_t = 3, value_parser = clap::value_parser!(u64).range(..=3_600))]
+    warm_up: u64,
+    /// Connects a second
+    #[arg(long, value_name = "PER SECOND", default_value_t = 1_000.0)]
+    connect_rate: f64,
+    /// Of a hundred phones, how many read slowly
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=99))]
+    slow: u32,
+    /// Bytes a second a slow reader takes; 0: none ever
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    slow_bytes: u32,
+    /// Seconds after which phones lose their connections and come back all at once
+    #[arg(long, value_name = "S")]
+    storm: Option<u64>,
+    /// Of a hundred phones, how many do
+    #[arg(long, value_name = "PERCENT", default_value_t = 100, requires = "storm", value_parser = clap::value_parser!(u32).range(1..=100))]
+    storm_percent: u32,
+    /// Threads of this program; the gateway needs cores too
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    threads: u32,
+    /// UDP sockets of each thread
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    sockets: u32,
+    /// A gateway that runs already
+    #[arg(long, value_name = "ADDRESS", requires = "data", conflicts_with_all = ["gateway", "config"])]
+    to: Option<SocketAddr>,
+    /// Its data folder, for its certificate and development key; without --to, the folder to start one in [default: a
+    /// temporary one]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Its process, to read CPU and memory of
+    #[arg(long, value_name = "PID", requires = "to")]
+    pid: Option<u32>,
+    /// The program to start as gateway [default: `fulmar` beside this one]
+    #[arg(long, value_name = "FILE")]
+    gateway: Option<PathBuf>,
+    /// A configuration file for the gateway that is started
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The same seed, the same work
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Write the figures to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write a page with plots to this file
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// No progress
+    #[arg(long)]
+    quiet: bool,
+}
+
+/// How long after the last message what is missing may come.
+const LATE: Duration = Duration::from_secs(30);
+
+/// How long nothing may happen while phones connect or conversations are made.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn main() -> ExitCode {
+    match run(&Flags::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(2),
+        Err(error) => {
+            eprintln!("fulmar-load: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+impl Flags {
+    fn shape(&self) -> Shape {
+        Shape {
+            phones: self.phones,
+            groups: self.groups,
+            group_size: self.group_size.unwrap_or(self.phones),
+            absent: self.absent,
+            senders: self.senders,
+            slow_percent: self.slow,
+        }
+    }
+
+    fn work(&self, talks: usize) -> String {
+        let mut work = format!("{} phones, ", self.phones);
+        work += &match self.groups {
+            0 => format!("{talks} pairs, "),
+            1 => format!("one group of {} of them, ", self.shape().group_size),
+            groups => format!("{groups} groups of {}, ", self.shape().group_size),
+        };
+        if self.absent > 0 {
+            work += &format!("{} members more that are away, ", self.absent);
+        }
+        if self.slow > 0 {
+            work += &format!("{} % read {} bytes a second, ", self.slow, self.slow_bytes);
+        }
+        match self.rate {
+            rate if rate > 0.0 => {
+                work += &format!("{rate} messages/s of {} bytes for {} s", self.payload, self.seconds);
+            }
+            _ => work += &format!("silent for {} s", self.seconds),
+        }
+        if let Some(after) = self.storm {
+            work += &format!("; {} % come back at once after {after} s", self.storm_percent);
+        }
+        work
+    }
+}
+
+/// Runs; `false`: something was lost, doubled or out of order, or somebody could not connect.
+fn run(flags: &Flags) -> anyhow::Result<bool> {
+    ensure!(flags.rate.is_finite() && flags.rate >= 0.0, "--rate must be 0 or more");
+    ensure!(flags.connect_rate.is_finite() && flags.connect_rate > 0.0, "--connect-rate must be above 0");
+    let shape = flags.shape();
+    let talks = if flags.rate > 0.0 { shape.talks()? } else { Vec::new() };
+    let work = flags.work(talks.len());
+    let lengths = Lengths::parse(&flags.payload)?;
+    for file in flags.json.iter().chain(&flags.html) {
+        // Before the work, not after it.
+        std::fs::write(file, "").with_context(|| format!("{} can't be written", file.display()))?;
+    }
+    let stopped = Arc::new(AtomicBool::new(false));
+    listen_for_the_end(&stopped)?;
+
+    let scratch = tempfile::tempdir()?;
+    let data = flags.data.clone().unwrap_or_else(|| scratch.path().join("gateway"));
+    let server = match flags.to {
+        Some(address) => Server::at(address, flags.pid),
+        None => Server::start(flags.gateway.as_deref(), &data, flags.config.as_deref())?,
+    };
+    let orders = Arc::new(Orders {
+        begin: Instant::now(),
+        run: u64::from(std::process::id()) << 32
+            | u64::from(std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.subsec_nanos()),
+        gateway: server.address(),
+        data,
+        shape,
+        talks,
+        rate: flags.rate,
+        arrivals: flags.arrivals,
+        lengths,
+        threads: flags.threads,
+        sockets: flags.sockets,
+        connect_rate: flags.connect_rate,
+        slow_bytes: flags.slow_bytes,
+        storm: flags.storm.map(|after| (Duration::from_secs(after), flags.storm_percent)),
+        seed: flags.seed,
+    });
+    let mut play = Play::new(flags, orders, server, stopped)?;
+    let outcome = play.through(work);
+    play.end();
+    let run = outcome?;
+    std::io::stdout().lock().write_all(run.table().as_bytes())?;
+    if let Some(file) = &flags.json {
+        std::fs::write(file, format!("{:#}\n", run.json()))?;
+    }
+    if let Some(file) = &flags.html {
+        std::fs::write(file, page::page(&run))?;
+    }
+    Ok(run.counts.disordered == 0 && run.counts.refused == 0 && run.missing == 0)
+}
+
+/// SIGTERM and Ctrl-C end the talk early; what was measured until then is told. The second one ends the program.
+fn listen_for_the_end(stopped: &Arc<AtomicBool>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let stopped = Arc::clone(stopped);
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        runtime.block_on(async {
+            use tokio::signal::unix::{SignalKind, signal};
+            let Ok(mut terminate) = signal(SignalKind::terminate()) else { return };
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = tokio::signal::ctrl_c() => {}
+                }
+                if stopped.swap(true, Ordering::Relaxed) {
+                    std::process::exit(130);
+                }
+            }
+        });
+    })?;
+    Ok(())
+}
+
+/// A run on its way.
+struct Play<'a> {
+    flags: &'a Flags,
+    orders: Arc<Orders>,
+    server: Server,
+    common: Arc<Common>,
+    conversations: Conversations,
+    phase: watch::Sender<Phase>,
+    news: mpsc::Receiver<News>,
+    threads: Vec<Thread>,
+    stopped: Arc<AtomicBool>,
+    told: Instant,
+}
+
+impl<'a> Play<'a> {
+    fn new(
+        flags: &'a Flags,
+        orders: Arc<Orders>,
+        server: Server,
+        stopped: Arc<AtomicBool>,
+    ) -> anyhow::Result<Self> {
+        let (tell, news) = mpsc::channel();
+        let phase = watch::Sender::new(Phase::Connect);
+        let (common, conversations) = (Arc::default(), Arc::default());
+        let threads = (0..flags.threads)
+            .map(|ordinal| crowd::start(ordinal, &orders, &common, &conversations, &phase.subscribe(), &tell))
+            .collect::<anyhow::Result<_>>()?;
+        let told = Instant::now();
+        Ok(Self { flags, orders, server, common, conversations, phase, news, threads, stopped, told })
+    }
+
+    fn through(&mut self, work: String) -> anyhow::Result<Run> {
+        let empty = self.server.read()?;
+        let began = Instant::now();
+        let phones = self.connect()?;
+        let connecting = began.elapsed();
+        let connected = self.server.read()?;
+        self.make()?;
+        let (seconds, timeline, from, until) = self.talk()?;
+        let counts = self.counts();
+        let known = self.server.is_known();
+        let most = timeline.iter().map(|second| second.resident).max().unwrap_or(0).max(connected.resident);
+        let circumstances = Circumstances {
+            busy: from
+                .threads
+                .iter()
+                .zip(&until.threads)
+                .map(|(from, until)| until.saturating_sub(*from).as_secs_f64() / seconds.max(1e-9))
+                .collect(),
+            dropped: until.reading.dropped.saturating_sub(from.reading.dropped),
+            rate: (self.flags.rate > 0.0).then_some(self.flags.rate),
+            seconds,
+            lost: self.common.lasts.lost(),
+            missing: self.missing(),
+        };
+        let mut doubts = verdict::doubts(&counts, &circumstances);
+        if self.stopped.load(Ordering::Relaxed) {
+            doubts.push("the run was ended early".to_owned());
+        }
+        let command_line: Vec<String> =
+            std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+        Ok(Run {
+            command_line: command_line.join(" "),
+            work,
+            missing: circumstances.missing,
+            seconds,
+            counts,
+            doubts,
+            cpu: known.then(|| until.reading.cpu.saturating_sub(from.reading.cpu)),
+            memory: known.then_some([empty.resident, connected.resident, most]),
+            phones,
+            connect_cpu: known.then(|| connected.cpu.saturating_sub(empty.cpu)),
+            connecting,
+            packets: until.reading.packets.saturating_sub(from.reading.packets),
+            timeline,
+        })
+    }
+
+    /// Ends the phones.
+    fn end(&mut self) {
+        self.phase.send_replace(Phase::End);
+        for thread in self.threads.drain(..) {
+            thread.join();
+        }
+    }
+
+    /// Deliveries that were to come and did not.
+    fn missing(&self) -> u64 {
+        let came: u64 = self.threads.iter().map(|thread| thread.tally.counts().delivered).sum();
+        self.common.expected.load(Ordering::Relaxed).saturating_sub(came)
+    }
+
+    fn counts(&self) -> Counts {
+        let mut all = Counts::default();
+        for thread in &self.threads {
+            all.append(&thread.tally.counts());
+        }
+        all
+    }
+
+    /// A line that replaces the one before it, on a terminal; elsewhere one now and then.
+    fn progress(&mut self, line: &str) {
+        let terminal = std::io::stderr().is_terminal();
+        let every = if terminal { Duration::from_millis(200) } else { Duration::from_secs(5) };
+        if self.flags.quiet || self.told.elapsed() < every {
+            return;
+        }
+        self.told = Instant::now();
+        if terminal {
+            eprint!("\r\x1b[K{line}");
+        } else {
+            eprintln!("{line}");
+        }
+    }
+
+    fn clear_progress(&self) {
+        if !self.flags.quiet && std::io::stderr().is_terminal() {
+            eprint!("\r\x1b[K");
+        }
+    }
+
+    /// The next news; `None`: nothing for now.
+    fn hear(&self, last: Instant) -> anyhow::Result<Option<News>> {
+        ensure!(!self.stopped.load(Ordering::Relaxed), "ended before anything was measured");
+        match self.news.recv_timeout(Duration::from_millis(100)) {
+            Ok(News::Failed(error)) => Err(error),
+            Ok(news) => Ok(Some(news)),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                ensure!(
+                    last.elapsed() < PATIENCE,
+                    "nothing has happened for {} s: is the gateway's limit for connections or handshakes too low?",
+                    PATIENCE.as_secs()
+                );
+                Ok(None)
+            }
+            Err(mpsc::RecvTimeoutError::Disconnected) => bail!("all threads are gone"),
+        }
+    }
+
+    /// Waits until all phones are connected, or can't be.
+    fn connect(&mut self) -> anyhow::Result<u32> {
+        let (mut connected, mut failed, mut last) = (0, 0, Instant::now());
+        while connected + failed < self.flags.phones {
+            if let Some(News::Connected(well)) = self.hear(last)? {
+                last = Instant::now();
+                if well { connected += 1 } else { failed += 1 }
+            }
+            let all = self.flags.phones;
+            self.progress(&format!("connecting: {connected} of {all}, {failed} failed"));
+        }
+        self.clear_progress();
+        if connected == 0 {
+            bail!("nobody could connect: {}", self.counts().refusal.unwrap_or_default());
+        }
+        Ok(connected)
+    }
+
+    fn make(&mut self) -> anyhow::Result<()> {
+        let all = self.orders.talks.len();
+        let mut made = vec![None; all];
+        self.phase.send_replace(Phase::SetUp);
+        let (mut done, mut last) = (0, Instant::now());
+        while done < all {
+            if let Some(News::Made(number, conversation)) = self.hear(last)? {
+                last = Instant::now();
+                if let Some(place) = made.get_mut(number) {
+                    *place = Some(conversation);
+                    done += 1;
+                }
+            }
+            self.progress(&format!("conversations: {done} of {all}"));
+        }
+        self.clear_progress();
+        let made = made.into_iter().collect::<Option<Vec<_>>>().context("a conversation is missing")?;
+        ensure!(self.conversations.set(made).is_ok(), "conversations are made once");
+        Ok(())
+    }
+
+    /// Talks; how many seconds were measured, how they went, and what the kernel said before and after them.
+    fn talk(&mut self) -> anyhow::Result<(f64, Vec<Second>, Sample, Sample)> {
+        let first = self.orders.begin.elapsed() + Duration::from_millis(200);
+        let from = first + Duration::from_secs(self.flags.warm_up);
+        let until = from + Duration::from_secs(self.flags.seconds);
+        self.phase.send_replace(Phase::Talk(first, from, until));
+        let mut timeline = Vec::new();
+        let mut before = None;
+        let mut sample = self.sample()?;
+        let mut next = first;
+        let mut after = loop {
+            next += Duration::from_secs(1);
+            let target = if before.is_none() { next.min(from) } else { next.min(until) };
+            while self.orders.begin.elapsed() < target && !self.stopped.load(Ordering::Relaxed) {
+                std::thread::park_timeout(
+                    Duration::from_millis(20).min(target.saturating_sub(self.orders.begin.elapsed())),
+                );
+                if let Ok(News::Failed(error)) = self.news.try_recv() {
+                    return Err(error);
+                }
+            }
+            let now = self.sample()?;
+            let second = self.second(&sample, &now, first);
+            self.progress(&format!(
+                "{:>4.0} s: {:.0} messages/s, {:.0} deliveries/s, p50 {}, p99 {}, {:.2} cores",
+                second.at,
+                second.acked,
+                second.delivered,
+                spoken(second.p50),
+                spoken(second.p99),
+                second.cores
+            ));
+            timeline.push(second);
+            sample = now;
+            if before.is_none() && self.orders.begin.elapsed() >= from {
+                before = Some(self.sample()?);
+                next = from;
+            } else if self.orders.begin.elapsed() >= until || self.stopped.load(Ordering::Relaxed) {
+                break self.sample()?;
+            }
+        };
+        let before = before.unwrap_or_else(|| sample.clone());
+        if self.stopped.load(Ordering::Relaxed) {
+            // What is due from now on does not count.
+            self.phase.send_replace(Phase::Talk(first, from, self.orders.begin.elapsed().max(from)));
+        }
+        let seconds = after.at.saturating_sub(before.at).as_secs_f64();
+        let waiting = Instant::now();
+        while self.missing() > 0 && waiting.elapsed() < LATE {
+            std::thread::park_timeout(Duration::from_millis(50));
+            let missing = self.missing();
+            self.progress(&format!("waiting for {missing} deliveries"));
+        }
+        // What acknowledges the last deliveries belongs to them; what the gateway did long after the measured time does not.
+        if waiting.elapsed() < Duration::from_secs(1) {
+            std::thread::park_timeout(Duration::from_millis(150));
+            after.reading = Reading { resident: after.reading.resident, ..self.server.read()? };
+        }
+        self.clear_progress();
+        Ok((seconds, timeline, before, after))
+    }
+
+    fn sample(&self) -> anyhow::Result<Sample> {
+        Ok(Sample {
+            at: self.orders.begin.elapsed(),
+            reading: self.server.read()?,
+            threads: self.threads.iter().map(Thread::cpu).collect(),
+        })
+    }
+
+    fn second(&self, before: &Sample, now: &Sample, first: Duration) -> Second {
+        let mut recent = Recent::default();
+        for thread in &self.threads {
+            thread.tally.take_recent(&mut recent);
+        }
+        let lasted = now.at.saturating_sub(before.at).as_secs_f64().max(1e-3);
+        Second {
+            at: now.at.saturating_sub(first).as_secs_f64(),
+            acked: recent.acked as f64 / lasted,
+            delivered: recent.delivered as f64 / lasted,
+            p50: recent.delivery.quantile(0.5),
+            p99: recent.delivery.quantile(0.99),
+            cores: now.reading.cpu.saturating_sub(before.reading.cpu).as_secs_f64() / lasted,
+            resident: now.reading.resident,
+        }
+    }
+}
+
+/// What was read at one moment.
+#[derive(Clone, Debug)]
+struct Sample {
+    at: Duration,
+    reading: Reading,
+    threads: Vec<Duration>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn flags_are_sound() {
+        Flags::command().debug_assert();
+        let flags = Flags::try_parse_from(["fulmar-load", "--groups", "0", "--slow", "30"]).unwrap();
+        assert!(flags.work(500).contains("500 pairs") && flags.work(500).contains("30 %"));
+        for wrong in [
+            ["--phones", "0"].as_slice(),
+            &["--slow", "100"],
+            &["--storm-percent", "50"],
+            &["--to", "127.0.0.1:1"],
+            &["--threads", "0"],
+        ] {
+            let line = std::iter::once(&"fulmar-load").chain(wrong);
+            assert!(Flags::try_parse_from(line).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused_before_anything_starts() {
+        for (line, word) in [
+            (["fulmar-load", "--rate", "NaN"].as_slice(), "--rate"),
+            (&["fulmar-load", "--connect-rate", "0"], "--connect-rate"),
+            (&["fulmar-load", "--group-size", "2000"], "--phones"),
+            (&["fulmar-load", "--payload", "5"], "28"),
+            (&["fulmar-load", "--json", "/no/such/folder/x"], "/no/such/folder"),
+        ] {
+            let error = run(&Flags::parse_from(line)).unwrap_err();
+            assert!(format!("{error:#}").contains(word), "{line:?}: {error:#}");
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! What a run came to: a table for people, JSON for machines. The page with plots is in `page`.
+
+use std::{fmt::Write as _, time::Duration};
+
+use serde_json::{Value, json};
+
+use crate::tally::{Counts, Times};
+
+/// One second of the run.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Second {
+    /// Seconds after the beginning of the talk.
+    pub(crate) at: f64,
+    /// Messages acked in it.
+    pub(crate) acked: f64,
+    /// Deliveries.
+    pub(crate) delivered: f64,
+    /// Half of the deliveries took no longer.
+    pub p50: Duration,
+    /// 99 % of them.
+    pub p99: Duration,
+    /// CPU of the gateway, cores.
+    pub(crate) cores: f64,
+    /// Its memory, bytes.
+    pub(crate) resident: u64,
+}
+
+/// What is known in the end.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Run {
+    /// As it was typed.
+    pub(crate) command_line: String,
+    /// What the phones did, in words.
+    pub(crate) work: String,
+    /// Seconds that were measured.
+    pub(crate) seconds: f64,
+    /// All counts.
+    pub(crate) counts: Counts,
+    /// Deliveries that were to come and did not.
+    pub(crate) missing: u64,
+    /// What a reader must know.
+    pub(crate) doubts: Vec<String>,
+    /// The gateway's CPU in the measured time; `None`: not known.
+    pub(crate) cpu: Option<Duration>,
+    /// Memory of the gateway before anybody connected, with everybody connected, and at its most.
+    pub(crate) memory: Option<[u64; 3]>,
+    /// Phones that were connected.
+    pub(crate) phones: u32,
+    /// CPU of the gateway from the first connect to the last WELCOME.
+    pub(crate) connect_cpu: Option<Duration>,
+    /// How long that took.
+    pub(crate) connecting: Duration,
+    /// UDP packets of both sides in the measured time.
+    pub(crate) packets: u64,
+    /// Second by second.
+    pub(crate) timeline: Vec<Second>,
+}
+
+const SHARES: [(&str, f64); 5] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)];
+
+impl Run {
+    /// The kinds of times there are, with their names.
+    pub(crate) fn times(&self) -> [(&'static str, &Times); 5] {
+        let counts = &self.counts;
+        [
+            ("send to durable ack", &counts.ack),
+            ("send to each recipient", &counts.delivery),
+            ("send to the last recipient", &counts.last),
+            ("wish to connect to WELCOME", &counts.connect),
+            ("generator's lateness", &counts.late),
+        ]
+    }
+
+    fn per(&self, cpu: Option<Duration>, of: u64) -> Option<f64> {
+        cpu.filter(|_| of > 0).map(|cpu| cpu.as_secs_f64() * 1e6 / of as f64)
+    }
+
+    /// Deliveries in the measured time, slow readers' left out.
+    pub(crate) fn deliveries_per_second(&self) -> f64 {
+        self.counts.delivered as f64 / self.seconds.max(1e-9)
+    }
+
+    /// Memory of the gateway per connected phone, bytes.
+    pub(crate) fn per_phone(&self) -> Option<f64> {
+        let [before, connected, _] = self.memory?;
+        (self.phones > 0).then(|| connected.saturating_sub(before) as f64 / f64::from(self.phones))
+    }
+
+    /// For people.
+    pub(crate) fn table(&self) -> String {
+        let counts = &self.counts;
+        let mut text = format!("\n{}\n\n", self.work);
+        let _ = write!(text, "  {:<28}{:>10}", "", "count");
+        for (name, _) in SHARES {
+            let _ = write!(text, "{name:>10}");
+        }
+        text.push('\n');
+        for (name, times) in self.times().into_iter().filter(|(_, times)| times.len() > 0) {
+            let _ = write!(text, "  {name:<28}{:>10}", times.len());
+            for (_, share) in SHARES {
+                let _ = write!(text, "{:>10}", spoken(times.quantile(share)));
+            }
+            text.push('\n');
+        }
+        text.push('\n');
+        let mut row = |name: &str, value: String| {
+            let _ = writeln!(text, "  {name:<28}{value}");
+        };
+        row(
+            "messages",
+            format!(
+                "{} due, {} sent, {} acked in {:.1} s",
+                counts.due, counts.sent, counts.acked, self.seconds
+            ),
+        );
+        row("deliveries", format!("{} ({:.0}/s)", counts.delivered, self.deliveries_per_second()));
+        if counts.delivered_slowly > 0 {
+            row("deliveries to slow readers", counts.delivered_slowly.to_string());
+        }
+        if let Some(cpu) = self.cpu {
+            row("gateway's CPU", format!("{:.2} cores", cpu.as_secs_f64() / self.seconds.max(1e-9)));
+        }
+        if let Some(each) = self.per(self.cpu, counts.delivered) {
+            row("… per delivery", format!("{each:.2} µs"));
+        }
+        if let Some(each) = self.per(self.cpu, counts.acked) {
+            row("… per message", format!("{each:.1} µs"));
+        }
+        if let Some(each) = self.per(self.connect_cpu, u64::from(self.phones)) {
+            row("… per connect", format!("{each:.0} µs"));
+        }
+        row(
+            "connects",
+            format!(
+                "{} in {:.1} s ({:.0}/s)",
+                self.phones,
+                self.connecting.as_secs_f64(),
+                f64::from(self.phones) / self.connecting.as_secs_f64().max(1e-9)
+            ),
+        );
+        if let (Some([before, connected, most]), Some(each)) = (self.memory, self.per_phone()) {
+            row(
+                "gateway's memory",
+                format!(
+                    "{} MiB empty, {} connected ({:.1} KiB a phone), {} at the most",
+                    before >> 20,
+                    connected >> 20,
+                    each / 1024.0,
+                    most >> 20
+                ),
+            );
+        }
+        if counts.delivered > 0 {
+            row(
+                "packets, both sides",
+                format!("{:.2} per delivery", self.packets as f64 / counts.delivered as f64),
+            );
+        }
+        if self.doubts.is_empty() {
+            text.push_str("\n  The generator kept up; nothing speaks against these figures.\n");
+        } else {
+            text.push_str("\n  Read with care:\n");
+            for doubt in &self.doubts {
+                let _ = writeln!(text, "  - {doubt}");
+            }
+        }
+        text
+    }
+
+    /// For machines. Times are in microseconds.
+    pub(crate) fn json(&self) -> Value {
+        let us = |time: Duration| time.as_secs_f64() * 1e6;
+        let times: serde_json::Map<String, Value> = self
+            .times()
+            .into_iter()
+            .map(|(name, times)| {
+                let mut all = serde_json::Map::new();
+                all.insert("count".to_owned(), json!(times.len()));
+                for (share, at) in SHARES {
+                    all.insert(share.to_owned(), json!(us(times.quantile(at))));
+                }
+                (name.to_owned(), Value::Object(all))
+            })
+            .collect();
+        let counts = &self.counts;
+        let timeline: Vec<Value> = self
+            .timeline
+            .iter()
+            .map(|second| {
+                json!({
+                    "at_s": second.at, "acked": second.acked, "delivered": second.delivered,
+                    "p50_us": us(second.p50), "p99_us": us(second.p99),
+                    "cores": second.cores, "resident_bytes": second.resident,
+                })
+            })
+            .collect();
+        json!({
+            "command": self.command_line,
+            "work": self.work,
+            "seconds": self.seconds,
+            "times_us": times,
+            "due": counts.due, "sent": counts.sent, "acked": counts.acked,
+            "delivered": counts.delivered, "delivered_slowly": counts.delivered_slowly,
+            "missing": self.missing, "disordered": counts.disordered, "refused": counts.refused, "waited": counts.waited,
+            "deliveries_per_second": self.deliveries_per_second(),
+            "gateway_cpu_s": self.cpu.map(|cpu| cpu.as_secs_f64()),
+            "cpu_us_per_delivery": self.per(self.cpu, counts.delivered),
+            "cpu_us_per_message": self.per(self.cpu, counts.acked),
+            "cpu_us_per_connect": self.per(self.connect_cpu, u64::from(self.phones)),
+            "connecting_s": self.connecting.as_secs_f64(),
+            "phones": self.phones,
+            "memory_bytes": self.memory,
+            "memory_bytes_per_phone": self.per_phone(),
+            "packets_both_sides": self.packets,
+            "doubts": self.doubts,
+            "timeline": timeline,
+        })
+    }
+}
+
+/// A time with three digits.
+pub(crate) fn spoken(time: Duration) -> String {
+    let us = time.as_secs_f64() * 1e6;
+    match us {
+        us if us < 1.0 => "0".to_owned(),
+        us if us < 1_000.0 => format!("{us:.0} µs"),
+        us if us < 10_000.0 => format!("{:.2} ms", us / 1e3),
+        us if us < 100_000.0 => format!("{:.1} ms", us / 1e3),
+        us if us < 1e6 => format!("{:.0} ms", us / 1e3),
+        us => format!("{:.2} s", us / 1e6),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run() -> Run {
+        let mut run = Run {
+            work: "100 phones".to_owned(),
+            seconds: 10.0,
+            phones: 100,
+            cpu: Some(Duration::from_secs(2)),
+            memory: Some([10 << 20, 20 << 20, 30 << 20]),
+            connecting: Duration::from_secs(1),
+            ..Run::default()
+        };
+        run.counts.delivered = 100_000;
+        run.counts.acked = 1_000;
+        run.counts.delivery.add(Duration::from_millis(5));
+        run
+    }
+
+    #[test]
+    fn the_table_says_what_a_delivery_costs_and_whether_to_believe_it() {
+        let mut run = run();
+        let table = run.table();
+        for words in ["20.00 µs", "0.20 cores", "10000/s", "102.4 KiB a phone", "nothing speaks against"] {
+            assert!(table.contains(words), "{words}: {table}");
+        }
+        run.doubts.push("too slow".to_owned());
+        run.cpu = None;
+        let table = run.table();
+        assert!(table.contains("- too slow") && !table.contains("cores"), "{table}");
+    }
+
+    #[test]
+    fn json_has_the_same() {
+        let json = run().json();
+        assert_eq!(json["cpu_us_per_delivery"], 20.0);
+        assert_eq!(json["deliveries_per_second"], 10_000.0);
+        assert_eq!(json["times_us"]["send to each recipient"]["count"], 1);
+        assert!(json["times_us"]["send to durable ack"]["p99"].as_f64().unwrap() == 0.0);
+    }
+
+    #[test]
+    fn times_are_spoken() {
+        for (us, said) in [
+            (0, "0"),
+            (5, "5 µs"),
+            (1_234, "1.23 ms"),
+            (45_600, "45.6 ms"),
+            (789_000, "789 ms"),
+            (2_500_000, "2.50 s"),
+        ] {
+            assert_eq!(spoken(Duration::from_micros(us)), said);
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! What came of the messages, counted by each thread for itself and put together in the end.
+//!
+//! - Times are counted from when a message was due, in nanoseconds, to three digits (HDR histograms: G. Tene,
+//!   <http://hdrhistogram.org>).
+//! - Only messages that were due within the measured time count; those before warm up.
+//! - The last recipient of a message is found over all threads ([`Lasts`]).
+//!
+//! Not here: whether the figures can be trusted (`verdict`).
+
+use std::{
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use hdrhistogram::Histogram;
+
+/// The longest time that is told apart from longer ones.
+const TIME_MAX: Duration = Duration::from_secs(600);
+
+/// Messages under way at the most whose last recipient is found.
+const UNDER_WAY: usize = 1 << 16;
+
+/// Times, as they are spread.
+#[derive(Clone, Debug)]
+pub(crate) struct Times(Histogram<u64>);
+
+impl Default for Times {
+    fn default() -> Self {
+        let max = u64::try_from(TIME_MAX.as_nanos()).unwrap_or(u64::MAX);
+        // Only a bound below 2 or more than five digits is refused.
+        let histogram = Histogram::new_with_bounds(1_000, max, 3).or_else(|_| Histogram::new(3));
+        Self(histogram.unwrap_or_else(|_| unreachable!("three digits are few enough")))
+    }
+}
+
+impl Times {
+    /// Adds one; what is longer than ten minutes counts as ten minutes.
+    pub(crate) fn add(&mut self, time: Duration) {
+        self.0.saturating_record(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    }
+
+    /// Adds those of another.
+    pub(crate) fn append(&mut self, other: &Self) {
+        // Both have the same bounds.
+        let _ = self.0.add(&other.0);
+    }
+
+    /// Forgets all.
+    pub(crate) fn clear(&mut self) {
+        self.0.reset();
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> u64 {
+        self.0.len()
+    }
+
+    /// The time that this share (0 to 1) of them don't exceed; zero if there is none.
+    pub(crate) fn quantile(&self, share: f64) -> Duration {
+        Duration::from_nanos(if self.0.is_empty() { 0 } else { self.0.value_at_quantile(share) })
+    }
+
+    /// The longest.
+    pub(crate) fn max(&self) -> Duration {
+        Duration::from_nanos(self.0.max())
+    }
+
+    /// Points of the curve "what share took no longer": (time, share).
+    pub(crate) fn curve(&self) -> Vec<(Duration, f64)> {
+        let mut points = Vec::new();
+        for value in self.0.iter_quantiles(4) {
+            points.push((Duration::from_nanos(value.value_iterated_to()), value.quantile()));
+        }
+        points
+    }
+}
+
+/// What one thread has counted.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Counts {
+    /// Messages due, and of them those that were handed over.
+    pub(crate) due: u64,
+    /// Of them, handed over to the protocol.
+    pub(crate) sent: u64,
+    /// Acknowledged as durable.
+    pub(crate) acked: u64,
+    /// Deliveries to readers that keep up.
+    pub(crate) delivered: u64,
+    /// Deliveries to slow readers.
+    pub(crate) delivered_slowly: u64,
+    /// Deliveries that came a second time or out of order.
+    pub(crate) disordered: u64,
+    /// Messages that had to wait because too many were unacked.
+    pub(crate) waited: u64,
+    /// From due to durable.
+    pub(crate) ack: Times,
+    /// From due to each recipient.
+    pub(crate) delivery: Times,
+    /// From due to the last recipient.
+    pub(crate) last: Times,
+    /// How late this program was to hand a message over.
+    pub(crate) late: Times,
+    /// From the wish to connect to the WELCOME.
+    pub(crate) connect: Times,
+    /// Connects that failed.
+    pub(crate) refused: u64,
+    /// The first failure, in words.
+    pub(crate) refusal: Option<String>,
+}
+
+impl Counts {
+    /// Adds what another has counted.
+    pub(crate) fn append(&mut self, other: &Self) {
+        self.due += other.due;
+        self.sent += other.sent;
+        self.acked += other.acked;
+        self.delivered += other.delivered;
+        self.delivered_slowly += other.delivered_slowly;
+        self.disordered += other.disordered;
+        self.waited += other.waited;
+        self.refused += other.refused;
+        self.ack.append(&other.ack);
+        self.delivery.append(&other.delivery);
+        self.last.append(&other.last);
+        self.late.append(&other.late);
+        self.connect.append(&other.connect);
+        if self.refusal.is_none() {
+            self.refusal.clone_from(&other.refusal);
+        }
+    }
+}
+
+/// What happened since the last look, for the progress line and the plot over time.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Recent {
+    /// Messages acked.
+    pub(crate) acked: u64,
+    /// Deliveries.
+    pub(crate) delivered: u64,
+    /// From due to each recipient.
+    pub(crate) delivery: Times,
+}
+
+/// Counts of one thread, which others look at now and then.
+#[derive(Debug, Default)]
+pub(crate) struct Tally(Mutex<(Counts, Recent)>);
+
+impl Tally {
+    /// Counts something.
+    pub(crate) fn note(&self, note: impl FnOnce(&mut Counts, &mut Recent)) {
+        let mut inner = self.lock();
+        let (counts, recent) = &mut *inner;
+        note(counts, recent);
+    }
+
+    /// All there is so far.
+    pub(crate) fn counts(&self) -> Counts {
+        self.lock().0.clone()
+    }
+
+    /// Adds what happened since the last call to `into`.
+    pub(crate) fn take_recent(&self, into: &mut Recent) {
+        let mut inner = self.lock();
+        let recent = &mut inner.1;
+        into.acked += std::mem::take(&mut recent.acked);
+        into.delivered += std::mem::take(&mut recent.delivered);
+        into.delivery.append(&recent.delivery);
+        recent.delivery.clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, (Counts, Recent)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Slot {
+    /// The message's number + 1; 0: none.
+    number: AtomicU64,
+    missing: AtomicU32,
+}
+
+/// Who is the last recipient of each message.
+#[derive(Debug)]
+pub(crate) struct Lasts {
+    slots: Box<[Slot]>,
+    lost: AtomicU64,
+}
+
+impl Default for Lasts {
+    fn default() -> Self {
+        Self { slots: (0..UNDER_WAY).map(|_| Slot::default()).collect(), lost: AtomicU64::new(0) }
+    }
+}
+
+impl Lasts {
+    fn slot(&self, number: u64) -> Option<&Slot> {
+        usize::try_from(number % UNDER_WAY as u64).ok().and_then(|at| self.slots.get(at))
+    }
+
+    /// A message is on its way to so many.
+    pub(crate) fn begin(&self, number: u64, recipients: u32) {
+        let Some(slot) = self.slot(number) else { return };
+        if slot.missing.load(Ordering::Relaxed) != 0 {
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+        slot.number.store(0, Ordering::Release);
+        slot.missing.store(recipients, Ordering::Release);
+        slot.number.store(number + 1, Ordering::Release);
+    }
+
+    /// It has reached one; whether that was the last.
+    pub(crate) fn reached(&self, number: u64) -> bool {
+        let Some(slot) = self.slot(number) else { return false };
+        slot.number.load(Ordering::Acquire) == number + 1 && slot.missing.fetch_sub(1, Ordering::AcqRel) == 1
+    }
+
+    /// Messages that were given up because too many were under way.
+    pub(crate) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_recipient_is_found_once() {
+        let lasts = Lasts::default();
+        lasts.begin(5, 3);
+        assert_eq!([5, 5, 5].map(|number| lasts.reached(number)), [false, false, true]);
+        assert!(!lasts.reached(6), "nobody sent it");
+        lasts.begin(5 + UNDER_WAY as u64, 2);
+        assert_eq!(lasts.lost(), 0);
+        assert!(!lasts.reached(5), "its place is taken");
+        lasts.begin(5 + 2 * UNDER_WAY as u64, 1);
+        assert_eq!(lasts.lost(), 1);
+    }
+
+    #[test]
+    fn what_threads_counted_comes_together() {
+        let (one, two) = (Tally::default(), Tally::default());
+        for (tally, ms) in [(&one, 1), (&two, 100)] {
+            tally.note(|counts, recent| {
+                counts.delivered += 1;
+                counts.delivery.add(Duration::from_millis(ms));
+                recent.delivered += 1;
+                recent.delivery.add(Duration::from_millis(ms));
+            });
+        }
+        let mut all = one.counts();
+        all.append(&two.counts());
+        assert_eq!((all.delivered, all.delivery.len()), (2, 2));
+        assert!(
+            all.delivery.max() >= Duration::from_millis(100)
+                && all.delivery.max() < Duration::from_millis(101)
+        );
+        assert!(all.delivery.quantile(0.5) < Duration::from_millis(2));
+        let mut recent = Recent::default();
+        one.take_recent(&mut recent);
+        one.take_recent(&mut recent);
+        two.take_recent(&mut recent);
+        assert_eq!((recent.delivered, recent.delivery.len()), (2, 2));
+        let curve = all.delivery.curve();
+        assert!(curve.is_sorted_by(|a, b| a.0 <= b.0 && a.1 <= b.1) && curve.last().unwrap().1 == 1.0);
+    }
+
+    #[test]
+    fn no_times_are_no_trouble() {
+        let mut times = Times::default();
+        assert_eq!((times.quantile(0.99), times.max()), (Duration::ZERO, Duration::ZERO));
+        times.add(Duration::from_secs(10_000));
+        assert!(times.max() >= Duration::from_secs(599));
+    }
+}
