@@ -206,35 +206,28 @@ impl<T> Default for Parked<T> {
 }
 
 impl<T> Parked<T> {
-    /// Keeps `send` until `until`. Of a number that is parked already the newer copy is kept, for its sender is the one
-    /// that still waits for an answer; the time stays.
+    /// Keeps `send` until `until`. Of a number that is parked already the newer copy is kept, and the time stays. Returns the
+    /// older copy: if it came by another connection, that one waits for an answer of its own.
     ///
     /// # Errors
     /// Returns the send when there is no room: refuse it naming the expected number.
-    pub fn insert(&mut self, pseq: Pseq, send: T, until: Duration) -> Result<(), T> {
+    pub fn insert(&mut self, pseq: Pseq, send: T, until: Duration) -> Result<Option<T>, T> {
         if let Some((_, parked)) = self.waiting.get_mut(&pseq) {
-            *parked = send;
-            return Ok(());
+            return Ok(Some(core::mem::replace(parked, send)));
         }
         if self.waiting.len() >= LANE_PARKED_MAX {
             return Err(send);
         }
         self.waiting.insert(pseq, (until, send));
-        Ok(())
+        Ok(None)
     }
 
-    /// Takes the send that follows `last`, if it is here. Numbers up to `last` are let go: they were settled by
-    /// another copy.
+    /// Takes the first send that need not wait any more: the one that follows `last`, or one whose number was settled by
+    /// another copy, which is to be answered too.
     pub fn take_next(&mut self, last: Pseq) -> Option<T> {
         let next = last.next()?;
-        while let Some(entry) = self.waiting.first_entry() {
-            match (*entry.key()).cmp(&next) {
-                core::cmp::Ordering::Less => drop(entry.remove()),
-                core::cmp::Ordering::Equal => return Some(entry.remove().1),
-                core::cmp::Ordering::Greater => break,
-            }
-        }
-        None
+        let entry = self.waiting.first_entry().filter(|entry| *entry.key() <= next)?;
+        Some(entry.remove().1)
     }
 
     /// Takes one send whose time is over; call again until `None`.
@@ -423,10 +416,14 @@ mod tests {
     fn parked_sends_come_out_in_order_or_expire() {
         let at = Duration::from_secs;
         let mut parked = Parked::default();
-        assert_eq!(parked.insert(p(4), "d", at(9)), Ok(()));
-        assert_eq!(parked.insert(p(3), "c", at(5)), Ok(()));
-        assert_eq!(parked.insert(p(3), "C", at(50)), Ok(()));
-        assert_eq!(parked.insert(p(9), "i", at(7)), Ok(()));
+        assert_eq!(parked.insert(p(4), "d", at(9)), Ok(None));
+        assert_eq!(parked.insert(p(3), "c", at(5)), Ok(None));
+        assert_eq!(
+            parked.insert(p(3), "C", at(50)),
+            Ok(Some("c")),
+            "who sent the older copy is to be answered"
+        );
+        assert_eq!(parked.insert(p(9), "i", at(7)), Ok(None));
         assert_eq!(parked.next_expiry(), Some(at(5)));
         assert_eq!(parked.take_next(p(1)), None);
         assert_eq!(parked.take_next(p(2)), Some("C"), "the newer copy");
@@ -435,10 +432,17 @@ mod tests {
         assert_eq!(parked.expire(at(7)), Some((p(9), "i")));
         assert_eq!(parked.expire(at(7)), None);
         for pseq in 0..LANE_PARKED_MAX as u64 {
-            assert_eq!(parked.insert(p(20 + pseq), "x", at(1)), Ok(()));
+            assert_eq!(parked.insert(p(20 + pseq), "x", at(1)), Ok(None));
         }
         assert_eq!(parked.insert(p(99), "z", at(1)), Err("z"));
+        for _ in 0..LANE_PARKED_MAX {
+            assert_eq!(
+                parked.take_next(p(98)),
+                Some("x"),
+                "settled by another copy, but not answered to this one's sender"
+            );
+        }
         assert_eq!(parked.take_next(p(98)), None);
-        assert!(parked.is_empty(), "what was settled by another copy is let go");
+        assert!(parked.is_empty());
     }
 }

@@ -370,16 +370,14 @@ impl World {
         let print = fingerprint(&send);
         match self.lane.offer(Epoch::FIRST, pseq, print) {
             Decision::Append => {
-                let mut next = Some(send);
-                while let Some(send) = next {
-                    let pseq = send.pseq;
-                    let seq: Seq = n(self.log.len() as u64 + 1);
-                    self.lane.appended(pseq, seq, fingerprint(&send));
-                    self.log.push(send.clone());
-                    self.links[SENDER].gateway.acked(conversation(), pseq, seq, UnixMillis::default());
-                    self.deliver(SENDER, &send, seq);
-                    self.deliver(READER, &send, seq);
-                    next = self.parked.take_next(pseq);
+                let seq: Seq = n(self.log.len() as u64 + 1);
+                self.lane.appended(pseq, seq, print);
+                self.log.push(send.clone());
+                self.links[SENDER].gateway.acked(conversation(), pseq, seq, UnixMillis::default());
+                self.deliver(SENDER, &send, seq);
+                self.deliver(READER, &send, seq);
+                while let Some(parked) = self.parked.take_next(self.lane.last()) {
+                    self.offer(parked);
                 }
             }
             Decision::Again { seq } => {
@@ -387,7 +385,8 @@ impl World {
                 self.links[SENDER].gateway.acked(conversation(), pseq, seq, UnixMillis::default());
             }
             Decision::Early { .. } => {
-                self.parked.insert(pseq, send, now + Duration::from_secs(1)).expect("room");
+                let until = now + Duration::from_secs(1);
+                self.parked.insert(pseq, send, until).expect("room");
             }
             decision => panic!("{decision:?}"),
         }

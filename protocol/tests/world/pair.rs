@@ -985,6 +985,10 @@ impl World {
             self.server.busy -= 1;
             return self.refuse_now(connection, send.conversation, send.pseq, RefusalCode::Busy, send.pseq);
         }
+        self.decide(key, epoch, connection, send);
+    }
+
+    fn decide(&mut self, key: LaneKey, epoch: Epoch, connection: u64, send: Send) {
         let now = self.now;
         let lane = self.server.lanes.entry(key).or_insert_with(|| Lane::new(epoch));
         let print = fingerprint(&send);
@@ -1003,8 +1007,7 @@ impl World {
                     let last = lane.last();
                     let Some(parked) = self.server.parked.get_mut(&(key, epoch)) else { return };
                     let Some((connection, send)) = parked.take_next(last) else { return };
-                    let print = fingerprint(&send);
-                    self.append(key, connection, epoch, &send, print);
+                    self.decide(key, epoch, connection, send);
                 }
             }
             Decision::Again { seq } => {
@@ -1013,7 +1016,12 @@ impl World {
             }
             Decision::Early { expected } => {
                 let parked = self.server.parked.entry((key, epoch)).or_default();
-                if parked.insert(pseq, (connection, send), now + Duration::from_millis(500)).is_err() {
+                let refused = match parked.insert(pseq, (connection, send), now + Duration::from_millis(500))
+                {
+                    Ok(older) => older.filter(|(older, _)| *older != connection),
+                    Err(refused) => Some(refused),
+                };
+                if let Some((connection, _)) = refused {
                     self.refuse_now(connection, conversation, pseq, RefusalCode::OutOfOrder, expected);
                 }
             }

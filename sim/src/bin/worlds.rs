@@ -13,12 +13,15 @@ use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Parser;
 use fulmar_sim::{Bite, SeedReport, run_seed};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::FormatTime;
 
 /// Seeds that found something.
 const KEPT: &str = include_str!("../../seeds.txt");
@@ -50,6 +53,9 @@ struct Args {
     /// Writes the event log of the last seed
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
+    /// Writes what the gateway and the SDK trace to stderr, with the world's time; levels by module as in `fulmar --log`
+    #[arg(long, value_name = "FILTER")]
+    trace: Option<String>,
     /// Worlds at a time; as many as there are cores unless said
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -158,6 +164,9 @@ fn main() -> ExitCode {
 
 fn work(args: &Args) -> anyhow::Result<bool> {
     if let Some(seed) = args.one {
+        if let Some(filter) = &args.trace {
+            trace(filter)?;
+        }
         return one(seed, args.log.as_deref());
     }
     let mut seeds: Vec<u64> = match args.from {
@@ -176,7 +185,7 @@ fn work(args: &Args) -> anyhow::Result<bool> {
             scope.spawn(|| {
                 while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
                     let twice = seed % TWICE_EVERY == 0;
-                    let mut report = in_a_child(seed, args.log.as_deref());
+                    let mut report = in_a_child(seed, args.log.as_deref(), args.trace.as_deref());
                     if twice {
                         report.failures.extend(difference(seed, &report));
                     }
@@ -207,6 +216,30 @@ fn kept() -> anyhow::Result<Vec<u64>> {
         .collect()
 }
 
+/// Since the first event of the world.
+struct WorldTime(OnceLock<tokio::time::Instant>);
+
+impl FormatTime for WorldTime {
+    fn format_time(&self, w: &mut Writer<'_>) -> std::fmt::Result {
+        if tokio::runtime::Handle::try_current().is_err() {
+            return w.write_str("-");
+        }
+        let began = self.0.get_or_init(tokio::time::Instant::now);
+        write!(w, "{:.6}", began.elapsed().as_secs_f64())
+    }
+}
+
+fn trace(filter: &str) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(filter).with_context(|| format!("--trace {filter:?} is no filter"))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_timer(WorldTime(OnceLock::new()))
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    Ok(())
+}
+
 /// Runs a seed in this process.
 fn one(seed: u64, log: Option<&Path>) -> anyhow::Result<bool> {
     let report = run_seed(seed, log.is_some());
@@ -218,19 +251,22 @@ fn one(seed: u64, log: Option<&Path>) -> anyhow::Result<bool> {
 }
 
 /// Runs a seed in a process of its own; what goes wrong with that is a failure of the seed.
-fn in_a_child(seed: u64, log: Option<&Path>) -> Told {
-    child(seed, log).unwrap_or_else(|error| Told {
+fn in_a_child(seed: u64, log: Option<&Path>, trace: Option<&str>) -> Told {
+    child(seed, log, trace).unwrap_or_else(|error| Told {
         seed,
         failures: vec![format!("{error:#}")],
         ..Told::default()
     })
 }
 
-fn child(seed: u64, log: Option<&Path>) -> anyhow::Result<Told> {
+fn child(seed: u64, log: Option<&Path>, trace: Option<&str>) -> anyhow::Result<Told> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["--one", &seed.to_string()]).stdin(Stdio::null()).stdout(Stdio::piped());
     if let Some(log) = log {
         command.arg("--log").arg(log);
+    }
+    if let Some(filter) = trace {
+        command.args(["--trace", filter]);
     }
     let mut child = command.spawn().context("a child can't start")?;
     let mut output = child.stdout.take().context("a child without output")?;
@@ -256,14 +292,14 @@ fn child(seed: u64, log: Option<&Path>) -> anyhow::Result<Told> {
 
 /// What a second run of the seed does differently.
 fn difference(seed: u64, first: &Told) -> Option<String> {
-    let second = in_a_child(seed, None);
+    let second = in_a_child(seed, None, None);
     if (second.log_hash, second.log_count) == (first.log_hash, first.log_count) {
         return None;
     }
     let log = |number: u8| -> anyhow::Result<String> {
         let file =
             std::env::temp_dir().join(format!("fulmar-sim-{}-{seed}-{number}.log", std::process::id()));
-        child(seed, Some(&file))?;
+        child(seed, Some(&file), None)?;
         let text = std::fs::read(&file)?;
         std::fs::remove_file(&file)?;
         Ok(String::from_utf8_lossy(&text).into_owned())

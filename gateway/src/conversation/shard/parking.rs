@@ -59,10 +59,18 @@ impl Parking {
         now.saturating_duration_since(*self.began.get_or_insert(now))
     }
 
-    /// Whether there was room.
-    fn park(&mut self, session: &Arc<Owed>, app: AppId, producer: Producer, send: &frame::Send) -> bool {
+    /// Who is to be refused now: this session if there was no room, or that of an older copy which this one takes the place of. A
+    /// device that tries several connections at once says the same on each, and goes on with one of them: which one is not known
+    /// here, so every connection is answered.
+    fn park(
+        &mut self,
+        session: &Arc<Owed>,
+        app: AppId,
+        producer: Producer,
+        send: &frame::Send,
+    ) -> Option<Arc<Owed>> {
         if self.sends >= SENDS_MAX || self.bytes + send.payload.len() > BYTES_MAX {
-            return false;
+            return Some(Arc::clone(session));
         }
         let until = self.clock() + PARKED_FOR;
         let lane = self.lanes.entry((send.conversation, producer)).or_default();
@@ -70,17 +78,19 @@ impl Parking {
         // The payload is a slice of the receive buffer: a copy lets that go.
         let kept = frame::Send { payload: Bytes::copy_from_slice(&send.payload), ..send.clone() };
         let waiting = Waiting { session: Arc::clone(session), app, send: kept };
-        let parked = lane.insert(send.pseq, waiting, until).is_ok();
+        let replaced = lane.insert(send.pseq, waiting, until);
         let after = held(lane);
         self.count(before, after);
-        if !parked {
-            return false;
+        match replaced {
+            Err(refused) => return Some(refused.session),
+            Ok(Some(older)) => return Some(older.session).filter(|older| !Arc::ptr_eq(older, session)),
+            Ok(None) => {}
         }
         self.next = Some(self.next.map_or(until, |next| next.min(until)));
-        true
+        None
     }
 
-    /// The send that follows `last` in its lane, if it waits here.
+    /// A send of the lane that waits for nothing any more now that everything up to `last` is settled.
     fn follower(&mut self, conversation: ConversationId, producer: Producer, last: Pseq) -> Option<Waiting> {
         let lane = self.lanes.get_mut(&(conversation, producer))?;
         let before = held(lane);
@@ -136,7 +146,7 @@ fn held(lane: &Parked<Waiting>) -> (usize, usize) {
 }
 
 impl Shard {
-    /// Keeps a send whose predecessors are missing; one there is no room for is refused.
+    /// Keeps a send whose predecessors are missing; one there is no room for is refused, and so is an older copy of another connection.
     pub(super) fn park(
         &mut self,
         session: Arc<Owed>,
@@ -145,13 +155,13 @@ impl Shard {
         send: &frame::Send,
         expected: Pseq,
     ) {
-        if !self.parking.park(&session, app, producer, send) {
+        if let Some(refused) = self.parking.park(&session, app, producer, send) {
             let refusal = RefusalCode::OutOfOrder.into();
-            self.batch.refused(session, send.conversation, send.pseq, refusal, expected);
+            self.batch.refused(refused, send.conversation, send.pseq, refusal, expected);
         }
     }
 
-    /// The sends that waited for what was decided last in this lane have their turn.
+    /// The sends that waited for what was decided last in this lane have their turn; copies of what is settled are answered.
     pub(super) fn unpark(&mut self, conversation: ConversationId, producer: Producer) {
         while !self.parking.lanes.is_empty() {
             let last = self.loaded.get(&conversation).map(|loaded| loaded.state.last_pseq(producer));
@@ -219,9 +229,10 @@ mod tests {
     async fn sends_wait_for_their_turn_in_their_epoch_and_not_for_ever() {
         let app = AppId::of("demo");
         let mut parking = Parking::default();
+        let one = session();
         assert_eq!(parking.next_expiry(), None);
         for pseq in [4, 3, 3, 6] {
-            assert!(parking.park(&session(), app, producer(1), &send(1, pseq, 10)));
+            assert!(parking.park(&one, app, producer(1), &send(1, pseq, 10)).is_none());
         }
         assert_eq!((parking.sends, parking.bytes), (3, 30));
         assert_eq!(follower(&mut parking, 2, 2), None, "another epoch numbers anew");
@@ -238,16 +249,33 @@ mod tests {
         assert_eq!((parking.sends, parking.bytes, parking.next_expiry()), (0, 0, None));
     }
 
+    /// Found by seed 468 of the simulated world: the copy of a connection that lost the race took the place of the winner's,
+    /// whose client waited for an answer from then on.
+    #[tokio::test(start_paused = true)]
+    async fn a_copy_of_another_connection_does_not_take_the_answer_with_it() {
+        let app = AppId::of("demo");
+        let (one, two) = (session(), session());
+        let mut parking = Parking::default();
+        assert!(parking.park(&one, app, producer(1), &send(1, 6, 1)).is_none());
+        assert!(parking.park(&one, app, producer(1), &send(1, 6, 1)).is_none(), "a datagram and the stream");
+        let refused = parking.park(&two, app, producer(1), &send(1, 6, 1)).unwrap();
+        assert!(Arc::ptr_eq(&refused, &one));
+        assert_eq!(follower(&mut parking, 1, 9), Some(6), "settled by another copy: answered all the same");
+        assert_eq!((parking.sends, parking.bytes, parking.lanes.len()), (0, 0, 0));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn what_waits_is_bounded() {
         let app = AppId::of("demo");
+        let one = session();
         let mut parking = Parking::default();
-        let few = (2..100).filter(|pseq| parking.park(&session(), app, producer(1), &send(1, *pseq, 1)));
+        let few = (2..100).filter(|pseq| parking.park(&one, app, producer(1), &send(1, *pseq, 1)).is_none());
         assert_eq!(few.count(), fulmar_protocol::limit::LANE_PARKED_MAX);
-        let many = (2..9_000).filter(|n| parking.park(&session(), app, producer(1), &send(*n, 9, 1)));
+        let many = (2..9_000).filter(|n| parking.park(&one, app, producer(1), &send(*n, 9, 1)).is_none());
         assert_eq!(many.count(), SENDS_MAX - fulmar_protocol::limit::LANE_PARKED_MAX);
         let mut parking = Parking::default();
-        let large = (2..9_000).filter(|n| parking.park(&session(), app, producer(1), &send(*n, 9, 16_384)));
+        let large =
+            (2..9_000).filter(|n| parking.park(&one, app, producer(1), &send(*n, 9, 16_384)).is_none());
         assert_eq!(large.count(), BYTES_MAX / 16_384);
     }
 }
