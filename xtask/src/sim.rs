@@ -32,6 +32,9 @@ pub(crate) struct SimArgs {
     /// Write the event log of the last seed
     #[arg(long, value_name = "FILE")]
     log: Option<PathBuf>,
+    /// Show what gateway and SDK trace, with the world's time; FILTER as for `fulmar --log`, e.g. fulmar_gateway=debug
+    #[arg(long, value_name = "FILTER")]
+    trace: Option<String>,
 }
 
 /// What the bars are told.
@@ -83,6 +86,9 @@ pub(crate) fn worlds(workspace: &Workspace, seeds: u64, args: &SimArgs) -> anyho
     }
     if let Some(log) = &args.log {
         command.arg("--log").arg(log);
+    }
+    if let Some(filter) = &args.trace {
+        command.args(["--trace", filter]);
     }
     counted_within(&mut command, CAMPAIGN_LIMIT, of_rig)
 }
