@@ -62,7 +62,9 @@ impl Rtt {
         let (Some(smoothed), Some(overdue)) = (self.smoothed, self.overdue_after()) else {
             return self.restart(took);
         };
-        if core::mem::take(&mut self.seeded) && (took < smoothed * 3 / 4 || took > smoothed * 2) {
+        // What was repeated says little, also about a seed.
+        if !repeated && core::mem::take(&mut self.seeded) && (took < smoothed * 3 / 4 || took > smoothed * 2)
+        {
             return self.restart(took);
         }
         if self.doubtful && took < smoothed * 3 / 4 {
@@ -121,6 +123,7 @@ mod tests {
             ("a fast path", None, vec![(2, false); 20], Some(2), Some(40)),
             ("a seed of another path", Some(400), vec![(50, false)], Some(50), Some(75)),
             ("a seed of this path", Some(100), vec![(108, false)], Some(101), Some(146)),
+            ("a seed, and a loss at once", Some(100), vec![(280, true)], Some(103), Some(165)),
             (
                 "two losses",
                 None,
