@@ -1,8 +1,8 @@
 //! One race for a connection: what to try when (pure; the driver makes the attempts and brings the time).
 //!
 //! - Candidates are the gateway's addresses by QUIC, TLS and WebSocket. Addresses begin [`STAGGER`] apart, the one that
-//!   won here last first; TLS joins at 240 ms, WebSocket at 750 ms, the stream transport that won here last before the
-//!   other. Where UDP was found blocked, the streams begin at once and QUIC is tried beside them ([`Udp`]).
+//!   won here last first; TLS joins at 240 ms, WebSocket at 750 ms (both later on a slow network on which QUIC won last, up to [`SLOW_MAX`]), the
+//!   stream transport that won here last before the other. Where UDP was found blocked, the streams begin at once and QUIC is tried beside them ([`Udp`]).
 //! - **The first answer to a HELLO wins**, not the first handshake: what is lost right behind a quick handshake is repeated
 //!   late. An attempt is *connected* when its handshake is complete, *asked* when the HELLO has left on it.
 //! - At most [`UNDER_WAY_MAX`] candidates are under way. Of QUIC a candidate may have more attempts, at the same address: the
@@ -28,6 +28,9 @@ const STAGGER: Duration = Duration::from_millis(240);
 /// When the streams join where QUIC goes first, and where they go first.
 const SECOND_AT: Duration = Duration::from_millis(240);
 const THIRD_AT: Duration = Duration::from_millis(750);
+
+/// The streams join one and a half round trips after QUIC where it won last, but not later than this.
+const SLOW_MAX: Duration = Duration::from_millis(1_500);
 
 /// Candidates under way at once.
 pub(crate) const UNDER_WAY_MAX: usize = 3;
@@ -553,8 +556,12 @@ fn joins(offered: &[Transport], memory: &Memory) -> Vec<(Transport, Duration)> {
     let quic = offered.contains(&Transport::Quic).then_some(Transport::Quic);
     let mut streams = streams.into_iter();
     let (one, two) = (streams.next(), streams.next());
+    // Where QUIC won last, it is given what a first answer is known to take here: a stream that joins a slow race is not needed.
+    let quic_won = memory.wins.first().is_some_and(|win| win.transport == Transport::Quic);
+    let slow = memory.rtt.filter(|_| quic_won).map_or(Duration::ZERO, |rtt| rtt.saturating_mul(3) / 2);
+    let second = SECOND_AT.max(slow.min(SLOW_MAX));
     let ways = match memory.udp {
-        Udp::First => [(quic, Duration::ZERO), (one, SECOND_AT), (two, THIRD_AT)],
+        Udp::First => [(quic, Duration::ZERO), (one, second), (two, second + (THIRD_AT - SECOND_AT))],
         Udp::Beside => [(quic, Duration::ZERO), (one, Duration::ZERO), (two, THIRD_AT)],
         Udp::Later => [(one, Duration::ZERO), (quic, SECOND_AT), (two, THIRD_AT)],
     };
@@ -687,6 +694,23 @@ mod tests {
 
     fn known(udp: Udp, wins: &[Win]) -> Memory {
         Memory { rtt: Some(MS(100)), udp, wins: wins.to_vec() }
+    }
+
+    #[test]
+    fn streams_join_later_where_quic_won_and_answers_are_known_to_be_slow() {
+        let joined = |rtt: Option<u64>, wins: &[Win]| {
+            let memory = Memory { rtt: rtt.map(MS), udp: Udp::First, wins: wins.to_vec() };
+            let told = run(&mut race(1, &memory), |_, _, _| Fate::Silent);
+            let of = |way| told.started.iter().find(|(_, t, _)| *t == way).map(|(at, ..)| *at);
+            (of(Tls), of(WebSocket))
+        };
+        let usual = (Some(240), Some(750));
+        assert_eq!(joined(None, &[]), usual);
+        assert_eq!(joined(Some(100), &[win(Quic, 0)]), usual);
+        assert_eq!(joined(Some(600), &[win(Quic, 0)]), (Some(900), Some(1_410)));
+        assert_eq!(joined(Some(9_000), &[win(Quic, 0)]), (Some(1_500), Some(2_010)), "not for ever");
+        assert_eq!(joined(Some(600), &[]), usual, "QUIC was never seen to work here");
+        assert_eq!(joined(Some(600), &[win(Tls, 0), win(Quic, 0)]), usual, "or not lately");
     }
 
     #[test]
