@@ -364,7 +364,7 @@ impl Client {
         self.hedges.rtt().smoothed()
     }
 
-    /// How long an answer may take before its question counts as lost: `max(1.25 srtt, srtt + 4 rttvar, 40 ms)`. `None`:
+    /// How long an answer may take before its question counts as lost: `max(17/16 srtt, srtt + 4 rttvar, 40 ms)`. `None`:
     /// nothing is known yet.
     #[must_use]
     pub fn overdue_after(&self) -> Option<Duration> {

@@ -4,8 +4,8 @@
 //!   after a probe, about 2.8 round trips. So a frame waits for its answer; when nothing else left close behind it and
 //!   the answer is overdue ([`Rtt::overdue_after`]), a copy leaves, and once more after the same time again:
 //!   [`COPIES_MAX`] in all.
-//! - What left close behind (so that its acknowledgement would have come before the answer is overdue) puts the copy off:
-//!   QUIC notices by itself; the copy is only for the case that it was lost as well.
+//! - What left close behind (within a quarter of a round trip, or before the answer is overdue) puts the copy off:
+//!   QUIC notices by itself, hardly later; the copy is only for the case that it was lost as well.
 //! - Copies are paid for: a [`BYTES_SHARE`]th of what was sent, [`BYTES_PER_SECOND`], and a burst of [`BYTES_BURST`].
 //!   What can't be paid stays with the transport.
 //! - Memory is [`WAITING_MAX`] entries; a newer frame takes the oldest one's place.
@@ -51,6 +51,8 @@ struct Waiting<N, T> {
     patience: Duration,
     due: Option<Duration>,
     copies: u8,
+    /// When the first of them left.
+    copied_at: Option<Duration>,
 }
 
 /// How a frame left.
@@ -98,7 +100,7 @@ impl<N: Copy + Ord, T> Hedges<N, T> {
 
     /// Something else that was asked got its answer after this time.
     pub fn sample(&mut self, took: Duration) {
-        self.rtt.sample(took, false);
+        self.rtt.sample(took, None);
     }
 
     /// The network is another one: what was learned is replaced by what is known of it.
@@ -137,6 +139,7 @@ impl<N: Copy + Ord, T> Hedges<N, T> {
             patience,
             due: overdue.map(|after| now + after + patience),
             copies: 0,
+            copied_at: None,
         });
     }
 
@@ -147,7 +150,7 @@ impl<N: Copy + Ord, T> Hedges<N, T> {
             return;
         }
         let (Some(smoothed), Some(overdue)) = (self.rtt.smoothed(), self.rtt.overdue_after()) else { return };
-        let close = overdue.saturating_sub(smoothed);
+        let close = overdue.saturating_sub(smoothed).max(smoothed / 4);
         for waiting in &mut self.waiting {
             let behind = now.saturating_sub(waiting.followed_at);
             if waiting.copies == 0 && waiting.due.is_some() && behind > Duration::ZERO && behind <= close {
@@ -188,19 +191,20 @@ impl<N: Copy + Ord, T> Hedges<N, T> {
     }
 
     fn settle(&mut self, conversation: ConversationId, answered: impl Fn(N) -> bool, now: Duration) {
-        let mut newest: Option<(Duration, Duration, bool)> = None;
+        let mut newest: Option<(Duration, Duration, Option<Duration>)> = None;
         self.waiting.retain(|waiting| {
             if waiting.conversation != conversation || !answered(waiting.number) {
                 return true;
             }
             if waiting.timed {
-                newest = Some((waiting.left_at, waiting.patience, waiting.copies > 0));
+                newest = Some((waiting.left_at, waiting.patience, waiting.copied_at));
             }
             false
         });
         // Frames that were answered together waited for the last of them. One that is given time on top says nothing.
-        if let Some((left_at, Duration::ZERO, repeated)) = newest {
-            self.rtt.sample(now.saturating_sub(left_at), repeated);
+        if let Some((left_at, Duration::ZERO, copied_at)) = newest {
+            let since_copy = copied_at.map(|at| now.saturating_sub(at));
+            self.rtt.sample(now.saturating_sub(left_at), since_copy);
         }
     }
 
@@ -235,6 +239,7 @@ impl<N: Copy + Ord, T> Hedges<N, T> {
             self.purse -= price;
             self.copies += 1;
             waiting.copies += 1;
+            waiting.copied_at.get_or_insert(now);
             waiting.due = (waiting.copies < COPIES_MAX).then_some(now + overdue);
             break at;
         };
@@ -256,11 +261,11 @@ mod tests {
 
     const SMALL: Left = Left { size: 100, hedge: true, timed: true, patience: Duration::ZERO };
 
-    /// Hedges that know a steady path of 100 ms, so that 125 ms are overdue.
+    /// Hedges that know a steady path of 160 ms, so that 170 ms are overdue.
     fn steady() -> Hedges<u64, &'static str> {
-        let mut hedges = Hedges::new(Some(ms(100)));
-        (0..30).for_each(|_| hedges.sample(ms(100)));
-        assert_eq!(hedges.rtt().overdue_after(), Some(ms(125)));
+        let mut hedges = Hedges::new(Some(ms(160)));
+        (0..30).for_each(|_| hedges.sample(ms(160)));
+        assert_eq!(hedges.rtt().overdue_after(), Some(ms(170)));
         hedges
     }
 
@@ -274,10 +279,10 @@ mod tests {
         hedges.sent(c(1), 1, "a", SMALL, ms(1_000));
         hedges.left(100, ms(1_000));
         for (at, next, want) in [
-            (1_124, Some(1_125), vec![]),
-            (1_125, Some(1_250), vec![1]),
-            (1_249, Some(1_250), vec![]),
-            (1_250, None, vec![1]),
+            (1_169, Some(1_170), vec![]),
+            (1_170, Some(1_340), vec![1]),
+            (1_339, Some(1_340), vec![]),
+            (1_340, None, vec![1]),
             (9_000, None, vec![]),
         ] {
             assert_eq!(due(&mut hedges, at), want, "at {at}");
@@ -290,7 +295,7 @@ mod tests {
 
     #[test]
     fn what_left_close_behind_puts_the_copy_off() {
-        for (then, want) in [(0, 1_125), (10, 1_135), (25, 1_150), (26, 1_125), (90, 1_125)] {
+        for (then, want) in [(0, 1_170), (10, 1_180), (40, 1_210), (41, 1_170), (90, 1_170)] {
             let mut hedges = steady();
             hedges.sent(c(1), 1, "a", SMALL, ms(1_000));
             hedges.left(100, ms(1_000));
@@ -300,7 +305,7 @@ mod tests {
         let mut hedges = steady();
         hedges.sent(c(1), 1, "a", SMALL, ms(1_000));
         (0..100).for_each(|n| hedges.left(20, ms(1_000 + 20 * n)));
-        assert_eq!(hedges.next_due(), Some(ms(1_000 + 20 * 99 + 125)), "a busy path never gets there");
+        assert_eq!(hedges.next_due(), Some(ms(1_000 + 20 * 99 + 170)), "a busy path never gets there");
     }
 
     #[test]
@@ -310,11 +315,18 @@ mod tests {
             hedges.sent(c(1), number, "a", SMALL, ms(1_000));
         }
         hedges.sent(c(2), 1, "b", SMALL, ms(1_000));
-        hedges.answered(c(1), 2, ms(1_108));
-        assert_eq!(hedges.rtt().smoothed(), Some(ms(101)));
-        assert_eq!(due(&mut hedges, 1_140), [1, 3, 1]);
-        hedges.answered_up_to(c(1), 3, ms(1_900));
-        assert!(hedges.rtt().smoothed() < Some(ms(110)), "it may be a copy that was answered");
+        hedges.answered(c(1), 2, ms(1_168));
+        assert_eq!(hedges.rtt().smoothed(), Some(ms(161)));
+        assert_eq!(due(&mut hedges, 1_180), [1, 3, 1]);
+        hedges.answered_up_to(c(1), 3, ms(1_340));
+        assert_eq!(
+            hedges.rtt().smoothed(),
+            Some(ms(161)),
+            "it was a copy that was answered, a round trip after it left"
+        );
+        hedges.answered(c(2), 1, ms(1_190));
+        assert!(hedges.rtt().smoothed() > Some(ms(161)), "it was not: the path was slow");
+        hedges.sent(c(2), 1, "b", SMALL, ms(2_000));
         hedges.forget(c(2), 1);
         assert!(hedges.is_empty());
     }
@@ -325,8 +337,8 @@ mod tests {
         let before = *hedges.rtt();
         hedges.sent(c(1), 1, "a", Left { patience: ms(100), ..SMALL }, ms(0));
         hedges.sent(c(1), 2, "a", Left { hedge: false, timed: false, ..SMALL }, ms(0));
-        assert_eq!(hedges.next_due(), Some(ms(225)));
-        hedges.answered_up_to(c(1), 2, ms(190));
+        assert_eq!(hedges.next_due(), Some(ms(270)));
+        hedges.answered_up_to(c(1), 2, ms(250));
         assert_eq!(*hedges.rtt(), before);
     }
 
@@ -339,11 +351,11 @@ mod tests {
         for number in 0..200 {
             hedges.sent(c(number), number, "a", Left { size: 1_000, ..SMALL }, ms(at));
             hedges.left(1_000, ms(at));
-            at += 126;
+            at += 171;
             copies += due(&mut hedges, at).len();
             hedges.forget(c(number), number);
         }
-        let share = 200 * 1_000 / BYTES_SHARE + 25 * BYTES_PER_SECOND;
+        let share = 200 * 1_000 / BYTES_SHARE + 34 * BYTES_PER_SECOND;
         let most = (BYTES_BURST + share) / 1_000;
         assert!((most - 2..=most).contains(&(copies as u64)), "{copies} of at most {most}");
         assert_eq!(due(&mut hedges, at + 1_000), [0u64; 0]);
