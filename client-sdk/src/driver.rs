@@ -45,7 +45,7 @@ use crate::{
     networks::{NetworkKey, Networks},
     options::{BoxFuture, Options, Token},
     platform::{Platform, within},
-    race::{RTT_UNKNOWN, Verdict},
+    race::{RTT_UNKNOWN, Transport, Verdict},
     state::{Action, Event, Machine, State},
     transport::{
         Dialer, Tls,
@@ -314,10 +314,11 @@ impl Driver {
         let timeout = timeout.map(|at| self.started + at);
         let platform = Arc::clone(&self.shared.platform);
         let records = self.ledger.has_room();
-        let now = self.now();
-        let Self { link, race, probe, proving, flight, ledger, feed, .. } = self;
+        let Self { link, race, probe, proving, flight, ledger, feed, started, .. } = self;
         let io = poll_fn(|cx| {
             use std::task::Poll::{Pending, Ready};
+            // It may have waited for long: what happened happens now, and not when the wait began.
+            let now = platform.monotonic().saturating_sub(*started);
             if let Some(link) = link
                 && let Ready(event) = link.poll(records, cx)
             {
@@ -602,7 +603,11 @@ impl Driver {
         let now = self.now();
         match event {
             RaceEvent::Won(won) => {
-                self.networks.on(self.network).won(won.win);
+                let network = self.networks.on(self.network);
+                network.won(won.win);
+                if won.win.transport == Transport::Quic {
+                    network.shook(won.took);
+                }
                 let prompt = self.prompt();
                 self.keepalive.reached(won.took, prompt, now);
                 if let Some(flight) = self.flight.take() {

@@ -54,11 +54,12 @@ const HOLD: Duration = Duration::from_secs(1);
 /// Attempts that may follow the first one of a candidate of QUIC.
 const FOLLOWERS: u8 = 2;
 
-/// A handshake is overdue after the round trip and an eighth of it, or this more, but never sooner than that.
+/// A handshake is overdue after what it usually takes (at least the round trip) and an eighth of that, or three of the round trip's
+/// variations, or this more, but never sooner than that.
 const OVERDUE_MORE: Duration = Duration::from_millis(20);
 const OVERDUE_MIN: Duration = Duration::from_millis(75);
 
-/// An answer may take so much more than the round trip: who has many clients coming back writes and reads for each.
+/// An answer may take so much more than the round trip, or come so much later than the handshake when it was asked for in early data: who has many clients coming back writes and reads for each.
 const ANSWER_MORE: Duration = Duration::from_millis(100);
 
 /// The round trip to expect where none was measured.
@@ -126,6 +127,10 @@ pub(crate) enum Verdict {
 pub(crate) struct Memory {
     /// The round trip to expect.
     pub(crate) rtt: Option<Duration>,
+    /// What a handshake of QUIC took; zero: not known.
+    pub(crate) handshake: Duration,
+    /// How much longer either may well be.
+    pub(crate) spread: Duration,
     /// How UDP fared.
     pub(crate) udp: Udp,
     /// Who won before, the newest first.
@@ -196,8 +201,10 @@ pub(crate) struct Race {
     again_at: Duration,
     again_until: Duration,
     under_way: Vec<Attempt>,
-    /// The round trip to expect.
+    /// The round trip to expect, what a handshake takes, and how much longer either may well be.
     rtt: Duration,
+    handshake: Duration,
+    spread: Duration,
     attempt_max: Duration,
     next_id: u32,
     winner: Option<Win>,
@@ -232,6 +239,8 @@ impl Race {
             again_until: now.saturating_add(AGAIN_FOR),
             under_way: Vec::new(),
             rtt,
+            handshake: memory.handshake.max(rtt),
+            spread: memory.spread,
             attempt_max: ATTEMPT_MAX.max(rtt * 5),
             next_id: 0,
             winner: None,
@@ -464,8 +473,14 @@ impl Race {
     /// When an attempt is overdue, and its candidate gets the next one.
     fn follower_at(&self, attempt: &Attempt) -> Option<Duration> {
         let since = attempt.waits_since().filter(|_| attempt.followers > 0)?;
-        let more = (self.rtt / 8).max(if attempt.connected.is_some() { ANSWER_MORE } else { OVERDUE_MORE });
-        Some(since.saturating_add(self.rtt.saturating_add(more).max(OVERDUE_MIN)))
+        let (usual, least) = match (attempt.connected, attempt.asked) {
+            (None, _) => (self.handshake, OVERDUE_MORE),
+            // In early data: the answer comes right behind the handshake.
+            (Some(connected), Some(asked)) if asked < connected => (Duration::ZERO, ANSWER_MORE),
+            _ => (self.rtt, ANSWER_MORE),
+        };
+        let more = (usual / 8).max(self.spread).max(least);
+        Some(since.saturating_add(usual.saturating_add(more).max(OVERDUE_MIN)))
     }
 
     fn start_followers(&mut self, now: Duration, steps: &mut Vec<Step>) {
@@ -693,13 +708,13 @@ mod tests {
     }
 
     fn known(udp: Udp, wins: &[Win]) -> Memory {
-        Memory { rtt: Some(MS(100)), udp, wins: wins.to_vec() }
+        Memory { rtt: Some(MS(100)), udp, wins: wins.to_vec(), ..Memory::default() }
     }
 
     #[test]
     fn streams_join_later_where_quic_won_and_answers_are_known_to_be_slow() {
         let joined = |rtt: Option<u64>, wins: &[Win]| {
-            let memory = Memory { rtt: rtt.map(MS), udp: Udp::First, wins: wins.to_vec() };
+            let memory = Memory { rtt: rtt.map(MS), wins: wins.to_vec(), ..Memory::default() };
             let told = run(&mut race(1, &memory), |_, _, _| Fate::Silent);
             let of = |way| told.started.iter().find(|(_, t, _)| *t == way).map(|(at, ..)| *at);
             (of(Tls), of(WebSocket))
@@ -814,6 +829,32 @@ mod tests {
             assert_eq!(quic, want[..=nth]);
             assert_eq!(told.won, Some((want[nth].0 + 100, win(Quic, 0))));
             assert_eq!(told.stopped.len(), told.started.len() - 1, "the others");
+        }
+    }
+
+    #[test]
+    fn an_answer_to_early_data_is_due_right_behind_the_handshake() {
+        for (asked, want) in [(0, 250), (150, 400)] {
+            let mut race = race(1, &Memory { rtt: Some(MS(150)), ..known(Udp::First, &[]) });
+            let steps = race.poll(Duration::ZERO);
+            let [Step::Start { id, .. }] = steps[..] else { panic!("{steps:?}") };
+            race.asked(id, MS(asked));
+            assert!(race.connected(id, MS(150)));
+            assert_eq!(race.follower_at(&race.under_way[0]), Some(MS(want)), "asked at {asked} ms");
+        }
+    }
+
+    #[test]
+    fn a_handshake_that_is_known_to_be_slow_is_given_its_time() {
+        let second = |handshake: u64, spread: u64| {
+            let memory = Memory { handshake: MS(handshake), spread: MS(spread), ..known(Udp::First, &[]) };
+            let told = run(&mut race(1, &memory), |_, _, _| Fate::Silent);
+            told.started.iter().filter(|(_, way, _)| *way == Quic).nth(1).map(|(at, ..)| *at)
+        };
+        for (handshake, spread, want) in
+            [(0, 0, 120), (60, 0, 120), (400, 0, 450), (400, 90, 490), (0, 30, 130)]
+        {
+            assert_eq!(second(handshake, spread), Some(want), "{handshake} ms, {spread} ms more");
         }
     }
 
@@ -968,12 +1009,14 @@ mod tests {
             addresses in 0..10usize,
             offered in prop::sample::subsequence(ALL.to_vec(), 0..=3),
             rtt in prop::option::of(0..2_000u64),
+            handshake in 0..3_000u64,
+            spread in 0..500u64,
             udp in prop::sample::select(vec![Udp::First, Udp::Beside, Udp::Later]),
             wins in prop::collection::vec((prop::sample::select(ALL.to_vec()), any::<u8>()), 0..5),
             fates in fates(),
         ) {
             let wins: Vec<Win> = wins.into_iter().map(|(way, address)| win(way, address % 9)).collect();
-            let memory = Memory { rtt: rtt.map(MS), udp, wins };
+            let memory = Memory { rtt: rtt.map(MS), handshake: MS(handshake), spread: MS(spread), udp, wins };
             let mut race = Race::new(addresses, &offered, &memory, Duration::ZERO);
             let fate = |way: Transport, address: usize, nth: usize| {
                 fates[(way as usize * 8 + address + 5 * nth) % fates.len()]
