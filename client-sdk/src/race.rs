@@ -54,7 +54,7 @@ const HOLD: Duration = Duration::from_secs(1);
 /// Attempts that may follow the first one of a candidate of QUIC.
 const FOLLOWERS: u8 = 2;
 
-/// A handshake is overdue after what it usually takes (at least the round trip) and an eighth of that, or three of the round trip's
+/// A handshake is overdue after what it usually takes (a round trip, where that is not known) and an eighth of that, or three of the round trip's
 /// variations, or this more, but never sooner than that.
 const OVERDUE_MORE: Duration = Duration::from_millis(20);
 const OVERDUE_MIN: Duration = Duration::from_millis(75);
@@ -217,6 +217,9 @@ impl Race {
     /// A race that begins now, to the first of so many addresses (at most 8 take part) by the ways that are `offered`.
     pub(crate) fn new(addresses: usize, offered: &[Transport], memory: &Memory, now: Duration) -> Self {
         let rtt = memory.rtt.unwrap_or(RTT_UNKNOWN);
+        // No handshake is shorter than a round trip: one measurement that met a loss does not make a network slow.
+        let handshake = if memory.handshake.is_zero() { rtt } else { memory.handshake };
+        let rtt = rtt.min(handshake);
         let mut order: Vec<usize> = (0..addresses.min(ADDRESSES_MAX)).collect();
         let place = |address: usize| {
             memory.wins.iter().position(|win| usize::from(win.address) == address).unwrap_or(usize::MAX)
@@ -239,8 +242,8 @@ impl Race {
             again_until: now.saturating_add(AGAIN_FOR),
             under_way: Vec::new(),
             rtt,
-            handshake: memory.handshake.max(rtt),
-            spread: memory.spread,
+            handshake,
+            spread: memory.spread.min(handshake),
             attempt_max: ATTEMPT_MAX.max(rtt * 5),
             next_id: 0,
             winner: None,
@@ -852,7 +855,7 @@ mod tests {
             told.started.iter().filter(|(_, way, _)| *way == Quic).nth(1).map(|(at, ..)| *at)
         };
         for (handshake, spread, want) in
-            [(0, 0, 120), (60, 0, 120), (400, 0, 450), (400, 90, 490), (0, 30, 130)]
+            [(0, 0, 120), (60, 0, 80), (400, 0, 450), (400, 90, 490), (0, 30, 130), (100, 400, 200)]
         {
             assert_eq!(second(handshake, spread), Some(want), "{handshake} ms, {spread} ms more");
         }
