@@ -108,12 +108,12 @@ async fn attend(incoming: quinn::Incoming, receivers: &Receivers) -> anyhow::Res
     Ok(())
 }
 
-/// An endpoint for clients, of the gateway as of the floors.
+/// TLS 1.3 for clients that trust one certificate.
 ///
 /// # Errors
-/// The certificate in the server's data folder can't be read.
-pub fn client_endpoint(folder: &Path) -> anyhow::Result<quinn::Endpoint> {
-    let pem = std::fs::read(folder.join("tls/cert.pem")).context("the server's certificate")?;
+/// It can't be read.
+pub fn client_tls(certificate: &Path) -> anyhow::Result<rustls::ClientConfig> {
+    let pem = std::fs::read(certificate).context("the server's certificate")?;
     let mut roots = rustls::RootCertStore::empty();
     for certificate in
         <rustls::pki_types::CertificateDer<'_> as rustls::pki_types::pem::PemObject>::pem_slice_iter(&pem)
@@ -121,13 +121,29 @@ pub fn client_endpoint(folder: &Path) -> anyhow::Result<quinn::Endpoint> {
         roots.add(certificate?)?;
     }
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut tls = rustls::ClientConfig::builder_with_provider(provider)
+    Ok(rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_root_certificates(roots)
-        .with_no_client_auth();
+        .with_no_client_auth())
+}
+
+/// An endpoint for clients, of the gateway as of the floors.
+///
+/// # Errors
+/// The certificate in the server's data folder can't be read.
+pub fn client_endpoint(folder: &Path) -> anyhow::Result<quinn::Endpoint> {
+    let mut tls = client_tls(&folder.join("tls/cert.pem"))?;
     tls.alpn_protocols = vec![fulmar_protocol::version::ALPN.to_vec()];
+    client_endpoint_with(tls)
+}
+
+/// An endpoint for clients with the gateway's transport settings and this TLS, whatever the server is.
+///
+/// # Errors
+/// There is no socket, or QUIC can't have this TLS.
+pub fn client_endpoint_with(tls: rustls::ClientConfig) -> anyhow::Result<quinn::Endpoint> {
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
-    let mut transport = transport_config(&Config::in_folder(folder).transport);
+    let mut transport = transport_config(&Config::in_folder(Path::new("")).transport);
     // The gateway opens up to sixteen lanes and the backlog.
     transport.max_concurrent_uni_streams(32u8.into());
     config.transport_config(Arc::new(transport));

@@ -9,7 +9,11 @@
 pub mod bare;
 pub mod command;
 pub mod meter;
+pub mod mqtt;
 pub mod payload;
 pub mod phone;
+pub mod plot;
 pub mod process;
 pub mod report;
+pub mod schedule;
+pub mod times;

@@ -180,11 +180,16 @@ impl Phone {
     /// # Errors
     /// It was not let in.
     pub async fn reconnect(self, endpoint: &quinn::Endpoint, gateway: SocketAddr) -> anyhow::Result<Self> {
+        self.leave().reconnect(endpoint, gateway).await
+    }
+
+    /// Leaves this connection.
+    #[must_use]
+    pub fn leave(self) -> Away {
         let Self { mut half, begin, connection, lanes, newest, ticket, .. } = self;
         half.disconnected(begin.elapsed());
-        drop(connection);
-        let next = Self::begin(half, begin, AuthProof::Ticket(ticket), endpoint, gateway).await?;
-        Ok(Self { lanes, newest, ..next })
+        connection.close(0u8.into(), b"");
+        Away { half, begin, lanes, newest, ticket }
     }
 
     fn now(&self) -> Duration {
@@ -383,6 +388,28 @@ impl Phone {
             moved = true;
         }
         if moved { Poll::Ready(Ok(())) } else { Poll::Pending }
+    }
+}
+
+/// A phone that is not connected, and what it knows: its ticket, its cursors, what is not acked.
+#[derive(Debug)]
+pub struct Away {
+    half: Client,
+    begin: Instant,
+    lanes: HashMap<ConversationId, Pseq>,
+    newest: HashMap<ConversationId, Seq>,
+    ticket: Bytes8,
+}
+
+impl Away {
+    /// Connects again.
+    ///
+    /// # Errors
+    /// It was not let in.
+    pub async fn reconnect(self, endpoint: &quinn::Endpoint, gateway: SocketAddr) -> anyhow::Result<Phone> {
+        let Self { half, begin, lanes, newest, ticket } = self;
+        let next = Phone::begin(half, begin, AuthProof::Ticket(ticket), endpoint, gateway).await?;
+        Ok(Phone { lanes, newest, ..next })
     }
 }
 

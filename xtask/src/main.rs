@@ -14,6 +14,7 @@ mod steps;
 mod tally;
 mod tool;
 
+use std::os::unix::process::CommandExt as _;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
@@ -46,7 +47,8 @@ use crate::tally::Tally;
         cargo xtask sim --from 131 --seeds 1 --log seed-131.log\n  \
         cargo xtask bars --only blackout\n  \
         cargo xtask days --only normal\n  \
-        cargo xtask bench codec"
+        cargo xtask bench codec\n  \
+        cargo xtask peers --only fulmar,mosquitto --work A"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -137,6 +139,15 @@ enum Command {
         #[arg(last = true, value_name = "ARGS")]
         args: Vec<String>,
     },
+    /// Measure Fulmar and other servers at the same work, side by side: `cargo xtask peers --help` says at which
+    ///
+    /// What follows is passed on to `fulmar-peers`, which is built first, as is the gateway, both for release.
+    #[command(disable_help_flag = true)]
+    Peers {
+        /// Passed on
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<std::ffi::OsString>,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -225,6 +236,17 @@ fn carry_out(command: Command) -> anyhow::Result<bool> {
             }
             let status = command.arg("--").args(args).status().context("can't start cargo")?;
             Ok(status.success())
+        }
+        Command::Peers { args } => {
+            let packages = ["build", "--release", "--package", "fulmar-peers", "--package", "fulmar-gateway"];
+            let status = workspace.cargo(packages).status().context("can't start cargo")?;
+            anyhow::ensure!(status.success(), "the runner can't be built");
+            let program = workspace.target().join("release/fulmar-peers");
+            // In place of this process: whoever ends it means the runner, which cleans up.
+            // Files are named from where we are called.
+            let here = std::env::current_dir()?;
+            let error = workspace.command(&program).current_dir(here).args(args).exec();
+            Err(error).with_context(|| format!("{} can't be started", program.display()))
         }
     }
 }

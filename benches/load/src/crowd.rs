@@ -22,6 +22,7 @@ use fulmar_benches::{
     bare,
     meter::thread_cpu,
     phone::{Phone, Seen, Tokens},
+    schedule::{Arrivals, Schedule},
 };
 use fulmar_protocol::id::{ConversationId, Pseq, Seq};
 use tokio::{
@@ -31,7 +32,6 @@ use tokio::{
 
 use crate::{
     plan::{Bodies, Lengths, Shape, Stamp, Talk, absent_user, user},
-    schedule::{Arrivals, Schedule},
     tally::{Lasts, Tally},
 };
 

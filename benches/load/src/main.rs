@@ -1,6 +1,6 @@
 //! Phones by the thousand against a gateway: `cargo run --release -p fulmar-load -- --help`.
 //!
-//! - An open loop: messages are due at times decided before, and are measured from then (`schedule`).
+//! - An open loop: messages are due at times decided before, and are measured from then (`fulmar_benches::schedule`).
 //! - The program looks at itself as hard as at the gateway, and says when it was the bottleneck (`verdict`).
 //! - Every delivery is checked: once, in order, none missing.
 //!
@@ -10,7 +10,6 @@ mod crowd;
 mod page;
 mod plan;
 mod report;
-mod schedule;
 mod server;
 mod tally;
 mod verdict;
@@ -30,13 +29,13 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Parser;
+use fulmar_benches::{schedule::Arrivals, times::spoken};
 use tokio::sync::watch;
 
 use crate::{
     crowd::{Common, Conversations, News, Orders, Phase, Thread},
     plan::{Lengths, Shape},
-    report::{Run, Second, spoken},
-    schedule::Arrivals,
+    report::{Run, Second},
     server::{Reading, Server},
     tally::{Counts, Recent},
     verdict::Circumstances,

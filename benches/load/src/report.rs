@@ -4,7 +4,9 @@ use std::{fmt::Write as _, time::Duration};
 
 use serde_json::{Value, json};
 
-use crate::tally::{Counts, Times};
+use fulmar_benches::times::{Times, spoken};
+
+use crate::tally::Counts;
 
 /// One second of the run.
 #[derive(Clone, Copy, Debug, Default)]
@@ -95,7 +97,7 @@ impl Run {
             let _ = write!(text, "{name:>10}");
         }
         text.push('\n');
-        for (name, times) in self.times().into_iter().filter(|(_, times)| times.len() > 0) {
+        for (name, times) in self.times().into_iter().filter(|(_, times)| !times.is_empty()) {
             let _ = write!(text, "  {name:<28}{:>10}", times.len());
             for (_, share) in SHARES {
                 let _ = write!(text, "{:>10}", spoken(times.quantile(share)));
@@ -218,19 +220,6 @@ impl Run {
     }
 }
 
-/// A time with three digits.
-pub(crate) fn spoken(time: Duration) -> String {
-    let us = time.as_secs_f64() * 1e6;
-    match us {
-        us if us < 1.0 => "0".to_owned(),
-        us if us < 1_000.0 => format!("{us:.0} µs"),
-        us if us < 10_000.0 => format!("{:.2} ms", us / 1e3),
-        us if us < 100_000.0 => format!("{:.1} ms", us / 1e3),
-        us if us < 1e6 => format!("{:.0} ms", us / 1e3),
-        us => format!("{:.2} s", us / 1e6),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -271,19 +260,5 @@ mod tests {
         assert_eq!(json["deliveries_per_second"], 10_000.0);
         assert_eq!(json["times_us"]["send to each recipient"]["count"], 1);
         assert!(json["times_us"]["send to durable ack"]["p99"].as_f64().unwrap() == 0.0);
-    }
-
-    #[test]
-    fn times_are_spoken() {
-        for (us, said) in [
-            (0, "0"),
-            (5, "5 µs"),
-            (1_234, "1.23 ms"),
-            (45_600, "45.6 ms"),
-            (789_000, "789 ms"),
-            (2_500_000, "2.50 s"),
-        ] {
-            assert_eq!(spoken(Duration::from_micros(us)), said);
-        }
     }
 }

@@ -1,82 +1,20 @@
 //! What came of the messages, counted by each thread for itself and put together in the end.
 //!
-//! - Times are counted from when a message was due, in nanoseconds, to three digits (HDR histograms: G. Tene,
-//!   <http://hdrhistogram.org>).
+//! - Times are counted from when a message was due.
 //! - Only messages that were due within the measured time count; those before warm up.
 //! - The last recipient of a message is found over all threads ([`Lasts`]).
 //!
 //! Not here: whether the figures can be trusted (`verdict`).
 
-use std::{
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
-    },
-    time::Duration,
+use std::sync::{
+    Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use hdrhistogram::Histogram;
-
-/// The longest time that is told apart from longer ones.
-const TIME_MAX: Duration = Duration::from_secs(600);
+use fulmar_benches::times::Times;
 
 /// Messages under way at the most whose last recipient is found.
 const UNDER_WAY: usize = 1 << 16;
-
-/// Times, as they are spread.
-#[derive(Clone, Debug)]
-pub(crate) struct Times(Histogram<u64>);
-
-impl Default for Times {
-    fn default() -> Self {
-        let max = u64::try_from(TIME_MAX.as_nanos()).unwrap_or(u64::MAX);
-        // Only a bound below 2 or more than five digits is refused.
-        let histogram = Histogram::new_with_bounds(1_000, max, 3).or_else(|_| Histogram::new(3));
-        Self(histogram.unwrap_or_else(|_| unreachable!("three digits are few enough")))
-    }
-}
-
-impl Times {
-    /// Adds one; what is longer than ten minutes counts as ten minutes.
-    pub(crate) fn add(&mut self, time: Duration) {
-        self.0.saturating_record(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
-    }
-
-    /// Adds those of another.
-    pub(crate) fn append(&mut self, other: &Self) {
-        // Both have the same bounds.
-        let _ = self.0.add(&other.0);
-    }
-
-    /// Forgets all.
-    pub(crate) fn clear(&mut self) {
-        self.0.reset();
-    }
-
-    /// How many there are.
-    pub(crate) fn len(&self) -> u64 {
-        self.0.len()
-    }
-
-    /// The time that this share (0 to 1) of them don't exceed; zero if there is none.
-    pub(crate) fn quantile(&self, share: f64) -> Duration {
-        Duration::from_nanos(if self.0.is_empty() { 0 } else { self.0.value_at_quantile(share) })
-    }
-
-    /// The longest.
-    pub(crate) fn max(&self) -> Duration {
-        Duration::from_nanos(self.0.max())
-    }
-
-    /// Points of the curve "what share took no longer": (time, share).
-    pub(crate) fn curve(&self) -> Vec<(Duration, f64)> {
-        let mut points = Vec::new();
-        for value in self.0.iter_quantiles(4) {
-            points.push((Duration::from_nanos(value.value_iterated_to()), value.quantile()));
-        }
-        points
-    }
-}
 
 /// What one thread has counted.
 #[derive(Clone, Debug, Default)]
@@ -226,6 +164,8 @@ impl Lasts {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -267,13 +207,5 @@ mod tests {
         assert_eq!((recent.delivered, recent.delivery.len()), (2, 2));
         let curve = all.delivery.curve();
         assert!(curve.is_sorted_by(|a, b| a.0 <= b.0 && a.1 <= b.1) && curve.last().unwrap().1 == 1.0);
-    }
-
-    #[test]
-    fn no_times_are_no_trouble() {
-        let mut times = Times::default();
-        assert_eq!((times.quantile(0.99), times.max()), (Duration::ZERO, Duration::ZERO));
-        times.add(Duration::from_secs(10_000));
-        assert!(times.max() >= Duration::from_secs(599));
     }
 }

@@ -52,6 +52,7 @@ const OUTER_CRATES: &[&str] = &[
     "fulmar-benches",
     "fulmar-load",
     "fulmar-netlab",
+    "fulmar-peers",
     "fulmar-fuzz",
     "fulmar-faultdisk",
     "fulmar-store-rig",

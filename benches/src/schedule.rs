@@ -8,7 +8,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::SmallRng};
 
 /// How messages are spread over time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(crate) enum Arrivals {
+pub enum Arrivals {
     /// Independent of each other, as many people's are: gaps are exponential
     Poisson,
     /// At equal distances
@@ -17,7 +17,7 @@ pub(crate) enum Arrivals {
 
 /// The times at which one thread's messages are due.
 #[derive(Debug)]
-pub(crate) struct Schedule {
+pub struct Schedule {
     arrivals: Arrivals,
     gap: Duration,
     next: Duration,
@@ -26,7 +26,8 @@ pub(crate) struct Schedule {
 
 impl Schedule {
     /// `rate` messages a second from `begin` on; `None`: there are none.
-    pub(crate) fn new(arrivals: Arrivals, rate: f64, begin: Duration, seed: u64) -> Option<Self> {
+    #[must_use]
+    pub fn new(arrivals: Arrivals, rate: f64, begin: Duration, seed: u64) -> Option<Self> {
         let gap = Duration::try_from_secs_f64(1.0 / rate).ok().filter(|gap| !gap.is_zero())?;
         let mut schedule = Self { arrivals, gap, next: begin, random: SmallRng::seed_from_u64(seed) };
         // Threads do not begin with a message each at the same moment.
@@ -35,12 +36,13 @@ impl Schedule {
     }
 
     /// When the next message is due.
-    pub(crate) const fn peek(&self) -> Duration {
+    #[must_use]
+    pub const fn peek(&self) -> Duration {
         self.next
     }
 
     /// Takes the next message.
-    pub(crate) fn take(&mut self) -> Duration {
+    pub fn take(&mut self) -> Duration {
         let due = self.next;
         let gap = match self.arrivals {
             Arrivals::Even => self.gap,
@@ -52,7 +54,7 @@ impl Schedule {
     }
 
     /// A number below `bound`, for whose turn it is.
-    pub(crate) fn turn(&mut self, bound: usize) -> usize {
+    pub fn turn(&mut self, bound: usize) -> usize {
         self.random.random_range(0..bound.max(1))
     }
 }
