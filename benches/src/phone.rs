@@ -96,6 +96,8 @@ struct Outgoing {
 type Accepting =
     Pin<Box<dyn Future<Output = Result<quinn::RecvStream, quinn::ConnectionError>> + core::marker::Send>>;
 
+type Receiving = Pin<Box<dyn Future<Output = Result<Bytes, quinn::ConnectionError>> + core::marker::Send>>;
+
 /// See the module's text.
 pub struct Phone {
     half: Client,
@@ -103,6 +105,7 @@ pub struct Phone {
     connection: quinn::Connection,
     incoming: Vec<Incoming>,
     accepting: Accepting,
+    datagram: Receiving,
     control: Outgoing,
     uplink: Outgoing,
     seen: VecDeque<Seen>,
@@ -145,7 +148,7 @@ impl Phone {
         let connection = endpoint.connect(gateway, "localhost")?.await?;
         let (send, recv) = connection.open_bi().await?;
         half.connect(auth, NetworkHint::default(), begin.elapsed());
-        let accepting = accept(&connection);
+        let (accepting, datagram) = (accept(&connection), receive(&connection));
         let mut phone = Self {
             half,
             begin,
@@ -158,6 +161,7 @@ impl Phone {
                 decoder: Decoder::new(Channel::Control.frame_limit()),
             }],
             accepting,
+            datagram,
             control: Outgoing::new(Channel::Control, Some(send)),
             uplink: Outgoing::new(Channel::Uplink, None),
             seen: VecDeque::new(),
@@ -349,6 +353,10 @@ impl Phone {
             match output {
                 Output::Transmit(Channel::Control, frame) => frame.encode(&mut self.control.bytes),
                 Output::Transmit(Channel::Uplink, frame) => frame.encode(&mut self.uplink.bytes),
+                // Full, or not supported: it is lost, as datagrams may be.
+                Output::Transmit(Channel::Datagram, frame) => {
+                    let _ = self.connection.send_datagram(frame.to_bytes());
+                }
                 Output::Transmit(channel, _) => bail!("nothing is sent on {}", channel.name()),
                 Output::Deliver(deliver) => {
                     self.newest.insert(deliver.conversation, deliver.seq);
@@ -375,6 +383,15 @@ impl Phone {
         }
         let now = self.begin.elapsed();
         let mut moved = false;
+        while let Poll::Ready(datagram) = self.datagram.as_mut().poll(cx) {
+            let mut decoder = Decoder::new(Channel::Datagram.frame_limit());
+            decoder.push(datagram?);
+            while let Some(frame) = decoder.next()? {
+                self.half.handle(Channel::Datagram, frame, now)?;
+            }
+            self.datagram = receive(&self.connection);
+            moved = true;
+        }
         for incoming in &mut self.incoming {
             let read = BUFFER.with_borrow_mut(|buffer| {
                 let read = std::task::ready!(incoming.stream.poll_read(cx, buffer))?;
@@ -389,6 +406,11 @@ impl Phone {
         }
         if moved { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
+}
+
+fn receive(connection: &quinn::Connection) -> Receiving {
+    let connection = connection.clone();
+    Box::pin(async move { connection.read_datagram().await })
 }
 
 /// A phone that is not connected, and what it knows: its ticket, its cursors, what is not acked.
