@@ -18,7 +18,10 @@ use std::{
 use anyhow::Context as _;
 use bytes::Bytes;
 use fulmar_gateway::{
-    accept::tls::{Certificate, endpoint_config, server_config, tls_config, transport_config},
+    accept::{
+        steering::Core,
+        tls::{Certificate, endpoint_config, server_config, tls_config, transport_config},
+    },
     config::Config,
     data_folder::DataFolder,
 };
@@ -42,9 +45,9 @@ pub fn serve(folder: &Path) -> anyhow::Result<()> {
         let folder = DataFolder::prepare(folder, &[])?;
         let certificate = Certificate::load(&config.tls, &folder)?;
         let tls = tls_config(&config.tls, certificate)?;
-        let quic = server_config(tls, &folder.endpoint_keys, &config.transport, &config.limits)?;
+        let quic = server_config(tls, &folder.endpoint_keys, &config.transport, &config.limits, 1)?;
         let socket = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
-        let settings = endpoint_config(&folder.endpoint_keys, &config.transport);
+        let settings = endpoint_config(&folder.endpoint_keys, &config.transport, Core::ALONE);
         let endpoint = quinn::Endpoint::new(settings, Some(quic), socket, Arc::new(quinn::TokioRuntime))?;
         eprintln!("Clients {}", endpoint.local_addr()?);
         let receivers = Arc::new(Receivers::default());

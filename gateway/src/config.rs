@@ -38,6 +38,60 @@ pub const DEMO_APP: &str = "demo";
 /// The issuer of tokens made by `fulmar token`, unless the app names another.
 pub const DEV_ISSUER: &str = "fulmar-dev";
 
+/// What serves connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cores {
+    /// As many cores as the process may use, at most [`CORES_AUTO_MAX`].
+    Auto,
+    /// As many.
+    Exactly(u16),
+    /// One endpoint, whose connections move between the threads of one runtime.
+    Shared,
+}
+
+/// Cores that are taken without being asked for. Each is a thread that may be busy all the time, and shards need some too.
+pub const CORES_AUTO_MAX: u16 = 16;
+
+/// Cores that can be asked for.
+pub const CORES_MAX: u16 = 64;
+
+impl Cores {
+    /// How many cores serve with a thread of their own; `None`: all of one endpoint's connections share the threads of one
+    /// runtime.
+    #[must_use]
+    pub fn count(self) -> Option<u16> {
+        match self {
+            Self::Auto => {
+                let there = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+                Some(u16::try_from(there).unwrap_or(u16::MAX).min(CORES_AUTO_MAX))
+            }
+            Self::Exactly(cores) => Some(cores),
+            Self::Shared => None,
+        }
+    }
+}
+
+impl Setting for Cores {
+    fn read(value: &Value) -> Option<Self> {
+        let number = match value.as_str() {
+            Some("auto") => return Some(Self::Auto),
+            Some("shared") => return Some(Self::Shared),
+            // From the environment or a flag.
+            Some(text) => text.parse().ok()?,
+            None => u16::try_from(value.as_integer()?).ok()?,
+        };
+        (1..=CORES_MAX).contains(&number).then_some(Self::Exactly(number))
+    }
+
+    fn write(&self) -> Value {
+        match self {
+            Self::Auto => Value::String("auto".to_owned()),
+            Self::Exactly(cores) => Value::Integer((*cores).into()),
+            Self::Shared => Value::String("shared".to_owned()),
+        }
+    }
+}
+
 section! {
     /// Where the gateway is reached.
     ListenConfig = "listen" {
@@ -46,6 +100,10 @@ section! {
             "an address and port, such as \"0.0.0.0:4433\" or \"[::]:4433\"";
         /// Also accept TLS and WebSocket on the same port by TCP: true or false. For clients whose network blocks UDP.
         tcp: bool = true, "true or false";
+        /// Cores that serve connections, each with an endpoint and a thread of its own: "auto" (as many as the process may
+        /// use, at most 16), a number from 1 to 64, or "shared" (one endpoint on threads that share the work). More than one
+        /// need Linux; elsewhere one serves.
+        cores: Cores = Cores::Auto, "\"auto\", a number from 1 to 64, or \"shared\"";
         /// Addresses (host:port) clients are told to try as well, best first; at most 8. Empty: only the one
         /// they came by.
         public_addresses: Vec<String> = Vec::new(),

@@ -1,7 +1,7 @@
 //! The composition root: opens the store, starts the shards, listens, and takes everything down in order.
 //!
 //! - Stages don't know this file; it knows all of them.
-//! - Order at the start: data folder, store, shards, endpoint, pages. At the end: GOAWAY, connections, shards, store.
+//! - Order at the start: data folder, store, shards, endpoints, pages. At the end: GOAWAY, connections, shards, store.
 
 use std::{
     net::SocketAddr,
@@ -28,8 +28,9 @@ use tracing::{info, warn};
 use crate::{
     accept::{
         book::{self, Book},
-        endpoint::accept,
-        resets,
+        endpoint::{Shared, accept},
+        resets, sockets,
+        steering::Core,
         stream::Streams,
         tls::{Certificate, endpoint_config, server_config, stream_tls_config, tls_config},
     },
@@ -39,6 +40,7 @@ use crate::{
         route::Route,
         shard::{self, CommitLog, ShardHandle, ShardLimits, Worker, repair_links},
     },
+    cores::{Cores, GOODBYE, Post},
     data_folder::{DataFolder, FolderLock},
     drain::Drain,
     fanout::{ring::RingLimits, roster::AwayLimits},
@@ -78,14 +80,92 @@ pub struct Gateway {
     identity: FolderId,
     _lock: FolderLock,
     certificate: Arc<Certificate>,
-    endpoint: quinn::Endpoint,
-    udp: Arc<dyn AsyncUdpSocket>,
-    streams: Option<Streams>,
+    address: SocketAddr,
+    doors: Doors,
     http: Option<HttpServer>,
     store: Arc<Store>,
     shards: Vec<ShardHandle>,
     workers: Vec<Worker>,
     metrics: Metrics,
+}
+
+/// What was bound, before anything listens.
+enum Bound {
+    /// To be served where the gateway runs.
+    Here(Sockets),
+    /// To be served by a thread per UDP socket.
+    Cores { udp: Vec<std::net::UdpSocket>, tcp: Option<std::net::TcpListener> },
+}
+
+impl Bound {
+    fn endpoints(&self) -> u16 {
+        self.cores().max(1)
+    }
+
+    /// Threads that are to serve; 0: none of their own.
+    fn cores(&self) -> u16 {
+        match self {
+            Self::Here(_) => 0,
+            Self::Cores { udp, .. } => u16::try_from(udp.len()).unwrap_or(u16::MAX),
+        }
+    }
+
+    fn address(&self) -> std::io::Result<SocketAddr> {
+        match self {
+            Self::Here(sockets) => sockets.udp.local_addr(),
+            Self::Cores { udp, .. } => udp
+                .first()
+                .map_or_else(|| Err(std::io::ErrorKind::NotConnected.into()), |first| first.local_addr()),
+        }
+    }
+}
+
+/// Where clients come in.
+#[derive(Debug)]
+enum Doors {
+    /// One endpoint, which runs where the gateway does.
+    Here { endpoint: quinn::Endpoint, udp: Arc<dyn AsyncUdpSocket>, streams: Option<Streams> },
+    /// An endpoint per core; they start when the gateway runs.
+    Cores(Vec<Post>),
+}
+
+impl Doors {
+    /// How many endpoints there are.
+    fn endpoints(&self) -> u16 {
+        match self {
+            Self::Here { .. } => 1,
+            Self::Cores(posts) => u16::try_from(posts.len()).unwrap_or(u16::MAX),
+        }
+    }
+
+    /// A socket packets can be sent from.
+    fn udp(&self) -> std::io::Result<Arc<dyn AsyncUdpSocket>> {
+        match self {
+            Self::Here { udp, .. } => Ok(Arc::clone(udp)),
+            Self::Cores(posts) => {
+                let first = posts.first().ok_or(std::io::ErrorKind::NotConnected)?;
+                TokioRuntime.wrap_udp_socket(first.socket.try_clone()?)
+            }
+        }
+    }
+
+    /// Serves until the drain is over.
+    async fn serve(self, shared: &Shared, mut drain: Drain) -> anyhow::Result<()> {
+        match self {
+            Self::Here { endpoint, udp: _, streams } => {
+                accept(&endpoint, streams, shared, drain.clone()).await?;
+                drain.started().await;
+                endpoint.close(0u32.into(), b"");
+                // The last CLOSE frames leave, and the port with them.
+                let _ = tokio::time::timeout(GOODBYE, endpoint.wait_idle()).await;
+                Ok(())
+            }
+            Self::Cores(posts) => {
+                let mut cores = Cores::start(posts, shared, &drain).context("a core's thread can't start")?;
+                cores.ended().await
+            }
+        }
+    }
 }
 
 impl Gateway {
@@ -109,13 +189,13 @@ impl Gateway {
     ) -> anyhow::Result<Self> {
         // A mistake in the configuration is told before anything takes long.
         let address = config.listen.address;
-        let sockets = bind(address, config.listen.tcp)
+        let bound = bind(address, config.listen.tcp, config.listen.cores.count())
             .await
             .map_err(|error| anyhow::anyhow!(cannot_listen("listen.address", "--listen", address, &error)))?;
-        Self::start_on(config, sockets, None, wrap).await
+        Self::start_bound(config, bound, None, wrap).await
     }
 
-    /// Starts on sockets that are there already, `memory` being the disk of a store in memory. In a simulated world
+    /// Starts on sockets that are there already, with one endpoint on the caller's runtime, `memory` being the disk of a store in memory. In a simulated world
     /// ([`crate::ground::simulate`]) nothing of it leaves the calling thread, which must be inside a tokio `LocalSet`; then
     /// there are no pages and the certificate is not looked at again.
     ///
@@ -124,6 +204,15 @@ impl Gateway {
     pub async fn start_on<W: CommitLog>(
         config: Config,
         sockets: Sockets,
+        memory: Option<MemoryDisk>,
+        wrap: impl Fn(ShardId, ShardWriter) -> W,
+    ) -> anyhow::Result<Self> {
+        Self::start_bound(config, Bound::Here(sockets), memory, wrap).await
+    }
+
+    async fn start_bound<W: CommitLog>(
+        config: Config,
+        bound: Bound,
         memory: Option<MemoryDisk>,
         wrap: impl Fn(ShardId, ShardWriter) -> W,
     ) -> anyhow::Result<Self> {
@@ -147,14 +236,9 @@ impl Gateway {
             &folder.endpoint_keys,
             &config.transport,
             &config.limits,
+            bound.endpoints(),
         )?;
-        let streams = match sockets.tcp {
-            Some(listener) => {
-                let tls = stream_tls_config(&config.tls, Arc::clone(&certificate))?;
-                Some(Streams { listener, tls: Arc::new(tls) })
-            }
-            None => None,
-        };
+        let stream_tls = Arc::new(stream_tls_config(&config.tls, Arc::clone(&certificate))?);
         let http = match config.listen.http_address.filter(|_| !is_simulated()) {
             Some(address) => Some(HttpServer::bind(address).await?),
             None => None,
@@ -173,21 +257,42 @@ impl Gateway {
             workers.push(worker);
         }
 
-        let mut endpoint = endpoint_config(&folder.endpoint_keys, &config.transport);
-        endpoint.rng_seed(sockets.rng_seed);
-        let udp = Arc::clone(&sockets.udp);
-        let endpoint =
-            quinn::Endpoint::new_with_abstract_socket(endpoint, Some(quic), sockets.udp, sockets.runtime)
+        let endpoint = |core| endpoint_config(&folder.endpoint_keys, &config.transport, core);
+        metrics.cores.set(bound.cores().into());
+        let address = bound.address().context("the socket is gone")?;
+        let doors = match bound {
+            Bound::Here(sockets) => {
+                let mut endpoint = endpoint(Core::ALONE);
+                endpoint.rng_seed(sockets.rng_seed);
+                let udp = Arc::clone(&sockets.udp);
+                let endpoint = quinn::Endpoint::new_with_abstract_socket(
+                    endpoint,
+                    Some(quic),
+                    sockets.udp,
+                    sockets.runtime,
+                )
                 .context("the QUIC endpoint can't start")?;
+                let streams = sockets.tcp.map(|listener| Streams { listener, tls: stream_tls });
+                Doors::Here { endpoint, udp, streams }
+            }
+            Bound::Cores { udp, tcp } => {
+                let mut posts = Vec::new();
+                for (core, socket) in Core::all(u16::try_from(udp.len())?).zip(udp) {
+                    let listener = tcp.as_ref().map(std::net::TcpListener::try_clone).transpose()?;
+                    let streams = listener.map(|listener| (listener, Arc::clone(&stream_tls)));
+                    posts.push(Post { socket, endpoint: endpoint(core), quic: quic.clone(), streams });
+                }
+                Doors::Cores(posts)
+            }
+        };
         Ok(Self {
             config,
             folder,
             identity,
             _lock: lock,
             certificate,
-            endpoint,
-            udp,
-            streams,
+            address,
+            doors,
             http,
             store,
             shards,
@@ -197,11 +302,9 @@ impl Gateway {
     }
 
     /// Where clients connect: by UDP, and at the same port by TCP if that is on.
-    ///
-    /// # Errors
-    /// The socket is gone.
-    pub fn address(&self) -> std::io::Result<SocketAddr> {
-        self.endpoint.local_addr()
+    #[must_use]
+    pub const fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// Where the pages are (TCP), if they are on.
@@ -231,17 +334,16 @@ impl Gateway {
     /// Serves until the drain is over. Everything that was acked is on disk before, during and after.
     ///
     /// # Errors
-    /// What can't be set up; a store that can't be closed properly.
-    pub async fn run(self, mut drain: Drain) -> anyhow::Result<()> {
+    /// What can't be set up; a core that failed; a store that can't be closed properly.
+    pub async fn run(self, drain: Drain) -> anyhow::Result<()> {
         let Self {
             config,
             folder,
             identity,
             _lock,
             certificate,
-            endpoint,
-            udp,
-            streams,
+            address: _,
+            doors,
             http,
             store,
             shards,
@@ -277,6 +379,7 @@ impl Gateway {
         }
 
         let book = Arc::new(Book::new(folder.live_connections(), context.config.limits.connections));
+        let udp = doors.udp().context("the socket is gone")?;
         tell_left_behind(&folder, udp, &context, &mut housekeeping).await;
         housekeeping.spawn(Arc::clone(&book).keep());
 
@@ -309,18 +412,19 @@ impl Gateway {
         });
         started.send_replace(true);
 
-        accept(&endpoint, streams, &context, &book, drain.clone()).await;
-        drain.started().await;
-        info!("all connections have ended; writing down what is left");
-        endpoint.close(0u32.into(), b"");
-        // The last CLOSE frames leave, and the port with them.
-        let _ = tokio::time::timeout(Duration::from_secs(1), endpoint.wait_idle()).await;
-        drop(endpoint);
+        let shared = Shared::new(Arc::clone(&context), Arc::clone(&book), doors.endpoints());
+        let served = Box::pin(doors.serve(&shared, drain)).await;
+        drop(shared);
+        if served.is_ok() {
+            info!("all connections have ended; writing down what is left");
+        }
         if let Some(pages) = pages {
             pages.abort();
         }
         housekeeping.shutdown().await;
-        if let Ok(Err(error)) = blocking(move || book.discard()).await {
+        if served.is_ok()
+            && let Ok(Err(error)) = blocking(move || book.discard()).await
+        {
             warn!(%error, "the list of connections can't be removed; the next start tells some who know it already");
         }
         sweeping.shutdown().await;
@@ -331,6 +435,7 @@ impl Gateway {
             panicked += usize::from(!worker.ended().await);
         }
         blocking(move || store.close()).await.context("closing the store panicked")??;
+        served?;
         anyhow::ensure!(panicked == 0, "{panicked} shard threads had panicked; what was acked is on disk");
         info!("bye");
         Ok(())
@@ -340,23 +445,35 @@ impl Gateway {
 /// Tries to find a port that is free for both UDP and TCP, where the system is to choose one.
 const PORTS_TRIED: usize = 16;
 
-/// Takes an address for QUIC, and the same for TCP if `tcp` is on.
-async fn bind(address: SocketAddr, tcp: bool) -> std::io::Result<Sockets> {
+/// Takes an address for QUIC, and the same for TCP if `tcp` is on. `cores`: threads that are to serve it; `None`: where the
+/// gateway runs.
+async fn bind(address: SocketAddr, tcp: bool, cores: Option<u16>) -> std::io::Result<Bound> {
     let mut tries = if address.port() == 0 { PORTS_TRIED } else { 1 };
     loop {
         tries -= 1;
-        let socket = std::net::UdpSocket::bind(address)?;
-        let listener: Option<Box<dyn Listen>> = if tcp {
-            match tokio::net::TcpListener::bind(socket.local_addr()?).await {
-                Ok(listener) => Some(Box::new(listener)),
+        let (mut udp, alone) = sockets::bind(address, cores.unwrap_or(1))?;
+        let Some(first) = udp.first() else { return Err(std::io::ErrorKind::AddrNotAvailable.into()) };
+        let listener = if tcp {
+            match tokio::net::TcpListener::bind(first.local_addr()?).await {
+                Ok(listener) => Some(listener.into_std()?),
                 Err(error) if error.kind() == std::io::ErrorKind::AddrInUse && tries > 0 => continue,
                 Err(error) => return Err(error),
             }
         } else {
             None
         };
-        let udp = TokioRuntime.wrap_udp_socket(socket)?;
-        return Ok(Sockets { udp, tcp: listener, runtime: Arc::new(TokioRuntime), rng_seed: None });
+        if let Some(error) = alone {
+            warn!(%error, "packets can't be steered to cores by connection id here: one core serves everybody");
+        }
+        if cores.is_some() {
+            return Ok(Bound::Cores { udp, tcp: listener });
+        }
+        let udp = TokioRuntime.wrap_udp_socket(udp.remove(0))?;
+        let tcp: Option<Box<dyn Listen>> = match listener {
+            Some(listener) => Some(Box::new(tokio::net::TcpListener::from_std(listener)?)),
+            None => None,
+        };
+        return Ok(Bound::Here(Sockets { udp, tcp, runtime: Arc::new(TokioRuntime), rng_seed: None }));
     }
 }
 

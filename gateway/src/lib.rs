@@ -20,6 +20,7 @@ pub mod config;
 pub mod connection;
 pub mod context;
 pub mod conversation;
+mod cores;
 pub mod data_folder;
 pub mod drain;
 pub mod fanout;

@@ -39,6 +39,13 @@ pub struct Queue {
     pub queue: &'static str,
 }
 
+/// Which core.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct CoreNumber {
+    /// Its number, from 0.
+    pub core: u16,
+}
+
 /// Which shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Shard {
@@ -196,6 +203,10 @@ metrics! {
     retention: Counter = Counter::default(), Some(Unit::Bytes);
     /// When retention had last looked at all conversations of a shard, in seconds since 1970.
     retention_swept: Family<Shard, Gauge> = Family::default(), Some(Unit::Seconds);
+    /// Cores that serve connections, each with an endpoint and a thread of its own; 0: one endpoint on shared threads.
+    cores: Gauge<u64, AtomicU64> = Gauge::default(), None;
+    /// Connections and handshakes of a core; all of them are core 0's where cores have no threads of their own.
+    core_connections: Family<CoreNumber, Gauge> = Family::default(), None;
     /// Open-file limit of the process.
     open_files_limit: Gauge<u64, AtomicU64> = Gauge::default(), None;
 }

@@ -3,6 +3,8 @@
 //! - Every attempt is counted from its first packet to the end of its connection, in all and by IP address, whether it comes by
 //!   UDP or by TCP; the counts decide ([`super::admission`]).
 //! - One task per connection; a handshake that stalls ends by its own timeout.
+//! - Each core has an endpoint; all of them share the counts. In a drain an endpoint goes on refusing until everybody has left
+//!   all of them.
 
 use std::{
     collections::HashMap,
@@ -12,7 +14,7 @@ use std::{
 };
 
 use fulmar_transport::Kind;
-use tokio::task::JoinSet;
+use tokio::{sync::Barrier, task::JoinSet};
 use tracing::{Instrument, debug, warn};
 
 use super::{
@@ -21,10 +23,16 @@ use super::{
     resets::first_id,
     stream::{Streams, next_stream},
 };
-use crate::{connection::serve, context::Context, drain::Drain, metrics::Metrics};
+use crate::{
+    connection::serve,
+    context::Context,
+    drain::Drain,
+    metrics::{CoreNumber, Metrics},
+};
 
+/// Who is here, over all endpoints of the gateway.
 #[derive(Debug, Default)]
-pub(super) struct Counts {
+pub struct Counts {
     connections: usize,
     handshakes: usize,
     by_address: HashMap<IpAddr, (usize, usize)>,
@@ -93,22 +101,61 @@ impl Drop for Counted {
     }
 }
 
-/// Accepts connections until the drain has started and everybody has left, or its deadline has passed. `streams` is where
-/// those come in that can't use UDP; who is connected by QUIC is noted in `book`.
+/// What the endpoints of a gateway share.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// Which of the endpoints this is.
+    pub core: u16,
+    /// What connections share.
+    pub context: Arc<Context>,
+    /// Who is connected by QUIC is noted here.
+    pub book: Arc<Book>,
+    /// Who is here.
+    pub counts: Arc<Mutex<Counts>>,
+    /// Passed when everybody has left all endpoints.
+    pub left: Arc<Barrier>,
+}
+
+impl Shared {
+    /// For as many endpoints.
+    #[must_use]
+    pub fn new(context: Arc<Context>, book: Arc<Book>, endpoints: u16) -> Self {
+        let left = Arc::new(Barrier::new(endpoints.max(1).into()));
+        Self { core: 0, context, book, counts: Arc::default(), left }
+    }
+
+    /// For one of them.
+    #[must_use]
+    pub fn on(&self, core: u16) -> Self {
+        Self { core, ..self.clone() }
+    }
+}
+
+/// What an endpoint runs on has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the QUIC endpoint has ended by itself, and with it its connections")]
+pub struct EndpointGone;
+
+/// Accepts connections until the drain has started and everybody has left all endpoints, or its deadline has passed.
+/// `streams` is where those come in that can't use UDP.
+///
+/// # Errors
+/// The endpoint is gone before that.
 pub async fn accept(
     endpoint: &quinn::Endpoint,
     streams: Option<Streams>,
-    context: &Arc<Context>,
-    book: &Arc<Book>,
+    shared: &Shared,
     mut drain: Drain,
-) {
+) -> Result<(), EndpointGone> {
+    let Shared { core, context, book, counts, left: all_left } = shared;
+    let here = context.metrics.core_connections.get_or_create_owned(&CoreNumber { core: *core });
     let (mut listener, tls) = match streams {
         Some(Streams { listener, tls }) => (Some(listener), Some(tls)),
         None => (None, None),
     };
-    let counts = Arc::new(Mutex::new(Counts::default()));
     let mut connections = JoinSet::new();
     loop {
+        here.set(i64::try_from(connections.len()).unwrap_or(i64::MAX));
         tokio::select! {
             biased;
             _ = drain.started() => break,
@@ -118,31 +165,36 @@ pub async fn accept(
                 }
             }
             incoming = endpoint.accept() => match incoming {
-                Some(incoming) => attempt(incoming, context, book, &counts, &mut connections),
-                None => break,
+                Some(incoming) => attempt(incoming, context, book, counts, &mut connections),
+                None => return Err(EndpointGone),
             },
             Some((stream, from)) = next_stream(&mut listener, context) => {
                 if let Some(tls) = &tls {
-                    super::stream::attempt(stream, from, tls, context, &counts, &mut connections);
+                    super::stream::attempt(stream, from, tls, context, counts, &mut connections);
                 }
             }
         }
     }
-    let mut left = drain.clone();
+    let mut deadline = drain.clone();
+    let mut left = std::pin::pin!(all_left.wait());
+    let mut empty = false;
     loop {
+        here.set(i64::try_from(connections.len()).unwrap_or(i64::MAX));
         tokio::select! {
             biased;
-            ended = connections.join_next() => if ended.is_none() { break },
+            ended = connections.join_next(), if !empty => empty = ended.is_none(),
+            _ = &mut left, if empty => break,
             // Who comes now is told to go elsewhere.
             Some(incoming) = endpoint.accept() => incoming.refuse(),
             Some((stream, _)) = next_stream(&mut listener, context) => drop(stream),
-            () = left.deadline() => {
+            () = deadline.deadline(), if !empty => {
                 warn!(connections = connections.len(), "the drain's deadline has passed; the rest is cut off");
                 connections.shutdown().await;
-                break;
+                empty = true;
             }
         }
     }
+    Ok(())
 }
 
 /// Counts a handshake while it goes on, and its connection afterwards.

@@ -9,5 +9,7 @@ pub mod admission;
 pub mod book;
 pub mod endpoint;
 pub mod resets;
+pub mod sockets;
+pub mod steering;
 pub mod stream;
 pub mod tls;

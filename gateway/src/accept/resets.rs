@@ -12,11 +12,14 @@
 use std::{cell::Cell, io, sync::Arc, time::Duration};
 
 use quinn::{AsyncUdpSocket, ConnectionId, ConnectionIdGenerator, udp::Transmit};
-use quinn_proto::{HashedConnectionIdGenerator, InvalidCid};
+use quinn_proto::InvalidCid;
 use ring::hmac;
 use tracing::{info, warn};
 
-use super::book::Gone;
+use super::{
+    book::Gone,
+    steering::{Core, CoreIds},
+};
 use crate::{data_folder::EndpointKeys, metrics::Metrics};
 
 /// Bytes of a reset's token.
@@ -32,12 +35,12 @@ thread_local! {
     static FIRST: Cell<Option<ConnectionId>> = const { Cell::new(None) };
 }
 
-/// quinn's own ids, which are recognised as ours after a restart; the first one made during [`first_id`] is remembered.
-pub(super) struct NotingIds(HashedConnectionIdGenerator);
+/// The ids of a core; the first one made during [`first_id`] is remembered.
+pub(super) struct NotingIds(CoreIds);
 
 impl NotingIds {
-    pub(super) fn from_key(key: u64) -> Self {
-        Self(HashedConnectionIdGenerator::from_key(key))
+    pub(super) fn new(key: u64, core: Core) -> Self {
+        Self(CoreIds::new(key, core))
     }
 }
 
@@ -246,7 +249,7 @@ mod tests {
 
     #[test]
     fn the_first_id_made_meanwhile_is_the_connection_s() {
-        let mut ids = NotingIds::from_key(9);
+        let mut ids = NotingIds::new(9, Core::ALONE);
         ids.generate_cid();
         let (first, noted) = first_id(|| {
             let first = ids.generate_cid();

@@ -26,7 +26,7 @@ use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, Se
 use rustls::sign::CertifiedKey;
 use rustls::time_provider::TimeProvider;
 
-use super::resets::NotingIds;
+use super::{resets::NotingIds, steering::Core};
 use crate::config::{LimitsConfig, TlsConfig, TransportConfig};
 use crate::data_folder::{DataFolder, EndpointKeys};
 use crate::ground;
@@ -244,7 +244,8 @@ pub fn transport_config(transport: &TransportConfig) -> quinn::TransportConfig {
     config
 }
 
-/// QUIC's settings for connections that come in.
+/// QUIC's settings for connections that come in by any of `cores` endpoints, which have one ticket store, token key and
+/// list of used tokens, and keep the bounds together.
 ///
 /// # Errors
 /// The cryptography this was built with lacks the cipher of QUIC's first packets.
@@ -253,6 +254,7 @@ pub fn server_config(
     keys: &EndpointKeys,
     transport: &TransportConfig,
     limits: &LimitsConfig,
+    cores: u16,
 ) -> Result<ServerConfig, TlsError> {
     let crypto =
         QuicServerConfig::try_from(tls).map_err(|e| TlsError(format!("QUIC is not available: {e}")))?;
@@ -263,19 +265,19 @@ pub fn server_config(
         .migration(true)
         .max_incoming(limits.handshakes)
         .incoming_buffer_size(INCOMING_BUFFER_BYTES)
-        .incoming_buffer_size_total(INCOMING_BUFFERS_BYTES);
+        .incoming_buffer_size_total(INCOMING_BUFFERS_BYTES / u64::from(cores.max(1)));
     Ok(config)
 }
 
-/// QUIC's settings for the socket: what outlives connections, and the process.
+/// QUIC's settings for a core's socket: what outlives connections, and the process.
 #[must_use]
-pub fn endpoint_config(keys: &EndpointKeys, transport: &TransportConfig) -> EndpointConfig {
+pub fn endpoint_config(keys: &EndpointKeys, transport: &TransportConfig, core: Core) -> EndpointConfig {
     let reset_key = hmac::Key::new(hmac::HMAC_SHA256, &keys.reset);
     let mut config = EndpointConfig::new(Arc::new(reset_key));
     let id_key = keys.connection_id;
-    config
-        .cid_generator(move || Box::new(NotingIds::from_key(id_key)))
-        .min_reset_interval(Duration::from_secs(1) / transport.resets_per_second.max(1));
+    config.cid_generator(move || Box::new(NotingIds::new(id_key, core))).min_reset_interval(
+        Duration::from_secs(1) * u32::from(core.of()) / transport.resets_per_second.max(1),
+    );
     config
 }
 
@@ -307,9 +309,9 @@ mod tests {
             let certificate = Certificate::load(&self.config.tls, &self.folder).unwrap();
             let tls = tls_config(&self.config.tls, certificate).unwrap();
             let keys = &self.folder.endpoint_keys;
-            let server = server_config(tls, keys, &self.config.transport, &self.config.limits).unwrap();
+            let server = server_config(tls, keys, &self.config.transport, &self.config.limits, 1).unwrap();
             Endpoint::new(
-                endpoint_config(keys, &self.config.transport),
+                endpoint_config(keys, &self.config.transport, Core::ALONE),
                 Some(server),
                 UdpSocket::bind(address).unwrap(),
                 Arc::new(TokioRuntime),

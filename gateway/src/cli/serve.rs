@@ -19,6 +19,9 @@ use crate::drain::{self, Drain};
 use crate::gateway::Gateway;
 use crate::telemetry;
 
+/// Threads for what is done beside connections: pages, retention, signals.
+const BESIDE_CORES: usize = 2;
+
 /// Exit code when the gateway was ended before it had finished leaving.
 const CUT_OFF: u8 = 3;
 
@@ -42,6 +45,9 @@ pub struct ServeArgs {
     /// Address for QUIC (UDP) and TLS (TCP), instead of listen.address [default: 0.0.0.0:4433] [env: FULMAR_LISTEN_ADDRESS]
     #[arg(short, long, value_name = "ADDRESS", help_heading = "Listening")]
     pub listen: Option<String>,
+    /// Cores that serve connections: auto, 1 to 64, or shared, instead of listen.cores [default: auto] [env: FULMAR_LISTEN_CORES]
+    #[arg(long, value_name = "CORES", help_heading = "Listening")]
+    pub cores: Option<String>,
     /// TCP address of /metrics, /healthz and /readyz, or "off" [default: 127.0.0.1:4480] [env: FULMAR_LISTEN_HTTP_ADDRESS]
     #[arg(long, value_name = "ADDRESS", help_heading = "Listening")]
     pub http: Option<String>,
@@ -70,6 +76,7 @@ impl ServeArgs {
     pub fn load(&self) -> Result<Config, config::ConfigError> {
         let flags = [
             ("--listen", "listen", "address", &self.listen),
+            ("--cores", "listen", "cores", &self.cores),
             ("--http", "listen", "http_address", &self.http),
             ("--log", "log", "filter", &self.log),
             ("--log-format", "log", "format", &self.log_format),
@@ -103,11 +110,13 @@ pub fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     telemetry::start(&config.log)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .thread_name("fulmar")
-        .build()
-        .context("the runtime can't be started")?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if config.listen.cores.count().is_some() {
+        // Connections have threads of their own.
+        runtime.worker_threads(BESIDE_CORES);
+    }
+    let runtime =
+        runtime.enable_all().thread_name("fulmar").build().context("the runtime can't be started")?;
     let end = runtime.block_on(until_the_end(config));
     // Tasks that are left have had their time.
     runtime.shutdown_background();
@@ -153,7 +162,7 @@ async fn serve(config: Config, drain: Drain) -> anyhow::Result<()> {
     let data = config.data.path.clone();
     let gateway = Gateway::start(config).await?;
     let reach = Reach {
-        address: gateway.address().context("the socket is gone")?,
+        address: gateway.address(),
         http: gateway.http_address(),
         data: &data,
         certificate: gateway.certificate().path(),

@@ -141,9 +141,7 @@ impl Connection {
             }
             Output::Flush => {
                 let owed = &self.peer()?.owed;
-                owed.control.notify_one();
-                owed.lanes.notify_one();
-                owed.backlog.notify_one();
+                owed.look();
                 Ok(())
             }
             Output::Close { code, reason } => Err(End::Close(code, reason)),

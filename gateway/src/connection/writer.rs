@@ -69,7 +69,7 @@ impl Connection {
                 Some(owed) => tokio::select! {
                     biased;
                     () = self.control_wake.notified() => {}
-                    () = owed.control.notified() => {}
+                    () = owed.control_due() => {}
                 },
                 None => self.control_wake.notified().await,
             }
@@ -164,7 +164,7 @@ impl Connection {
             if gathered == 0 {
                 tokio::select! {
                     biased;
-                    () = peer.owed.lanes.notified() => {}
+                    () = peer.owed.lanes_due() => {}
                     () = self.copy_due(&mut timer) => self.send_copies(),
                     _ = remind.tick() => peer.owed.remind_heads(&mut told),
                 }
@@ -217,7 +217,7 @@ impl Connection {
             } else {
                 tokio::select! {
                     biased;
-                    () = owed.backlog.notified() => {}
+                    () = owed.backlog_due() => {}
                     () = self.pulls_wake.notified() => {}
                 }
             }

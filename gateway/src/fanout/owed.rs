@@ -18,14 +18,15 @@ use std::{
     },
 };
 
+use super::{
+    desk::{Bell, Bells},
+    ring::{Due, Ring},
+};
 use fulmar_protocol::{
     close::CloseCode,
     frame::{Event, EventKind, Goaway, Head, Receipt, SendRefused},
     id::{ConversationId, DeviceId, Pseq, Seq, ShardId, UnixMillis, UserId},
 };
-use tokio::sync::Notify;
-
-use super::ring::{Due, Ring};
 
 /// Events that wait for one connection; beyond it the oldest is dropped and counted.
 pub const EVENTS_MAX: usize = 64;
@@ -134,12 +135,7 @@ pub struct Owed {
     /// The client makes its own records from what it sent and the ack.
     acks_are_echoes: bool,
     inner: Mutex<Inner>,
-    /// Woken when a lane has something to write.
-    pub lanes: Notify,
-    /// Woken when the backlog stream has something to write.
-    pub backlog: Notify,
-    /// Woken when the control stream has something to write.
-    pub control: Notify,
+    bells: Arc<Bells>,
     backlog_max: u64,
 }
 
@@ -170,7 +166,7 @@ pub struct ControlDue {
 }
 
 impl Owed {
-    /// Nothing owed yet, and of no account for others until [`Self::confirm`]. Whoever is more than `backlog_max` records behind is told the head and pulls.
+    /// Of a connection of this thread ([`super::desk`]): nothing owed yet, and of no account for others until [`Self::confirm`]. Whoever is more than `backlog_max` records behind is told the head and pulls.
     #[must_use]
     pub fn new(user: UserId, device: DeviceId, connection: u64, backlog_max: u64) -> Self {
         Self {
@@ -180,9 +176,7 @@ impl Owed {
             confirmed: AtomicBool::new(false),
             acks_are_echoes: false,
             inner: Mutex::new(Inner::default()),
-            lanes: Notify::new(),
-            backlog: Notify::new(),
-            control: Notify::new(),
+            bells: Bells::new(),
             backlog_max,
         }
     }
@@ -192,6 +186,28 @@ impl Owed {
     pub const fn acks_are_echoes(mut self, on: bool) -> Self {
         self.acks_are_echoes = on;
         self
+    }
+
+    /// Waits until a lane may have something to write.
+    pub async fn lanes_due(&self) {
+        self.bells.lanes.notified().await;
+    }
+
+    /// Waits until the backlog stream may have something to write.
+    pub async fn backlog_due(&self) {
+        self.bells.backlog.notified().await;
+    }
+
+    /// Waits until the control stream may have something to write.
+    pub async fn control_due(&self) {
+        self.bells.control.notified().await;
+    }
+
+    /// Has the connection look at everything.
+    pub fn look(&self) {
+        for bell in [Bell::Control, Bell::Lanes, Bell::Backlog] {
+            self.bells.ring(bell);
+        }
     }
 
     /// The handshake is complete, and the client goes on with this connection of those it may have tried at once.
@@ -238,7 +254,7 @@ impl Owed {
             lag.queued = true;
             inner.live.push_back(conversation);
             drop(guard);
-            self.lanes.notify_one();
+            self.bells.ring(Bell::Lanes);
         }
     }
 
@@ -277,9 +293,9 @@ impl Owed {
         }
         drop(inner);
         match mode {
-            Mode::Live => self.lanes.notify_one(),
-            Mode::Backlog => self.backlog.notify_one(),
-            Mode::Pulling => self.control.notify_one(),
+            Mode::Live => self.bells.ring(Bell::Lanes),
+            Mode::Backlog => self.bells.ring(Bell::Backlog),
+            Mode::Pulling => self.bells.ring(Bell::Control),
         }
     }
 
@@ -365,14 +381,14 @@ impl Owed {
                     lag.mode = Mode::Pulling;
                     let head = Head { conversation, head: lag.head, count: 0, low: Seq::ZERO };
                     inner.heads.insert(conversation, head);
-                    self.control.notify_one();
+                    self.bells.ring(Bell::Control);
                 }
                 Due::Behind => {
                     inner.fell_behind += 1;
                     lag.mode = Mode::Backlog;
                     lag.queued = true;
                     inner.backlog.push_back(conversation);
-                    self.backlog.notify_one();
+                    self.bells.ring(Bell::Backlog);
                 }
             }
         }
@@ -403,13 +419,13 @@ impl Owed {
             if lag.next <= lag.head && !lag.queued {
                 lag.queued = true;
                 inner.live.push_back(conversation);
-                self.lanes.notify_one();
+                self.bells.ring(Bell::Lanes);
             }
         } else if !lag.queued {
             lag.mode = Mode::Backlog;
             lag.queued = true;
             inner.backlog.push_back(conversation);
-            self.backlog.notify_one();
+            self.bells.ring(Bell::Backlog);
         }
     }
 
@@ -421,7 +437,7 @@ impl Owed {
             lag.mode = Mode::Pulling;
             let head = Head { conversation, head: lag.head, count: 0, low: Seq::ZERO };
             inner.heads.insert(conversation, head);
-            self.control.notify_one();
+            self.bells.ring(Bell::Control);
         }
     }
 
@@ -440,12 +456,12 @@ impl Owed {
             if next <= lag.head && !lag.queued {
                 lag.queued = true;
                 inner.live.push_back(conversation);
-                self.lanes.notify_one();
+                self.bells.ring(Bell::Lanes);
             }
         } else {
             let head = Head { conversation, head: lag.head, count: 0, low: Seq::ZERO };
             inner.heads.insert(conversation, head);
-            self.control.notify_one();
+            self.bells.ring(Bell::Control);
         }
     }
 
@@ -470,7 +486,7 @@ impl Owed {
         }
         drop(guard);
         if any {
-            self.control.notify_one();
+            self.bells.ring(Bell::Control);
         }
     }
 
@@ -482,7 +498,7 @@ impl Owed {
         }
         inner.settled.push(settled);
         drop(inner);
-        self.control.notify_one();
+        self.bells.ring(Bell::Control);
     }
 
     /// Retention took the oldest records of a conversation: the client is told where it begins now.
@@ -496,7 +512,7 @@ impl Owed {
             low: told.low.max(head.low),
         };
         drop(inner);
-        self.control.notify_one();
+        self.bells.ring(Bell::Control);
     }
 
     /// A member has come further. Told at once where somebody looks, and to the member's own devices; else along with the
@@ -513,7 +529,7 @@ impl Owed {
         let prompt = receipt.user == self.user || inner.on_screen.contains(&receipt.conversation);
         drop(inner);
         if prompt {
-            self.control.notify_one();
+            self.bells.ring(Bell::Control);
         }
     }
 
@@ -535,7 +551,7 @@ impl Owed {
             inner.events.push_back(event);
         }
         drop(inner);
-        self.control.notify_one();
+        self.bells.ring(Bell::Control);
     }
 
     /// Ends the connection; the first reason stays.
@@ -545,7 +561,7 @@ impl Owed {
             inner.ending = Some(ending);
         }
         drop(inner);
-        self.control.notify_one();
+        self.bells.ring(Bell::Control);
     }
 
     /// What the control stream has to write now.
@@ -677,7 +693,7 @@ mod tests {
     fn receipts_wait_unless_somebody_looks() {
         use futures_util::FutureExt as _;
         let owed = owed();
-        let woken = || owed.control.notified().now_or_never().is_some();
+        let woken = || owed.control_due().now_or_never().is_some();
         let receipt = |user, c, n| Receipt {
             conversation: conversation(c),
             user: UserId::new(user).unwrap(),

@@ -91,7 +91,7 @@ impl Running {
     pub async fn start_with<W: CommitLog>(config: Config, wrap: impl Fn(ShardId, ShardWriter) -> W) -> Self {
         let folder = config.data.path.clone();
         let gateway = Gateway::start_with(config, wrap).await.unwrap();
-        let address = gateway.address().unwrap();
+        let address = gateway.address();
         let http = gateway.http_address();
         let (trigger, drain) = drain::drain(Duration::from_secs(5));
         let task = tokio::spawn(gateway.run(drain));
@@ -341,6 +341,12 @@ impl Phone {
     /// The port it sends from.
     pub fn port(&self) -> u16 {
         self.endpoint.local_addr().unwrap().port()
+    }
+
+    /// Goes on from another port, as after a change of network.
+    pub fn move_to_another_port(&self) {
+        let socket = std::net::UdpSocket::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
+        self.endpoint.rebind(socket).unwrap();
     }
 
     pub fn has_room(&self) -> bool {

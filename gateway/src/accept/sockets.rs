@@ -1,0 +1,165 @@
+//! UDP sockets that share one address, a core each, and the system picking the one a packet belongs to.
+//!
+//! - The first socket takes the address for itself: one that another process has, whoever owns that, is refused as ever.
+//! - The others join it (`SO_REUSEPORT`), and a small program in the system (classic BPF, no privileges needed) steers by
+//!   connection id ([`super::steering`]). Sockets stand in the order of the cores as long as all of them are open.
+//! - Where that can't be had there is one socket, and the reason.
+//!
+//! Not here: what is read from them (`endpoint`).
+
+use std::{
+    io,
+    net::{SocketAddr, UdpSocket},
+};
+
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+
+/// Takes `address` for as many cores. One socket in place of several comes with the reason.
+///
+/// # Errors
+/// The address can't be taken at all.
+pub fn bind(address: SocketAddr, cores: u16) -> io::Result<(Vec<UdpSocket>, Option<io::Error>)> {
+    let first = UdpSocket::bind(address)?;
+    if cores <= 1 {
+        return Ok((vec![first], None));
+    }
+    match share(&first, cores) {
+        Ok(others) => Ok((std::iter::once(first).chain(others).collect(), None)),
+        Err(error) => {
+            // Nobody is to join it.
+            SockRef::from(&first).set_reuse_port(false)?;
+            Ok((vec![first], Some(error)))
+        }
+    }
+}
+
+fn share(first: &UdpSocket, cores: u16) -> io::Result<Vec<UdpSocket>> {
+    let address = first.local_addr()?;
+    SockRef::from(first).set_reuse_port(true)?;
+    let mut others = Vec::new();
+    for _ in 1..cores {
+        let socket = Socket::new(Domain::for_address(address), Type::DGRAM, Some(Protocol::UDP))?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&address.into())?;
+        if others.is_empty() {
+            // There is a group now, and it steers before anybody else is in it.
+            system::steer(first, cores)?;
+        }
+        others.push(UdpSocket::from(socket));
+    }
+    Ok(others)
+}
+
+#[cfg(target_os = "linux")]
+mod system {
+    use std::{io, net::UdpSocket, os::fd::AsRawFd as _};
+
+    use super::super::steering::{ID_IN_LONG, ID_IN_SHORT, LONG_HEADER};
+
+    /// What [`super::super::steering::core_of_packet`] says, for the system. A load from behind the end answers 0.
+    fn program(cores: u16) -> [libc::sock_filter; 7] {
+        let step = |code: u32, to_else: u8, k: u32| libc::sock_filter {
+            code: u16::try_from(code).unwrap_or(0),
+            jt: 0,
+            jf: to_else,
+            k,
+        };
+        [
+            step(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0),
+            step(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, 2, LONG_HEADER.into()),
+            step(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, 0, ID_IN_LONG.into()),
+            step(libc::BPF_JMP | libc::BPF_JA, 0, 1),
+            step(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, 0, ID_IN_SHORT.into()),
+            step(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, 0, cores.max(1).into()),
+            step(libc::BPF_RET | BPF_A, 0, 0),
+        ]
+    }
+
+    /// "The accumulator", which the C library's constants lack.
+    const BPF_A: u32 = 0x10;
+
+    /// Steers the packets of every socket that shares `socket`'s address.
+    #[expect(unsafe_code, reason = "no safe call sets this option")]
+    pub(super) fn steer(socket: &UdpSocket, cores: u16) -> io::Result<()> {
+        let mut program = program(cores);
+        let told =
+            libc::sock_fprog { len: u16::try_from(program.len()).unwrap_or(0), filter: program.as_mut_ptr() };
+        let bytes = libc::socklen_t::try_from(size_of_val(&told)).unwrap_or(0);
+        // SAFETY: the descriptor is open as long as `socket` is borrowed. The option takes a `sock_fprog`, which is what is
+        // given with its size; its pointer and length are those of `program`, which lives until the call returns. The
+        // system copies both and writes to neither.
+        let answer = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                libc::SO_ATTACH_REUSEPORT_CBPF,
+                (&raw const told).cast(),
+                bytes,
+            )
+        };
+        if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod system {
+    use std::{io, net::UdpSocket};
+
+    pub(super) fn steer(_: &UdpSocket, _: u16) -> io::Result<()> {
+        Err(io::Error::new(io::ErrorKind::Unsupported, "this system can't steer packets by connection id"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+    #[test]
+    fn an_address_is_taken_once_however_many_cores_share_it() {
+        for (ours, theirs) in [(1, 1), (1, 3), (3, 1), (3, 3)] {
+            let (sockets, why) = bind(LOOPBACK, ours).unwrap();
+            assert!(why.is_none() || cfg!(not(target_os = "linux")), "{why:?}");
+            let address = sockets[0].local_addr().unwrap();
+            assert!(sockets.iter().all(|socket| socket.local_addr().unwrap() == address));
+            let error = bind(address, theirs).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{ours} cores, then {theirs}");
+            drop(sockets);
+            bind(address, theirs).unwrap();
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_system_steers_as_the_rule_says() {
+        use super::super::steering::PACKETS_OF_FIVE_CORES;
+
+        for loopback in [LOOPBACK, SocketAddr::from(([0; 16], 0))] {
+            let (sockets, why) = bind(loopback, 5).unwrap();
+            assert!(why.is_none(), "{why:?}");
+            assert_eq!(sockets.len(), 5);
+            let port = sockets[0].local_addr().unwrap().port();
+            let to = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+            for socket in &sockets {
+                socket.set_nonblocking(true).unwrap();
+            }
+            // From several ports: nothing else decides.
+            for _ in 0..4 {
+                let phone = UdpSocket::bind(LOOPBACK).unwrap();
+                for (what, payload, core) in PACKETS_OF_FIVE_CORES {
+                    phone.send_to(payload, to).unwrap();
+                    // On loopback it is there when the call returns.
+                    let got: Vec<usize> = (0..5)
+                        .filter(|at| {
+                            sockets[*at].recv(&mut [0; 64]).is_ok_and(|bytes| bytes == payload.len())
+                        })
+                        .collect();
+                    assert_eq!(got, [usize::from(*core)], "{what}");
+                }
+            }
+        }
+    }
+}
