@@ -42,7 +42,9 @@ pub(crate) struct Post {
 #[derive(Debug)]
 pub(crate) struct Cores {
     stop: watch::Sender<bool>,
-    running: Vec<(oneshot::Receiver<anyhow::Result<()>>, Option<JoinHandle<()>>)>,
+    /// How each ended; nothing, if it panicked.
+    ends: Vec<oneshot::Receiver<anyhow::Result<()>>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Cores {
@@ -51,28 +53,40 @@ impl Cores {
     /// # Errors
     /// A thread or its runtime can't be started.
     pub(crate) fn start(posts: Vec<Post>, shared: &Shared, drain: &Drain) -> io::Result<Self> {
+        let works = (0..).zip(posts).map(|(number, post)| {
+            let (shared, drain) = (shared.on(number), drain.clone());
+            move || serve(post, shared, drain)
+        });
+        Self::start_works(works)
+    }
+
+    fn start_works<W, F>(works: impl IntoIterator<Item = W>) -> io::Result<Self>
+    where
+        W: FnOnce() -> F + Send + 'static,
+        F: Future<Output = anyhow::Result<()>>,
+    {
         let (stop, _) = watch::channel(false);
-        let mut cores = Self { stop, running: Vec::new() };
-        for (number, post) in (0..).zip(posts) {
+        let mut cores = Self { stop, ends: Vec::new(), threads: Vec::new() };
+        for (number, work) in works.into_iter().enumerate() {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let (shared, drain, mut stop) = (shared.on(number), drain.clone(), cores.stop.subscribe());
+            let mut stop = cores.stop.subscribe();
             let (told, ended) = oneshot::channel();
             let run = move || {
-                let serving = async {
+                let result = runtime.block_on(async {
                     tokio::select! {
                         biased;
                         _ = stop.wait_for(|stop| *stop) => Ok(()),
-                        result = Box::pin(serve(post, shared, drain)) => result,
+                        result = Box::pin(work()) => result,
                     }
-                };
-                let result = runtime.block_on(serving);
+                });
                 Desk::close();
                 // Reads of the disk that are under way are waited for by nobody.
                 runtime.shutdown_background();
                 let _ = told.send(result);
             };
             let thread = std::thread::Builder::new().name(format!("core-{number}")).spawn(run)?;
-            cores.running.push((ended, Some(thread)));
+            cores.ends.push(ended);
+            cores.threads.push(thread);
         }
         Ok(cores)
     }
@@ -82,7 +96,7 @@ impl Cores {
     /// # Errors
     /// What failed; a thread that panicked.
     pub(crate) async fn ended(&mut self) -> anyhow::Result<()> {
-        let ends = self.running.iter_mut().enumerate().map(async |(number, (ended, _))| match ended.await {
+        let ends = self.ends.iter_mut().enumerate().map(async |(number, ended)| match ended.await {
             Ok(result) => result.with_context(|| format!("core {number}")),
             Err(_) => anyhow::bail!("the thread of core {number} panicked; what was acked is on disk"),
         });
@@ -93,7 +107,7 @@ impl Cores {
 impl Drop for Cores {
     fn drop(&mut self) {
         self.stop.send_replace(true);
-        for thread in self.running.iter_mut().filter_map(|(_, thread)| thread.take()) {
+        for thread in self.threads.drain(..) {
             // They end at once, and what they hold must be free when this is. A panic was told already.
             let _ = thread.join();
         }
@@ -122,4 +136,62 @@ async fn serve(post: Post, shared: Shared, mut drain: Drain) -> anyhow::Result<(
     // The last CLOSE frames leave, and the port with them.
     let _ = tokio::time::timeout(GOODBYE, endpoint.wait_idle()).await;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// Counts the works that were dropped or are done.
+    struct Gone(Arc<AtomicUsize>);
+
+    impl Drop for Gone {
+        fn drop(&mut self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    enum Fate {
+        Goes,
+        Stays,
+        Fails,
+        Panics,
+    }
+
+    async fn end(fates: &[Fate]) -> (Result<(), String>, usize) {
+        let gone = Arc::new(AtomicUsize::new(0));
+        let works = fates.iter().map(|fate| {
+            let (fate, here) = (*fate, Gone(Arc::clone(&gone)));
+            move || async move {
+                // Left to the runtime, as connections are.
+                tokio::spawn(async move {
+                    let _here = here;
+                    std::future::pending::<()>().await;
+                });
+                match fate {
+                    Fate::Goes => Ok(()),
+                    Fate::Stays => std::future::pending().await,
+                    Fate::Fails => anyhow::bail!("no socket"),
+                    Fate::Panics => panic!("as a test wants it"),
+                }
+            }
+        });
+        let mut cores = Cores::start_works(works).unwrap();
+        let ended = cores.ended().await.map_err(|error| format!("{error:#}"));
+        drop(cores);
+        (ended, gone.load(Ordering::Relaxed))
+    }
+
+    #[tokio::test]
+    async fn one_core_that_fails_ends_all() {
+        use Fate::{Fails, Goes, Panics, Stays};
+
+        assert_eq!(end(&[Goes, Goes]).await, (Ok(()), 2));
+        assert_eq!(end(&[Stays, Fails, Goes]).await, (Err("core 1: no socket".to_owned()), 3));
+        let panicked = "the thread of core 2 panicked; what was acked is on disk".to_owned();
+        assert_eq!(end(&[Goes, Stays, Panics, Stays]).await, (Err(panicked), 4));
+    }
 }

@@ -23,7 +23,7 @@ use tokio::{
     sync::{Semaphore, watch},
     task::JoinSet,
 };
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     accept::{
@@ -195,9 +195,9 @@ impl Gateway {
         Self::start_bound(config, bound, None, wrap).await
     }
 
-    /// Starts on sockets that are there already, with one endpoint on the caller's runtime, `memory` being the disk of a store in memory. In a simulated world
-    /// ([`crate::ground::simulate`]) nothing of it leaves the calling thread, which must be inside a tokio `LocalSet`; then
-    /// there are no pages and the certificate is not looked at again.
+    /// Starts on sockets that are there already, with one endpoint on the caller's runtime, `memory` being the disk of a store
+    /// in memory. In a simulated world ([`crate::ground::simulate`]) nothing of it leaves the calling thread, which must be
+    /// inside a tokio `LocalSet`; then there are no pages and the certificate is not looked at again.
     ///
     /// # Errors
     /// As [`Self::start`].
@@ -415,8 +415,9 @@ impl Gateway {
         let shared = Shared::new(Arc::clone(&context), Arc::clone(&book), doors.endpoints());
         let served = Box::pin(doors.serve(&shared, drain)).await;
         drop(shared);
-        if served.is_ok() {
-            info!("all connections have ended; writing down what is left");
+        match &served {
+            Ok(()) => info!("all connections have ended; writing down what is left"),
+            Err(error) => error!("the gateway can't go on, and leaves: {error:#}"),
         }
         if let Some(pages) = pages {
             pages.abort();
