@@ -61,11 +61,15 @@ fn put_text(text: &str, to: &mut BytesMut) {
     to.put_slice(text.as_bytes().get(..usize::from(length)).unwrap_or_default());
 }
 
-/// A CONNECT without keep-alive. A session that is not `clean` outlives the connection.
+/// Seconds after which who was silent must say something: the most there is. Not every broker takes 0, which means never.
+const KEEP_ALIVE_S: u16 = u16::MAX;
+
+/// A CONNECT. A session that is not `clean` outlives the connection.
 pub fn connect(client: &str, clean: bool, to: &mut BytesMut) {
     put_header(0x10, 12 + client.len(), to);
     put_text("MQTT", to);
-    to.put_slice(&[4, if clean { 0b10 } else { 0 }, 0, 0]);
+    to.put_slice(&[4, if clean { 0b10 } else { 0 }]);
+    to.put_u16(KEEP_ALIVE_S);
     put_text(client, to);
 }
 
@@ -151,7 +155,7 @@ mod tests {
         assert_eq!(&made(&|to| connect("ab", false, to))[9..10], b"\x00");
         assert_eq!(
             &made(&|to| connect("ab", true, to))[..],
-            b"\x10\x0e\x00\x04MQTT\x04\x02\x00\x00\x00\x02ab"
+            b"\x10\x0e\x00\x04MQTT\x04\x02\xff\xff\x00\x02ab"
         );
         assert_eq!(&made(&|to| subscribe("a/b", to))[..], b"\x82\x08\x00\x01\x00\x03a/b\x01");
         assert_eq!(&made(&|to| publish("a", 10, b"hi", to))[..], b"\x32\x07\x00\x01a\x00\x0ahi");
