@@ -93,8 +93,8 @@ impl Peer {
                 "TLS. An ack: in memory. QoS 1, order per connection. Resumes from a log in memory of fixed size. No history beyond it."
             }
             Self::RmqttTls => {
-                "TLS. An ack: in memory (storing is a plug-in that does not sync). QoS 1; does not keep the order of queued messages at a \
-                 reconnect. No history."
+                "TLS. An ack: in memory (storing is a plug-in, not used here). QoS 1 may deliver twice; order per connection. Resumes from a \
+                 queue in memory. No history."
             }
             Self::RmqttQuic => "QUIC, one stream for each client. Otherwise as rmqtt-tls.",
             Self::Nats => {
