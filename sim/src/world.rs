@@ -720,7 +720,7 @@ impl Gateway {
         // A set of its own: dropping it ends the shards' tasks where they are.
         let task = tokio::task::spawn_local(async move {
             let local = LocalSet::new();
-            let served = local.run_until(async {
+            let served = local.run_until(Box::pin(async {
                 let wrap = |_, writer| OnDisk::new(&disk, writer, &gone);
                 let gateway =
                     fulmar_gateway::gateway::Gateway::start_on(config, sockets, Some(memory), wrap).await;
@@ -734,7 +734,7 @@ impl Gateway {
                         Ok(())
                     }
                 }
-            });
+            }));
             if let Err(error) = served.await {
                 *failed.borrow_mut() = Some(format!("{error:#}"));
             }

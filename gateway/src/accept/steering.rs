@@ -8,7 +8,7 @@
 //!
 //! - The same rule holds for ids of ours and for the random one a client begins with: its whole first flight, what it
 //!   repeats of it, and its early data meet at one core, which answers with an id of its own.
-//! - The system carries the rule out ([`super::sockets`]); a core only makes ids that lead to it ([`CoreIds`]), and answers
+//! - The system carries the rule out ([`super::sockets`]); a core only makes ids that lead to it (`CoreIds`), and answers
 //!   no packet that belongs to another one. So a packet that strays is lost and sent again, and never ends a connection.
 //! - A process with another number of cores spreads old ids in its own way, and each of its cores knows which are its own:
 //!   after a restart every old connection is answered with a reset, once.

@@ -1,7 +1,7 @@
 //! How a connection is woken by another thread: one crossing per core for many connections.
 //!
 //! - A core's thread has a [`Desk`]. Whoever wakes a connection of it from another thread leaves the connection's
-//!   [`Bells`] there, and wakes the core when nothing else lay there; the core rings them itself. Waking a thousand
+//!   `Bells` there, and wakes the core when nothing else lay there; the core rings them itself. Waking a thousand
 //!   connections of a core costs one wake-up of its thread, not a thousand.
 //! - Bells lie on the desk at most once, so a desk is bounded by the connections of its core.
 //! - Where there is no desk, and on the core's own thread, bells ring at once.
