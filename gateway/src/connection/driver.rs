@@ -2,6 +2,7 @@
 
 use std::{
     collections::VecDeque,
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -21,7 +22,7 @@ use fulmar_protocol::{
 use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 use tracing::{Instrument, debug, info_span, warn};
 
-use super::copies::Copies;
+use super::{copies::Copies, loops::first_end};
 use crate::{
     context::Context,
     conversation::Command,
@@ -214,17 +215,17 @@ impl Connection {
         let (control_out, control_in) = control;
         let _ = control_out.set_priority(3);
         *self.control_out.lock().await = Some(control_out);
-        let end = tokio::select! {
-            biased;
-            end = self.read_control(control_in) => end,
-            end = self.read_uplink() => end,
-            end = self.read_datagrams() => end,
-            end = self.write_control() => end,
-            end = self.write_lanes() => end,
-            end = self.write_backlog() => end,
-            end = self.refuse_other_streams() => end,
-            end = self.watch_timers() => end,
-        };
+        let end = first_end([
+            pin!(self.read_control(control_in)),
+            pin!(self.read_uplink()),
+            pin!(self.read_datagrams()),
+            pin!(self.write_control()),
+            pin!(self.write_lanes()),
+            pin!(self.write_backlog()),
+            pin!(self.refuse_other_streams()),
+            pin!(self.watch_timers()),
+        ])
+        .await;
         match end {
             Ok(never) => match never {},
             Err(end) => end,

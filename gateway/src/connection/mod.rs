@@ -11,6 +11,7 @@
 mod copies;
 mod dispatch;
 pub mod driver;
+mod loops;
 mod reader;
 mod writer;
 
