@@ -45,7 +45,7 @@ use crate::{
     networks::{NetworkKey, Networks},
     options::{BoxFuture, Options, Token},
     platform::{Platform, within},
-    race::{RTT_UNKNOWN, Transport, Verdict},
+    race::{RTT_UNKNOWN, Verdict},
     state::{Action, Event, Machine, State},
     transport::{
         Dialer, Tls,
@@ -603,11 +603,7 @@ impl Driver {
         let now = self.now();
         match event {
             RaceEvent::Won(won) => {
-                let network = self.networks.on(self.network);
-                network.won(won.win);
-                if won.win.transport == Transport::Quic {
-                    network.shook(won.took);
-                }
+                self.networks.on(self.network).won(won.win, won.took);
                 let prompt = self.prompt();
                 self.keepalive.reached(won.took, prompt, now);
                 if let Some(flight) = self.flight.take() {
@@ -642,7 +638,7 @@ impl Driver {
         let network = self.networks.on(self.network);
         match event {
             RaceEvent::Won(won) => {
-                network.won(won.win);
+                network.won(won.win, won.took);
                 network.udp_was(Verdict::Works, wall);
                 if let Some((_, flight)) = probe.filter(|_| self.machine.state() == State::Live) {
                     (self.won, self.by_ticket) = (Some((won, flight)), true);

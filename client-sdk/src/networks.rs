@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     keepalive::Learned,
-    race::{Memory, Udp, Verdict, Win},
+    race::{Memory, Transport, Udp, Verdict, Win},
 };
 
 /// Networks that are kept: home, work, cellular and a dozen of places in between.
@@ -106,8 +106,11 @@ impl Network {
         self.keepalive = keepalive;
     }
 
-    /// A race was won.
-    pub(crate) fn won(&mut self, win: Win) {
+    /// A race was won, with a handshake that took this long.
+    pub(crate) fn won(&mut self, win: Win, handshake: Duration) {
+        if win.transport == Transport::Quic {
+            self.shook(handshake);
+        }
         self.wins.retain(|known| *known != win);
         self.wins.insert(0, win);
         self.wins.truncate(WINS_MAX);
@@ -115,7 +118,7 @@ impl Network {
 
     /// A handshake over QUIC took this long. Its packets are large, so that on a slow network it takes longer than a round trip. One
     /// that met a loss counts for a quarter.
-    pub(crate) fn shook(&mut self, took: Duration) {
+    fn shook(&mut self, took: Duration) {
         let took = u32::try_from(took.min(RTT_MAX).as_micros()).unwrap_or(u32::MAX);
         let known = self.handshake_us;
         self.handshake_us = match known {
@@ -229,7 +232,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::race::Transport;
 
     const MIN: fn(u64) -> Duration = |minutes| Duration::from_secs(60 * minutes);
     const MS: fn(u64) -> Duration = Duration::from_millis;
@@ -331,7 +333,7 @@ mod tests {
             (Transport::Tls, 0),
             (Transport::Quic, 3),
         ] {
-            network.won(win(transport, address));
+            network.won(win(transport, address), MS(100));
         }
         let want = [
             win(Transport::Quic, 3),
@@ -360,7 +362,7 @@ mod tests {
         let network = networks.on(NetworkKey { kind: NetworkKind::Cellular, name: 5 });
         network.measured(MS(100), MS(10));
         network.learned(Learned { good_ms: 300, bad_ms: 0 });
-        network.won(win(Transport::WebSocket, 1));
+        network.won(win(Transport::WebSocket, 1), MS(90));
         network.udp_was(Verdict::Blocked, Duration::from_secs(100));
         network.shook(MS(10));
         let blob = networks.to_blob();
@@ -412,7 +414,7 @@ mod tests {
                 let network = networks.on(key(&name.to_string()));
                 network.measured(Duration::from_micros(rtt.into()), Duration::from_micros(learned.into()));
                 network.learned(Learned { good_ms: learned, bad_ms: rtt });
-                network.won(win(Transport::Tls, address));
+                network.won(win(Transport::Tls, address), MS(90));
                 network.udp_was(Verdict::Blocked, Duration::from_secs(now));
             }
             let blob = networks.to_blob();

@@ -60,3 +60,33 @@ fn welcomes_of_attempts_that_lost_come_late_and_disturb_nobody() -> anyhow::Resu
     assert_eq!(texts, ["before", "queued at 400 ms", "after", "queued at 600 ms", "after"]);
     Ok(())
 }
+
+/// An attempt takes what it takes, and on a network that is as it was nobody helps it.
+#[test]
+fn on_a_network_that_is_known_one_attempt_is_made_and_is_timed() -> anyhow::Result<()> {
+    let rtt = 300;
+    let ended = World::new(2).path(path(rtt)).run(async |sim| {
+        sim.phone("bob").connect().await?;
+        let alice = sim.phone("alice").connect().await?;
+        let to_bob = alice.direct("bob").await?;
+        to_bob.send("before").await?.acked().await?;
+        sim.sleep(Duration::from_secs(5)).await;
+        let mut made = Vec::new();
+        for _ in 0..3 {
+            alice.suspend().await?;
+            sim.sleep(Duration::from_secs(5)).await;
+            let before = alice.attempts().len();
+            let queued = to_bob.send("queued").await?;
+            alice.resume().await?;
+            queued.acked().await?;
+            sim.sleep(Duration::from_secs(5)).await;
+            made.push(alice.attempts().split_off(before));
+        }
+        Ok(made)
+    });
+    for attempts in ended.value? {
+        assert_eq!(attempts.len(), 1, "{attempts:?}");
+        assert!(attempts.iter().all(|attempt| attempt.took >= Duration::from_millis(rtt)), "{attempts:?}");
+    }
+    Ok(())
+}
