@@ -9,7 +9,7 @@ use std::{
     fs,
     os::unix::process::ExitStatusExt as _,
     path::PathBuf,
-    process::{Child, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
@@ -68,6 +68,9 @@ const ENGINE_FILES: &str = "/sled/|/fjall/|/index/";
 
 /// In so many rounds every point must have been reached: a name that nothing answers to tries nothing.
 const ROUNDS_FOR_ALL_POINTS: u64 = 200;
+
+/// New folders in which a point that chance left out is looked for by name.
+const FOLDERS_FOR_A_MISSED_POINT: u64 = 24;
 
 /// What is asked for.
 #[derive(Clone, Debug, clap::Args)]
@@ -193,12 +196,16 @@ pub fn run(ask: &Kill) -> anyhow::Result<Outcome> {
             );
         }
     }
+    if ask.rounds >= ROUNDS_FOR_ALL_POINTS {
+        drop(stay);
+        rig.visit_missed_points(&mut outcome)?;
+    }
     for (name, reach) in &rig.points {
         say!(ask, "    {name:<34} killed {:>5} times, not reached {:>4}", reach.reached, reach.missed);
     }
     if ask.rounds >= ROUNDS_FOR_ALL_POINTS {
         for point in POINTS.iter().chain([&MARKER]) {
-            if rig.points.get(point.name).is_none_or(|reach| reach.reached == 0) {
+            if !rig.was_reached(point) {
                 say!(ask, "FAILED: nobody was killed at: {}", point.name);
                 outcome.failed += 1;
             }
@@ -343,16 +350,62 @@ impl Rig<'_> {
                 continue;
             }
             let nth = 1 + chance.below(reach.most);
-            let when = if chance.percent(50) { "before" } else { "after" };
-            command.env("FULMAR_FAULTDISK_RULES", rules(&point, nth, when));
-            let status = ended(command.spawn().context("can't start the process that is killed")?)?;
-            reach.note(nth, was_killed(status));
-            stay.read_marks()?;
-            if was_killed(status) {
-                return Ok(format!("killed {when} call {nth} of: {}", point.name));
+            if let Some(how) = self.kill_at(&point, nth, stay, &mut command, chance)? {
+                return Ok(how);
             }
         }
         bail!("no process could be killed at any of the points")
+    }
+
+    /// Starts the work once, to be killed at its `nth` coming by a point; gives how, if it came by.
+    fn kill_at(
+        &mut self,
+        point: &Point,
+        nth: u64,
+        stay: &mut Stay,
+        command: &mut Command,
+        chance: &mut Chance,
+    ) -> anyhow::Result<Option<String>> {
+        let when = if chance.percent(50) { "before" } else { "after" };
+        command.env("FULMAR_FAULTDISK_RULES", rules(point, nth, when));
+        let status = ended(command.spawn().context("can't start the process that is killed")?)?;
+        let killed = was_killed(status);
+        self.points.entry(point.name).or_insert_with(|| Reach::new(1)).note(nth, killed);
+        stay.read_marks()?;
+        Ok(killed.then(|| format!("killed {when} call {nth} of: {}", point.name)))
+    }
+
+    fn was_reached(&self, point: &Point) -> bool {
+        self.points.get(point.name).is_some_and(|reach| reach.reached > 0)
+    }
+
+    /// A point that is passed seldom may be left out by chance in any number of rounds. It is looked for in new folders, at
+    /// the first coming by, so that a point nobody was killed at is one that nobody comes by.
+    fn visit_missed_points(&mut self, outcome: &mut Outcome) -> anyhow::Result<()> {
+        for point in POINTS.iter().chain([&MARKER]) {
+            for attempt in 0..FOLDERS_FOR_A_MISSED_POINT {
+                if self.was_reached(point) {
+                    break;
+                }
+                let round = self.ask.rounds + attempt;
+                let mut chance = Chance::of(&[self.seed, round, 3]);
+                let mut stay = self.new_stay(round, &mut chance)?;
+                let work = stay.work(self.ask.engine, 5 + chance.below(60), 4);
+                let mut command = self.starter.command(&work, &stay.place.join("root"));
+                command.stderr(Stdio::piped());
+                let Some(how) = self.kill_at(point, 1, &mut stay, &mut command, &mut chance)? else {
+                    continue;
+                };
+                match self.judge(&mut stay, &mut chance) {
+                    Ok(()) => outcome.passed += 1,
+                    Err(error) => {
+                        outcome.failed += 1;
+                        self.report(round, &stay, &[how], &error);
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Starts an opening and kills it; gives how.
