@@ -86,13 +86,16 @@ impl Overlay {
     }
 
     /// Takes over what a later commit changed.
-    pub(crate) fn merge(&mut self, mut later: Self) {
-        self.rows.append(&mut later.rows);
+    ///
+    /// Costs what the later one holds, not what is here already: every commit does this (`BTreeMap::append` would make the whole map
+    /// anew each time).
+    pub(crate) fn merge(&mut self, later: Self) {
+        self.rows.extend(later.rows);
         for (conversation, mut touched) in later.touched {
             let mine = self.touched.entry(conversation).or_default();
             mine.head = touched.head;
             mine.low_moved |= touched.low_moved;
-            mine.lanes.append(&mut touched.lanes);
+            mine.lanes.extend(touched.lanes);
             mine.records.append(&mut touched.records);
         }
         self.counters = later.counters;
@@ -130,5 +133,30 @@ impl Overlay {
 
     pub(crate) fn weigh_record(&mut self, encoded: usize) {
         self.bytes += encoded + ENTRY_OVERHEAD;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_commit_that_is_merged_costs_what_it_holds() {
+        let mut overlay = Overlay::default();
+        for n in 0..1_000u32 {
+            overlay.put(Table::User, &n.to_be_bytes(), Some(vec![1]));
+        }
+        let places = |overlay: &Overlay| -> Vec<*const Option<Bytes>> {
+            overlay.rows.values().take(900).map(std::ptr::from_ref).collect()
+        };
+        let before = places(&overlay);
+        let mut later = Overlay::default();
+        later.put(Table::User, &2_000u32.to_be_bytes(), Some(vec![2]));
+        later.put(Table::User, &999u32.to_be_bytes(), None);
+        overlay.merge(later);
+        assert_eq!(overlay.rows.len(), 1_001);
+        assert_eq!(overlay.rows.get(&full_key(Table::User, &999u32.to_be_bytes())), Some(&None));
+        // Rows far from what was changed lie where they lay: the map was not made anew.
+        assert!(before == places(&overlay));
     }
 }
