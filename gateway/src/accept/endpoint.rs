@@ -18,10 +18,11 @@ use tokio::{sync::Barrier, task::JoinSet};
 use tracing::{Instrument, debug, warn};
 
 use super::{
-    admission::{Load, Verdict, admit},
+    admission::{Load, Refused, Verdict, admit},
     book::Book,
     resets::first_id,
     stream::{Streams, next_stream},
+    waiting::{Turn, Waiting},
 };
 use crate::{
     connection::serve,
@@ -29,6 +30,9 @@ use crate::{
     drain::Drain,
     metrics::{CoreNumber, Metrics},
 };
+
+/// Attempts that are judged between two handshakes that begin: refusing them, or asking them to prove their address, costs little.
+const TAKEN_MAX: usize = 64;
 
 /// Who is here, over all endpoints of the gateway.
 #[derive(Debug, Default)]
@@ -154,6 +158,8 @@ pub async fn accept(
         None => (None, None),
     };
     let mut connections = JoinSet::new();
+    let mut waiting: Waiting<Attempt> = Waiting::new();
+    let mut taken = 0;
     loop {
         here.set(i64::try_from(connections.len()).unwrap_or(i64::MAX));
         tokio::select! {
@@ -164,8 +170,13 @@ pub async fn accept(
                     warn!(%error, "a connection's task panicked; the others go on");
                 }
             }
-            incoming = endpoint.accept() => match incoming {
-                Some(incoming) => attempt(incoming, context, book, counts, &mut connections),
+            incoming = endpoint.accept(), if taken < TAKEN_MAX => match incoming {
+                Some(incoming) => {
+                    taken += 1;
+                    if let Some(attempt) = attempt(incoming, context, counts) {
+                        waiting.push(attempt, crate::ground::now());
+                    }
+                }
                 None => return Err(EndpointGone),
             },
             Some((stream, from)) = next_stream(&mut listener, context) => {
@@ -173,7 +184,19 @@ pub async fn accept(
                     super::stream::attempt(stream, from, tls, context, counts, &mut connections);
                 }
             }
+            turn = waiting.turn(crate::ground::now), if taken > 0 || !waiting.is_empty() => {
+                taken = 0;
+                match turn {
+                    Some(Turn::Begin(attempt)) => attempt.begin(context, book, &mut connections),
+                    Some(Turn::Late(attempt)) => attempt.refuse("late", context),
+                    None => {}
+                }
+            }
         }
+    }
+    // Whoever has not begun is told to go elsewhere.
+    while let Some(Turn::Begin(attempt) | Turn::Late(attempt)) = waiting.next(crate::ground::now()) {
+        attempt.refuse(Refused::Draining.label(), context);
     }
     let mut deadline = drain.clone();
     let mut left = std::pin::pin!(all_left.wait());
@@ -235,77 +258,95 @@ impl Drop for Handshake<'_> {
     }
 }
 
-fn attempt(
-    incoming: quinn::Incoming,
-    context: &Arc<Context>,
-    book: &Arc<Book>,
-    counts: &Arc<Mutex<Counts>>,
-    connections: &mut JoinSet<()>,
-) {
+/// An attempt that was let in. Its handshake has not begun.
+#[derive(Debug)]
+struct Attempt {
+    incoming: Box<quinn::Incoming>,
+    counted: Counted,
+}
+
+/// Judges an attempt.
+fn attempt(incoming: quinn::Incoming, context: &Context, counts: &Arc<Mutex<Counts>>) -> Option<Attempt> {
     let address = incoming.remote_address().ip();
     let draining = context.drain.is_draining();
     let load = load(counts, address, incoming.remote_address_validated(), draining);
-    let metrics = &context.metrics;
     match admit(&context.config.limits, load) {
-        Verdict::Accept => {}
+        Verdict::Accept => {
+            Some(Attempt { incoming: Box::new(incoming), counted: Counted::new(counts, address) })
+        }
         Verdict::Retry => {
-            metrics.turned_away("retry");
+            context.metrics.turned_away("retry");
             if incoming.may_retry() {
                 // Only fails for attempts that came with a token, which are validated.
                 let _ = incoming.retry();
             } else {
                 incoming.refuse();
             }
-            return;
+            None
         }
         Verdict::Refuse(why) => {
-            metrics.turned_away(why.label());
-            if let Some(suppressed) = context.complaints.due(why.label(), crate::ground::now()) {
-                warn!(why = why.label(), suppressed, "connection attempts are refused");
-            }
-            incoming.refuse();
-            return;
+            refuse(incoming, why.label(), context);
+            None
         }
     }
-    let mut counted = Counted::new(counts, address);
-    let (context, book) = (Arc::clone(context), Arc::clone(book));
-    let timeout = Duration::from_millis(context.config.limits.hello_timeout_ms);
-    let task = async move {
-        // A server always has the keys for its half of a round trip: what comes in early data is served at once.
-        let (accepted, id) = first_id(|| incoming.accept());
-        let early = match accepted.map(quinn::Connecting::into_0rtt) {
-            Ok(Ok(early)) => early,
-            Ok(Err(_)) => return,
-            Err(error) => {
-                context.metrics.handshakes_failed.inc();
-                debug!(%error, "a handshake failed");
-                return;
-            }
+}
+
+fn refuse(incoming: quinn::Incoming, why: &'static str, context: &Context) {
+    context.metrics.turned_away(why);
+    if let Some(suppressed) = context.complaints.due(why, crate::ground::now()) {
+        warn!(why, suppressed, "connection attempts are refused");
+    }
+    incoming.refuse();
+}
+
+impl Attempt {
+    fn refuse(self, why: &'static str, context: &Context) {
+        refuse(*self.incoming, why, context);
+    }
+
+    /// Begins the handshake, in a task of its own: a panic there ends nobody else's connection.
+    fn begin(self, context: &Arc<Context>, book: &Arc<Book>, connections: &mut JoinSet<()>) {
+        let Self { incoming, mut counted } = self;
+        let (context, book) = (Arc::clone(context), Arc::clone(book));
+        let timeout = Duration::from_millis(context.config.limits.hello_timeout_ms);
+        let task = async move {
+            // A server always has the keys for its half of a round trip: what comes in early data is served at once.
+            let (accepted, id) = first_id(|| incoming.accept());
+            let early = match accepted.map(quinn::Connecting::into_0rtt) {
+                Ok(Ok(early)) => early,
+                Ok(Err(_)) => return,
+                Err(error) => {
+                    context.metrics.handshakes_failed.inc();
+                    debug!(%error, "a handshake failed");
+                    return;
+                }
+            };
+            let (quic, completed) = early;
+            let metrics = context.metrics.clone();
+            let mut handshake = Handshake::begin(&metrics);
+            let watched = quic.clone();
+            // As long as this task.
+            let mut noted = None;
+            let confirmed = async {
+                let completed = tokio::time::timeout(timeout, completed).await;
+                // What is resolved says whether early data was taken, not whether there is a connection.
+                let up = completed.is_ok() && watched.close_reason().is_none();
+                if up {
+                    noted = id.and_then(|id| book.note(&watched, id));
+                }
+                drop(watched);
+                handshake.end(up.then_some(Kind::Quic));
+                if up {
+                    counted.connected();
+                } else {
+                    debug!(in_time = completed.is_ok(), "a handshake failed");
+                }
+                up
+            };
+            // Boxed, as `incoming` is: what the handshake needs is gone when it is over, the task stays.
+            serve(quic.into(), Box::pin(confirmed), context).await;
+            drop(noted);
         };
-        let (quic, completed) = early;
-        let metrics = context.metrics.clone();
-        let mut handshake = Handshake::begin(&metrics);
-        let watched = quic.clone();
-        // As long as this task.
-        let mut noted = None;
-        let confirmed = async {
-            let completed = tokio::time::timeout(timeout, completed).await;
-            // What is resolved says whether early data was taken, not whether there is a connection.
-            let up = completed.is_ok() && watched.close_reason().is_none();
-            if up {
-                noted = id.and_then(|id| book.note(&watched, id));
-            }
-            drop(watched);
-            handshake.end(up.then_some(Kind::Quic));
-            if up {
-                counted.connected();
-            } else {
-                debug!(in_time = completed.is_ok(), "a handshake failed");
-            }
-            up
-        };
-        serve(quic.into(), confirmed, context).await;
-        drop(noted);
-    };
-    connections.spawn(task.in_current_span());
+        connections.spawn(task.in_current_span());
+    }
 }

@@ -22,11 +22,11 @@ use quinn::{AckFrequencyConfig, EndpointConfig, MtuDiscoveryConfig, ServerConfig
 use ring::{hkdf, hmac};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
-use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert, ServerSessionMemoryCache};
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::time_provider::TimeProvider;
 
-use super::{resets::NotingIds, steering::Core};
+use super::{resets::NotingIds, sessions::Sessions, steering::Core};
 use crate::config::{LimitsConfig, TlsConfig, TransportConfig};
 use crate::data_folder::{DataFolder, EndpointKeys};
 use crate::ground;
@@ -189,7 +189,7 @@ pub fn tls_config(tls: &TlsConfig, certificate: Arc<Certificate>) -> Result<rust
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
     } else {
-        config.session_storage = ServerSessionMemoryCache::new(tls.sessions);
+        config.session_storage = Arc::new(Sessions::new(tls.sessions));
         config.send_tls13_tickets = tls.tickets;
         // QUIC knows no other size (RFC 9001 section 4.6.1); how much may come is a matter of the windows.
         config.max_early_data_size = u32::MAX;

@@ -117,13 +117,14 @@ impl Copies {
 /// Wakes the connection when a copy is due.
 #[derive(Debug)]
 pub(super) struct CopyTimer {
-    sleep: Pin<Box<Sleep>>,
+    /// Most connections are quiet: there is none before the first copy may be due.
+    sleep: Option<Pin<Box<Sleep>>>,
     armed: Option<Duration>,
 }
 
 impl CopyTimer {
     pub(super) fn new() -> Self {
-        Self { sleep: Box::pin(tokio::time::sleep(FAR)), armed: None }
+        Self { sleep: None, armed: None }
     }
 }
 
@@ -139,11 +140,18 @@ impl Connection {
         poll_fn(|cx| {
             let due = self.copies().hedges.next_due();
             if due != timer.armed {
-                // Later is cheap: the timer only takes note of it.
-                timer.sleep.as_mut().reset(due.map_or_else(|| Instant::now() + FAR, |due| self.at(due)));
                 timer.armed = due;
+                let at = due.map_or_else(|| Instant::now() + FAR, |due| self.at(due));
+                match &mut timer.sleep {
+                    // Later is cheap: the timer only takes note of it.
+                    Some(sleep) => sleep.as_mut().reset(at),
+                    None => timer.sleep = Some(Box::pin(tokio::time::sleep_until(at))),
+                }
             }
-            if due.is_none() { Poll::Pending } else { timer.sleep.as_mut().poll(cx) }
+            match &mut timer.sleep {
+                Some(sleep) if due.is_some() => sleep.as_mut().poll(cx),
+                _ => Poll::Pending,
+            }
         })
         .await;
     }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    pin::Pin,
     sync::{Arc, atomic::Ordering},
 };
 
@@ -12,7 +13,7 @@ use fulmar_protocol::{
         self, AuthProof, Bytes8, Frame, Hello, Limits, Mark, Open, OpenTarget, Opened, Receipt, Receipts,
         Resumption, Welcome,
     },
-    id::{ConversationId, Producer, RequestId, Seq, SessionId, UnixMillis},
+    id::{ConversationId, Producer, Pseq, RequestId, Seq, SessionId, UnixMillis},
     limit::{DATAGRAM_BYTES_MAX, ENTRIES_PER_FRAME_MAX, PULLS_INFLIGHT_MAX},
     session::{digest::CursorDigest, gateway::Output},
     version::{self, Features},
@@ -23,7 +24,9 @@ use super::driver::{Connection, End, Peer, describe};
 use crate::{
     conversation::{
         Command, ConversationClass, DirectRequest, Found, KnownCursors, LoggedIn, LoginRequest, Refusal,
-        route::Named, shard::carry_link, state::direct_peer,
+        route::Named,
+        shard::{Handed, carry_link},
+        state::direct_peer,
     },
     fanout::owed::Owed,
     ground::{blocking, now as monotonic_now, unix_now},
@@ -52,6 +55,9 @@ pub(super) struct CursorSync {
 /// Cursors of one device that are taken in at a resume; what is beyond starts at its oldest record.
 const CURSORS_MAX: usize = 1 << 17;
 
+/// What is still to be waited for.
+pub(super) type Later<'a> = Pin<Box<dyn Future<Output = Result<(), End>> + Send + 'a>>;
+
 /// Somebody whose proof is good.
 struct Proven {
     app: fulmar_protocol::id::AppId,
@@ -62,15 +68,14 @@ struct Proven {
 }
 
 impl Connection {
-    pub(super) async fn dispatch(self: &Arc<Self>, output: Output) -> Result<(), End> {
+    /// Carries out one output. What can't be done at once is handed back and is to be waited for before anything else is carried out.
+    ///
+    /// It is boxed, and this is no `async fn`, because each of a connection's readers has room for it: what is frequent does not wait,
+    /// and what waits is rare.
+    pub(super) fn dispatch(self: &Arc<Self>, output: Output) -> Result<Option<Later<'_>>, End> {
         match output {
-            Output::Transmit(frame) => self.tell(|session| session.transmit(frame)),
-            Output::Datagram(frame) => {
-                self.answer_copy(&frame);
-                Ok(())
-            }
-            Output::Authenticate(hello) => self.authenticate(*hello).await,
-            Output::Reauthenticate(auth) => self.reauthenticate(&auth.token),
+            Output::Transmit(frame) => self.tell(|session| session.transmit(frame))?,
+            Output::Datagram(frame) => self.answer_copy(&frame),
             Output::Send(send) => {
                 let peer = self.peer()?;
                 let (conversation, pseq) = (send.conversation, send.pseq);
@@ -78,21 +83,43 @@ impl Connection {
                     .in_scope(|| debug!(%pseq, bytes = send.payload.len(), "received"));
                 let session = Arc::clone(&peer.owed);
                 let command = Command::Send { session, app: peer.app, producer: peer.producer, send };
-                let result = match self.context.conversation(conversation) {
-                    Ok(shard) => shard.send(command).await,
-                    Err(refusal) => Err(refusal),
-                };
-                result.or_else(|refusal| {
-                    let refused = frame::SendRefused {
-                        conversation,
-                        pseq,
-                        code: refusal.code,
-                        expected: pseq,
-                        retry_after_ms: refusal.retry_after_ms,
-                    };
-                    self.tell(|session| session.refused(refused))
-                })
+                let sent = self.context.conversation(conversation).map(|shard| shard.hand(command));
+                match sent {
+                    Ok(Handed::Over) => {}
+                    Ok(Handed::Waiting(waiting)) => {
+                        return Ok(Some(Box::pin(async move {
+                            let sent = waiting.await;
+                            sent.or_else(|refusal| self.refuse_send(conversation, pseq, refusal))
+                        })));
+                    }
+                    Ok(Handed::Refused(refusal)) | Err(refusal) => {
+                        self.refuse_send(conversation, pseq, refusal)?;
+                    }
+                }
             }
+            Output::Ack(ack) => return self.acked(ack.entries),
+            Output::Flush => self.peer()?.owed.look(),
+            Output::Close { code, reason } => return Err(End::Close(code, reason)),
+            rare => return Ok(Some(Box::pin(self.dispatch_rare(rare)))),
+        }
+        Ok(None)
+    }
+
+    fn refuse_send(&self, conversation: ConversationId, pseq: Pseq, refusal: Refusal) -> Result<(), End> {
+        let refused = frame::SendRefused {
+            conversation,
+            pseq,
+            code: refusal.code,
+            expected: pseq,
+            retry_after_ms: refusal.retry_after_ms,
+        };
+        self.tell(|session| session.refused(refused))
+    }
+
+    async fn dispatch_rare(self: &Arc<Self>, output: Output) -> Result<(), End> {
+        match output {
+            Output::Authenticate(hello) => self.authenticate(*hello).await,
+            Output::Reauthenticate(auth) => self.reauthenticate(&auth.token),
             Output::Mark(Mark { conversation, read }) => {
                 let peer = self.peer()?;
                 let command = Command::Mark { app: peer.app, user: peer.producer.user, conversation, read };
@@ -102,7 +129,6 @@ impl Connection {
                 }
                 Ok(())
             }
-            Output::Ack(ack) => self.acked(ack.entries).await,
             Output::Cursors(cursors) => self.cursors(cursors).await,
             Output::Open(open) => self.open(open).await,
             Output::Pull(pull) => {
@@ -139,12 +165,12 @@ impl Connection {
                 }
                 Ok(())
             }
-            Output::Flush => {
-                let owed = &self.peer()?.owed;
-                owed.look();
-                Ok(())
-            }
-            Output::Close { code, reason } => Err(End::Close(code, reason)),
+            Output::Transmit(_)
+            | Output::Datagram(_)
+            | Output::Send(_)
+            | Output::Ack(_)
+            | Output::Flush
+            | Output::Close { .. } => Ok(()),
         }
     }
 
@@ -298,16 +324,16 @@ impl Connection {
         let owed = Arc::new(owed);
         Span::current().record("user", user.get());
         // Present from here on: what is committed from now on is owed, whatever the resume finds.
-        let mut lacks = Some(Vec::new());
-        for shard in &context.shards {
-            let arrived = shard.tell(|answer| Command::Arrive(Arc::clone(&owed), answer)).await;
-            let some =
-                arrived.map_err(|refusal| End::Close(CloseCode::Draining, refusal.code.to_string()))?;
-            lacks = lacks.zip(some).map(|(mut lacks, some)| {
-                lacks.extend(some);
-                lacks
-            });
-        }
+        // All shards are asked at once: one after the other, each would be woken and waited for by itself.
+        let arrivals = context
+            .shards
+            .iter()
+            .map(|shard| shard.tell(|answer| Command::Arrive(Arc::clone(&owed), answer)));
+        let arrived = futures_util::future::try_join_all(arrivals).await;
+        let arrived = arrived.map_err(|refusal| End::Close(CloseCode::Draining, refusal.code.to_string()))?;
+        // What one of them knows nothing of has to be looked for everywhere.
+        let lacks: Option<Vec<Vec<ConversationId>>> = arrived.into_iter().collect();
+        let lacks = lacks.map(|lacks| lacks.concat());
         let peer = Peer {
             app: proven.app,
             name: proven.name,
@@ -447,6 +473,9 @@ impl Connection {
         among.extend(changed.keys());
         among.sort_unstable();
         among.dedup();
+        if among.is_empty() {
+            return self.owe("kept", Ok(Looked::default()));
+        }
         let shard = self.context.user(user).map_err(|refusal| failed(refusal.code.to_string()))?;
         let of = Some(among.clone());
         let known = shard.ask(|answer| Command::KnownCursors { user, device, of, answer }).await;
@@ -486,7 +515,8 @@ impl Connection {
         self.context.metrics.looked(how, heads);
         debug!(conversations = missed.len(), heads, how, "resume");
         resume::owe(&self.peer()?.owed, &missed);
-        let _ = self.ready.send_replace(true);
+        // A device may send its cursors twice.
+        let _ = self.ready.set(());
         Ok(())
     }
 
@@ -515,16 +545,22 @@ impl Connection {
     }
 
     async fn keep_cursors(&self, entries: Vec<(ConversationId, Seq)>) {
-        if let Ok(peer) = self.peer()
-            && let Ok(shard) = self.context.user(peer.producer.user)
-        {
-            let Producer { user, device, .. } = peer.producer;
-            // The device's own cursors are the truth: one that is not kept is asked for at the next resume.
-            let _ = shard.send(Command::Cursors { user, device, entries }).await;
+        if let Handed::Waiting(waiting) = self.hand_cursors(entries) {
+            // As for acks.
+            let _ = waiting.await;
         }
     }
 
-    async fn acked(&self, entries: Vec<(ConversationId, Seq)>) -> Result<(), End> {
+    fn hand_cursors(&self, entries: Vec<(ConversationId, Seq)>) -> Handed {
+        let Ok(peer) = self.peer() else { return Handed::Over };
+        let Producer { user, device, .. } = peer.producer;
+        match self.context.user(user) {
+            Ok(shard) => shard.hand(Command::Cursors { user, device, entries }),
+            Err(refusal) => Handed::Refused(refusal),
+        }
+    }
+
+    fn acked(&self, entries: Vec<(ConversationId, Seq)>) -> Result<Option<Later<'_>>, End> {
         self.context.metrics.cursors_moved.inc_by(entries.len() as u64);
         let now = self.now();
         self.copies().acked(&entries, now);
@@ -544,8 +580,14 @@ impl Connection {
                 shard.offer(Command::Received { user, entries });
             }
         }
-        self.keep_cursors(entries).await;
-        Ok(())
+        Ok(match self.hand_cursors(entries) {
+            // The device's own cursors are the truth: one that is not kept is asked for at the next resume.
+            Handed::Over | Handed::Refused(_) => None,
+            Handed::Waiting(waiting) => Some(Box::pin(async move {
+                let _ = waiting.await;
+                Ok(())
+            })),
+        })
     }
 
     fn reauthenticate(&self, token: &str) -> Result<(), End> {

@@ -70,7 +70,11 @@ impl Connection {
             }
             let _order = self.order.lock().await;
             while let Some(frame) = decoder.next().map_err(Violation::from)? {
-                self.take_in(channel, frame).await?;
+                if let Some(later) = self.take_in(channel, frame)? {
+                    later.await?;
+                }
+                // Who sends without a pause lets others have their turn.
+                tokio::task::coop::consume_budget().await;
             }
         }
     }
@@ -83,7 +87,9 @@ impl Connection {
             decoder.push(datagram);
             let _order = self.order.lock().await;
             while let Some(frame) = decoder.next().map_err(Violation::from)? {
-                self.take_in(Channel::Datagram, frame).await?;
+                if let Some(later) = self.take_in(Channel::Datagram, frame)? {
+                    later.await?;
+                }
             }
             if decoder.buffered() != 0 {
                 return Err(Violation::from(DecodeError::Truncated { field: "datagram" }).into());

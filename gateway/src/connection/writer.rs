@@ -4,7 +4,7 @@
 //! - A turn of the lanes takes what is due for all conversations, up to a budget per lane, and writes it once.
 //! - What may have been lost alone leaves once more in a datagram (`copies`).
 
-use std::{collections::HashMap, convert::Infallible, sync::Arc, time::Duration};
+use std::{collections::HashMap, convert::Infallible, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use fulmar_protocol::{
@@ -14,6 +14,7 @@ use fulmar_protocol::{
     limit::DATAGRAM_BYTES_MAX,
     version::Features,
 };
+use tokio::time::{Instant, Sleep};
 use tracing::{debug, debug_span, warn};
 
 use super::{
@@ -22,13 +23,17 @@ use super::{
 };
 use crate::{
     conversation::Refusal,
-    fanout::owed::{ControlDue, Ending, Settled, Taken},
+    fanout::owed::{ControlDue, Ending, Owed, Settled, Taken},
     ground::{blocking, unix_now},
     receipt::{
         self,
         catchup::{self, BlockRequest},
     },
 };
+
+/// Bytes of the control stream's buffer that are kept from one write to the next: acks fit. A WELCOME or the answer to a call is
+/// nothing to be kept by whoever is idle from then on.
+const CONTROL_KEPT: usize = 128;
 
 /// Which lane a conversation uses: spread evenly, the same for the life of a connection.
 pub(super) fn lane_of(conversation: ConversationId, lanes: u8) -> u8 {
@@ -59,6 +64,9 @@ impl Connection {
                 let now = self.now();
                 self.copies().left(out.len(), now);
                 out.clear();
+                if out.capacity() > CONTROL_KEPT {
+                    out = BytesMut::new();
+                }
                 continue;
             }
             match &ending {
@@ -126,7 +134,7 @@ impl Connection {
     }
 
     pub(super) async fn write_lanes(self: &Arc<Self>) -> Result<Infallible, End> {
-        self.wait_ready().await?;
+        self.wait_ready().await;
         let peer = self.peer()?;
         let budget = self.context.config.fanout.gather_bytes;
         let head_interval = Duration::from_millis(self.context.config.fanout.head_interval_ms);
@@ -135,8 +143,7 @@ impl Connection {
         let copies = peer.features.has(Features::HEDGE);
         let mut lone: Vec<(ConversationId, Seq, Bytes)> = Vec::new();
         let mut timer = CopyTimer::new();
-        let mut remind = tokio::time::interval(head_interval);
-        remind.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut reminder = Reminder::new(head_interval);
         loop {
             let now = unix_now();
             let (mut gathered, mut records) = (0, 0);
@@ -166,7 +173,7 @@ impl Connection {
                     biased;
                     () = peer.owed.lanes_due() => {}
                     () = self.copy_due(&mut timer) => self.send_copies(),
-                    _ = remind.tick() => peer.owed.remind_heads(&mut told),
+                    () = reminder.due(&peer.owed) => peer.owed.remind_heads(&mut told),
                 }
                 continue;
             }
@@ -205,15 +212,16 @@ impl Connection {
     }
 
     pub(super) async fn write_backlog(self: &Arc<Self>) -> Result<Infallible, End> {
-        self.wait_ready().await?;
+        self.wait_ready().await;
         let owed = Arc::clone(&self.peer()?.owed);
         let mut stream: Option<fulmar_transport::SendStream> = None;
         loop {
             let pull = self.pulls.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop_front();
             if let Some(pull) = pull {
-                self.answer_pull(&mut stream, pull).await?;
+                // Boxed, as below: the log is read now and then, and connections wait most of the time.
+                Box::pin(self.answer_pull(&mut stream, pull)).await?;
             } else if let Some((conversation, from, to)) = owed.take_backlog() {
-                self.catch_up(&mut stream, conversation, from, to).await?;
+                Box::pin(self.catch_up(&mut stream, conversation, from, to)).await?;
             } else {
                 tokio::select! {
                     biased;
@@ -357,6 +365,39 @@ impl Connection {
     }
 }
 
+/// When the next reminder is due: a beat that each connection counts from its own beginning, so that those of a large group have
+/// theirs at different times. There is only a timer while there is something to remind of.
+#[derive(Debug)]
+struct Reminder {
+    begin: Instant,
+    every: Duration,
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+impl Reminder {
+    fn new(every: Duration) -> Self {
+        Self { begin: Instant::now(), every, sleep: None }
+    }
+
+    /// The first beat after this.
+    fn after(&self, now: Instant) -> Instant {
+        let every = self.every.max(Duration::from_millis(1));
+        let beats = now.saturating_duration_since(self.begin).as_nanos() / every.as_nanos() + 1;
+        self.begin + every.saturating_mul(u32::try_from(beats).unwrap_or(u32::MAX))
+    }
+
+    /// May be dropped at any await: the beat stays.
+    async fn due(&mut self, owed: &Owed) {
+        if !owed.wants_reminder() {
+            self.sleep = None;
+            return std::future::pending().await;
+        }
+        let next = self.after(Instant::now());
+        self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(next))).as_mut().await;
+        self.sleep = None;
+    }
+}
+
 #[derive(Debug, Default)]
 struct Lane {
     stream: Option<fulmar_transport::SendStream>,
@@ -366,6 +407,16 @@ struct Lane {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn reminders_keep_the_beat_of_their_connection() {
+        let every = Duration::from_secs(1);
+        let reminder = Reminder::new(every);
+        for (passed, next) in [(0, 1_000), (1, 1_000), (999, 1_000), (1_000, 2_000), (61_500, 62_000)] {
+            let (passed, next) = (Duration::from_millis(passed), Duration::from_millis(next));
+            assert_eq!(reminder.after(reminder.begin + passed), reminder.begin + next);
+        }
+    }
 
     #[test]
     fn conversations_of_one_shard_spread_over_the_lanes() {

@@ -21,6 +21,7 @@ pub use self::links::{carry_link, repair_links};
 
 use std::{
     collections::{HashMap, HashSet},
+    fmt,
     pin::Pin,
     sync::Arc,
     time::{Duration, Instant},
@@ -32,7 +33,10 @@ use fulmar_protocol::{
     id::{AppId, ConversationId, Producer, Pseq, Seq, ShardId, UserId},
 };
 use fulmar_store::{CommitError, ConversationClass, Op, ReadError, ShardReader, ShardWriter};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{
+    mpsc::{self, error::TrySendError},
+    oneshot, watch,
+};
 use tracing::{debug, debug_span, error};
 
 use self::{cursors::WaitingCursors, epochs::RecentEpochs, parking::Parking};
@@ -114,13 +118,50 @@ pub struct ShardHandle {
     pub reader: ShardReader,
 }
 
+/// What became of a command.
+pub enum Handed {
+    /// The shard has it.
+    Over,
+    /// Its queue is full: it will have it when this ends.
+    Waiting(Pin<Box<dyn Future<Output = Result<(), Refusal>> + Send>>),
+    /// [`RefusalCode::Draining`]: the shard is gone.
+    Refused(Refusal),
+}
+
+impl fmt::Debug for Handed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Over => "Over",
+            Self::Waiting(_) => "Waiting",
+            Self::Refused(_) => "Refused",
+        })
+    }
+}
+
 impl ShardHandle {
     /// Hands a command over; waits while the queue is full.
     ///
     /// # Errors
     /// [`RefusalCode::Draining`]: the shard is gone.
     pub async fn send(&self, command: Command) -> Result<(), Refusal> {
-        self.commands.send(command).await.map_err(|_| Refusal::new(RefusalCode::Draining))
+        match self.hand(command) {
+            Handed::Over => Ok(()),
+            Handed::Waiting(waiting) => waiting.await,
+            Handed::Refused(refusal) => Err(refusal),
+        }
+    }
+
+    /// Hands a command over if there is room for it, else says what to wait for.
+    pub fn hand(&self, command: Command) -> Handed {
+        let draining = || Refusal::new(RefusalCode::Draining);
+        match self.commands.try_send(command) {
+            Ok(()) => Handed::Over,
+            Err(TrySendError::Closed(_)) => Handed::Refused(draining()),
+            Err(TrySendError::Full(command)) => {
+                let commands = self.commands.clone();
+                Handed::Waiting(Box::pin(async move { commands.send(command).await.map_err(|_| draining()) }))
+            }
+        }
     }
 
     /// Hands a command over, or drops it when the queue is full. For what need not arrive.

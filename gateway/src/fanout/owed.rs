@@ -111,6 +111,8 @@ struct Inner {
     receipts: HashMap<(ConversationId, UserId), Receipt>,
     /// Reminders that passed since there are receipts.
     receipts_waited: u32,
+    /// The next reminder may have something to say.
+    reminder: bool,
     events: VecDeque<Event>,
     events_dropped: u64,
     fell_behind: u64,
@@ -250,10 +252,17 @@ impl Owed {
         if !lag.ring.as_ref().is_some_and(|known| Arc::ptr_eq(known, ring)) {
             lag.ring = Some(Arc::clone(ring));
         }
-        if lag.mode == Mode::Live && !lag.queued {
-            lag.queued = true;
-            inner.live.push_back(conversation);
-            drop(guard);
+        let ring = match lag.mode {
+            Mode::Live if !lag.queued => {
+                lag.queued = true;
+                inner.live.push_back(conversation);
+                true
+            }
+            Mode::Pulling => !std::mem::replace(&mut inner.reminder, true),
+            Mode::Live | Mode::Backlog => false,
+        };
+        drop(guard);
+        if ring {
             self.bells.ring(Bell::Lanes);
         }
     }
@@ -465,6 +474,13 @@ impl Owed {
         }
     }
 
+    /// Whether the next reminder may have something to say. [`Self::lanes_due`] ends when that begins: who waits for nothing needs no
+    /// timer.
+    #[must_use]
+    pub fn wants_reminder(&self) -> bool {
+        self.lock().reminder
+    }
+
     /// Conversations the client pulls whose head has moved since it was told: tell it again. Receipts that have waited long
     /// enough leave too. Called about once a second.
     pub fn remind_heads(&self, told: &mut HashMap<ConversationId, Seq>) {
@@ -484,6 +500,7 @@ impl Owed {
             inner.receipts_waited += 1;
             any |= inner.receipts_waited >= RECEIPTS_WAIT;
         }
+        inner.reminder = !any && !inner.receipts.is_empty();
         drop(guard);
         if any {
             self.bells.ring(Bell::Control);
@@ -527,9 +544,13 @@ impl Owed {
         known.recv = known.recv.max(receipt.recv);
         known.read = known.read.max(receipt.read);
         let prompt = receipt.user == self.user || inner.on_screen.contains(&receipt.conversation);
+        let begins = !prompt && !std::mem::replace(&mut inner.reminder, true);
         drop(inner);
         if prompt {
             self.bells.ring(Bell::Control);
+        } else if begins {
+            // Who writes the lanes sees to reminders.
+            self.bells.ring(Bell::Lanes);
         }
     }
 
@@ -687,6 +708,39 @@ mod tests {
         push(&ring, 6);
         owed.publish(conversation(1), seq(6), &ring, true);
         assert_eq!(live(&owed), [6]);
+    }
+
+    #[test]
+    fn reminders_are_wanted_only_where_there_is_something_to_say() {
+        use futures_util::FutureExt as _;
+        let (owed, ring) = (owed(), Arc::new(Ring::new(RingLimits { records: 8, bytes: 1_000 })));
+        let mut told = HashMap::new();
+        let woken = || owed.lanes_due().now_or_never().is_some();
+        assert!(!owed.wants_reminder() && !woken(), "an idle connection needs no timer");
+        // Too large a conversation for everybody to be served as it comes.
+        for n in 1..=3 {
+            push(&ring, n);
+            owed.publish(conversation(1), seq(n), &ring, false);
+            assert_eq!(woken(), n == 1, "once until the reminder");
+        }
+        assert!(owed.wants_reminder());
+        owed.remind_heads(&mut told);
+        assert!(!owed.wants_reminder() && owed.control_due().now_or_never().is_some());
+        assert_eq!(owed.take_control().heads.len(), 1);
+        // A receipt that nobody looks at is asked for until it has left.
+        owed.receipt(Receipt {
+            conversation: conversation(1),
+            user: UserId::new(301).unwrap(),
+            recv: seq(1),
+            read: Seq::ZERO,
+        });
+        assert!(woken());
+        for n in 1..=RECEIPTS_WAIT {
+            assert!(owed.wants_reminder());
+            owed.remind_heads(&mut told);
+            assert_eq!(owed.control_due().now_or_never().is_some(), n == RECEIPTS_WAIT);
+        }
+        assert!(!owed.wants_reminder());
     }
 
     #[test]
