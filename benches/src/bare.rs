@@ -135,22 +135,33 @@ pub fn client_tls(certificate: &Path) -> anyhow::Result<rustls::ClientConfig> {
 /// # Errors
 /// The certificate in the server's data folder can't be read.
 pub fn client_endpoint(folder: &Path) -> anyhow::Result<quinn::Endpoint> {
+    client_endpoint_at(folder, Ipv4Addr::LOCALHOST)
+}
+
+/// The same with an address of its own, so that many phones are not one to whoever counts them by address. All of 127.0.0.0/8
+/// is this machine.
+///
+/// # Errors
+/// As [`client_endpoint`]; `local` is no address of this machine.
+pub fn client_endpoint_at(folder: &Path, local: Ipv4Addr) -> anyhow::Result<quinn::Endpoint> {
     let mut tls = client_tls(&folder.join("tls/cert.pem"))?;
     tls.alpn_protocols = vec![fulmar_protocol::version::ALPN.to_vec()];
-    client_endpoint_with(tls)
+    // Phones of one endpoint would take up each other's sessions, as no phones do.
+    tls.resumption = rustls::client::Resumption::disabled();
+    client_endpoint_with(tls, local)
 }
 
 /// An endpoint for clients with the gateway's transport settings and this TLS, whatever the server is.
 ///
 /// # Errors
 /// There is no socket, or QUIC can't have this TLS.
-pub fn client_endpoint_with(tls: rustls::ClientConfig) -> anyhow::Result<quinn::Endpoint> {
+pub fn client_endpoint_with(tls: rustls::ClientConfig, local: Ipv4Addr) -> anyhow::Result<quinn::Endpoint> {
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
     let mut transport = transport_config(&Config::in_folder(Path::new("")).transport);
     // The gateway opens up to sixteen lanes and the backlog.
     transport.max_concurrent_uni_streams(32u8.into());
     config.transport_config(Arc::new(transport));
-    let mut endpoint = quinn::Endpoint::client(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    let mut endpoint = quinn::Endpoint::client(SocketAddr::from((local, 0)))?;
     endpoint.set_default_client_config(config);
     Ok(endpoint)
 }

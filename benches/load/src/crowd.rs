@@ -10,7 +10,7 @@
 use std::{
     cell::RefCell,
     collections::{HashMap, VecDeque},
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
     rc::Rc,
     sync::{Arc, atomic::AtomicU64, atomic::Ordering, mpsc},
@@ -91,6 +91,18 @@ pub(crate) struct Orders {
     pub(crate) storm: Option<(Duration, u32)>,
     /// The same seed, the same work.
     pub(crate) seed: u64,
+}
+
+impl Orders {
+    /// The address of a socket. On this machine each has one of its own, so that the gateway's limits for one address don't take
+    /// all phones for one household.
+    fn local(&self, socket: u32) -> Ipv4Addr {
+        if !self.gateway.ip().is_loopback() {
+            return Ipv4Addr::UNSPECIFIED;
+        }
+        // 127.0.0.1 and up, round and round below 127.255.255.255.
+        Ipv4Addr::from_bits(Ipv4Addr::LOCALHOST.to_bits() + socket % 0x00ff_fffe)
+    }
 }
 
 /// What threads share.
@@ -241,7 +253,10 @@ impl Part {
     }
 
     async fn play(self: Rc<Self>, cpu: Arc<AtomicU64>) -> anyhow::Result<()> {
-        let sockets = (0..self.orders.sockets).map(|_| bare::client_endpoint(&self.orders.data));
+        let sockets = (0..self.orders.sockets).map(|n| {
+            let number = self.ordinal.saturating_mul(self.orders.sockets).saturating_add(n);
+            bare::client_endpoint_at(&self.orders.data, self.orders.local(number))
+        });
         let sockets: Rc<[quinn::Endpoint]> = sockets.collect::<Result<Vec<_>, _>>()?.into();
         let tokens = Rc::new(Tokens::of(&self.orders.data)?);
         let turns = Rc::new(Semaphore::new(HANDSHAKES));

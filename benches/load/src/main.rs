@@ -35,7 +35,7 @@ use tokio::sync::watch;
 use crate::{
     crowd::{Common, Conversations, News, Orders, Phase, Thread},
     plan::{Lengths, Shape},
-    report::{Run, Second},
+    report::{Memory, Run, Second},
     server::{Reading, Server},
     tally::{Counts, Recent},
     verdict::Circumstances,
@@ -49,12 +49,15 @@ Examples:
   fulmar-load --phones 5000 --group-size 5000 --absent 5000 --rate 40
                                                            a large group, half of it away
   fulmar-load --phones 20000 --rate 0                      idle phones: what does a connection cost?
+  fulmar-load --phones 20000 --pairs 10 --rate 50          10 pairs talk, everybody else is idle
   fulmar-load --slow 30 --slow-bytes 1024                  a third reads 1 KiB a second
   fulmar-load --storm 10 --storm-percent 100               everybody comes back at once after 10 s
   fulmar-load --to 127.0.0.1:4433 --data ./data --pid 77   a gateway that runs already
 
-The gateway is started for the run, in a process of its own and with an empty folder, unless --to is given. Who measures phones
-by the thousand needs open files (ulimit -n) only for --sockets, and socket buffers (net.core.rmem_max) for bursts.";
+The gateway is started for the run, in a process of its own and with an empty folder, unless --to is given. On
+loopback each socket has an address of its own (127.0.0.1 and up): the gateway counts connections by address. Who measures phones by
+the thousand needs open files (ulimit -n) only for --sockets, socket buffers (net.core.rmem_max) for bursts, and memory: a phone takes
+about 50 KiB of this program. The gateway's limit for connections is 60 000 unless --config says otherwise.";
 
 /// Many phones against a gateway: latencies, what a delivery costs, and whether to believe it.
 #[derive(Clone, Debug, Parser)]
@@ -66,6 +69,9 @@ struct Flags {
     /// Groups; 0: phones talk in pairs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(..=100_000))]
     groups: u32,
+    /// Pairs that talk; the other phones are silent [default: all are in pairs]
+    #[arg(long, value_name = "N", conflicts_with = "group_size")]
+    pairs: Option<u32>,
     /// Members of a group that are online [default: all phones]
     #[arg(long, value_name = "N")]
     group_size: Option<u32>,
@@ -127,6 +133,9 @@ struct Flags {
     /// A configuration file for the gateway that is started
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Fail if the gateway takes more memory than this for each phone in the end
+    #[arg(long, value_name = "KIB")]
+    memory_max: Option<f64>,
     /// The same seed, the same work
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -162,7 +171,8 @@ impl Flags {
     fn shape(&self) -> Shape {
         Shape {
             phones: self.phones,
-            groups: self.groups,
+            groups: if self.pairs.is_some() { 0 } else { self.groups },
+            pairs: self.pairs,
             group_size: self.group_size.unwrap_or(self.phones),
             absent: self.absent,
             senders: self.senders,
@@ -172,7 +182,7 @@ impl Flags {
 
     fn work(&self, talks: usize) -> String {
         let mut work = format!("{} phones, ", self.phones);
-        work += &match self.groups {
+        work += &match self.shape().groups {
             0 => format!("{talks} pairs, "),
             1 => format!("one group of {} of them, ", self.shape().group_size),
             groups => format!("{groups} groups of {}, ", self.shape().group_size),
@@ -196,7 +206,7 @@ impl Flags {
     }
 }
 
-/// Runs; `false`: something was lost, doubled or out of order, or somebody could not connect.
+/// Runs; `false`: something was lost, doubled or out of order, somebody could not connect, or a bound was missed; which, was said.
 fn run(flags: &Flags) -> anyhow::Result<bool> {
     ensure!(flags.rate.is_finite() && flags.rate >= 0.0, "--rate must be 0 or more");
     ensure!(flags.connect_rate.is_finite() && flags.connect_rate > 0.0, "--connect-rate must be above 0");
@@ -246,7 +256,16 @@ fn run(flags: &Flags) -> anyhow::Result<bool> {
     if let Some(file) = &flags.html {
         std::fs::write(file, page::page(&run))?;
     }
-    Ok(run.counts.disordered == 0 && run.counts.refused == 0 && run.missing == 0)
+    let mut wrong = run.wrong();
+    if let (Some(most), Some([_, end])) = (flags.memory_max, run.per_phone())
+        && end > most * 1024.0
+    {
+        wrong.push(format!("{:.1} KiB of memory for each phone, {most} at the most", end / 1024.0));
+    }
+    for wrong in &wrong {
+        eprintln!("FAILED: {wrong}");
+    }
+    Ok(wrong.is_empty())
 }
 
 /// SIGTERM and Ctrl-C end the talk early; what was measured until then is told. The second one ends the program.
@@ -303,23 +322,25 @@ impl<'a> Play<'a> {
     }
 
     fn through(&mut self, work: String) -> anyhow::Result<Run> {
-        let empty = self.server.read()?;
-        let began = Instant::now();
+        let began = self.sample()?;
+        let empty = began.reading;
         let phones = self.connect()?;
-        let connecting = began.elapsed();
-        let connected = self.server.read()?;
+        let there = self.sample()?;
+        let connecting = there.at.saturating_sub(began.at);
+        let connected = there.reading;
         self.make()?;
         let (seconds, timeline, from, until) = self.talk()?;
         let counts = self.counts();
         let known = self.server.is_known();
         let most = timeline.iter().map(|second| second.resident).max().unwrap_or(0).max(connected.resident);
         let circumstances = Circumstances {
-            busy: from
-                .threads
-                .iter()
-                .zip(&until.threads)
-                .map(|(from, until)| until.saturating_sub(*from).as_secs_f64() / seconds.max(1e-9))
-                .collect(),
+            busy: until.busy_since(&from),
+            busy_connecting: there.busy_since(&began),
+            connect_rate: Some((
+                self.flags.connect_rate,
+                f64::from(phones) / connecting.as_secs_f64().max(1e-9),
+            )),
+            connects_dropped: there.reading.dropped.saturating_sub(began.reading.dropped),
             dropped: until.reading.dropped.saturating_sub(from.reading.dropped),
             rate: (self.flags.rate > 0.0).then_some(self.flags.rate),
             seconds,
@@ -340,7 +361,13 @@ impl<'a> Play<'a> {
             counts,
             doubts,
             cpu: known.then(|| until.reading.cpu.saturating_sub(from.reading.cpu)),
-            memory: known.then_some([empty.resident, connected.resident, most]),
+            memory: known.then_some(Memory {
+                empty: empty.resident,
+                connected: connected.resident,
+                end: until.reading.resident,
+                most,
+            }),
+            own_memory: fulmar_benches::meter::resident_of(std::process::id())?,
             phones,
             connect_cpu: known.then(|| connected.cpu.saturating_sub(empty.cpu)),
             connecting,
@@ -543,6 +570,15 @@ struct Sample {
     at: Duration,
     reading: Reading,
     threads: Vec<Duration>,
+}
+
+impl Sample {
+    /// Of each thread, the share of the time it worked.
+    fn busy_since(&self, before: &Self) -> Vec<f64> {
+        let seconds = self.at.saturating_sub(before.at).as_secs_f64().max(1e-9);
+        let worked = before.threads.iter().zip(&self.threads);
+        worked.map(|(from, until)| until.saturating_sub(*from).as_secs_f64() / seconds).collect()
+    }
 }
 
 #[cfg(test)]

@@ -25,6 +25,8 @@ pub(crate) struct Shape {
     pub(crate) phones: u32,
     /// Groups; 0: phones talk in pairs.
     pub(crate) groups: u32,
+    /// Without groups: so many pairs talk, and the other phones are silent; `None`: all talk.
+    pub(crate) pairs: Option<u32>,
     /// Members of a group that are online.
     pub(crate) group_size: u32,
     /// Members of a group besides, who never are.
@@ -71,7 +73,7 @@ impl Shape {
         ensure!(self.phones > 0, "there must be a phone");
         ensure!(self.slow_percent < 100, "somebody must read");
         if self.groups == 0 {
-            let pairs = self.phones / 2;
+            let pairs = self.pairs.unwrap_or(u32::MAX).min(self.phones / 2);
             return Ok((0..pairs)
                 .map(|pair| {
                     let members = vec![2 * pair, 2 * pair + 1];
@@ -240,7 +242,7 @@ mod tests {
     use super::*;
 
     const SHAPE: Shape =
-        Shape { phones: 10, groups: 3, group_size: 4, absent: 7, senders: 2, slow_percent: 0 };
+        Shape { phones: 10, groups: 3, pairs: None, group_size: 4, absent: 7, senders: 2, slow_percent: 0 };
 
     #[test]
     fn groups_go_round_the_phones() {
@@ -253,6 +255,8 @@ mod tests {
 
     #[test]
     fn pairs_send_to_each_other() {
+        let few = Shape { groups: 0, phones: 50, pairs: Some(3), ..SHAPE }.talks().unwrap();
+        assert_eq!(few.iter().map(|talk| talk.members.clone()).collect::<Vec<_>>(), [[0, 1], [2, 3], [4, 5]]);
         let talks = Shape { groups: 0, phones: 5, ..SHAPE }.talks().unwrap();
         assert_eq!(talks.len(), 2, "the fifth phone has nobody");
         assert_eq!((talks[1].members.clone(), talks[1].senders.clone()), (vec![2, 3], vec![2, 3]));

@@ -27,6 +27,19 @@ pub(crate) struct Second {
     pub(crate) resident: u64,
 }
 
+/// Memory of the gateway, bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Memory {
+    /// Before anybody connected.
+    pub(crate) empty: u64,
+    /// When the last phone had its WELCOME: what handshakes take for a moment is among it.
+    pub(crate) connected: u64,
+    /// At the end of the measured time.
+    pub(crate) end: u64,
+    /// At its most.
+    pub(crate) most: u64,
+}
+
 /// What is known in the end.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Run {
@@ -44,8 +57,10 @@ pub(crate) struct Run {
     pub(crate) doubts: Vec<String>,
     /// The gateway's CPU in the measured time; `None`: not known.
     pub(crate) cpu: Option<Duration>,
-    /// Memory of the gateway before anybody connected, with everybody connected, and at its most.
-    pub(crate) memory: Option<[u64; 3]>,
+    /// Memory of the gateway.
+    pub(crate) memory: Option<Memory>,
+    /// Memory of this program in the end, bytes.
+    pub(crate) own_memory: u64,
     /// Phones that were connected.
     pub(crate) phones: u32,
     /// CPU of the gateway from the first connect to the last WELCOME.
@@ -82,10 +97,30 @@ impl Run {
         self.counts.delivered as f64 / self.seconds.max(1e-9)
     }
 
-    /// Memory of the gateway per connected phone, bytes.
-    pub(crate) fn per_phone(&self) -> Option<f64> {
-        let [before, connected, _] = self.memory?;
-        (self.phones > 0).then(|| connected.saturating_sub(before) as f64 / f64::from(self.phones))
+    /// What must not be in any run.
+    pub(crate) fn wrong(&self) -> Vec<String> {
+        let Counts { disordered, refused, refusal, .. } = &self.counts;
+        let why = refusal.as_deref().unwrap_or("no word");
+        [
+            (*disordered, format!("{disordered} deliveries came twice or out of order")),
+            (
+                *refused,
+                format!(
+                    "{refused} connects or sends were refused or connections ended, the first one: {why}"
+                ),
+            ),
+            (self.missing, format!("{} deliveries did not come", self.missing)),
+        ]
+        .into_iter()
+        .filter_map(|(count, what)| (count > 0).then_some(what))
+        .collect()
+    }
+
+    /// Memory of the gateway per connected phone, bytes: at the last WELCOME, and at the end.
+    pub(crate) fn per_phone(&self) -> Option<[f64; 2]> {
+        let Memory { empty, connected, end, .. } = self.memory?;
+        let each = |now: u64| now.saturating_sub(empty) as f64 / f64::from(self.phones);
+        (self.phones > 0).then(|| [each(connected), each(end)])
     }
 
     /// For people.
@@ -140,18 +175,21 @@ impl Run {
                 f64::from(self.phones) / self.connecting.as_secs_f64().max(1e-9)
             ),
         );
-        if let (Some([before, connected, most]), Some(each)) = (self.memory, self.per_phone()) {
+        if let (Some(memory), Some([connected, end])) = (self.memory, self.per_phone()) {
             row(
                 "gateway's memory",
                 format!(
-                    "{} MiB empty, {} connected ({:.1} KiB a phone), {} at the most",
-                    before >> 20,
-                    connected >> 20,
-                    each / 1024.0,
-                    most >> 20
+                    "{} MiB empty, {} connected ({:.1} KiB a phone), {} in the end ({:.1}), {} at the most",
+                    memory.empty >> 20,
+                    memory.connected >> 20,
+                    connected / 1024.0,
+                    memory.end >> 20,
+                    end / 1024.0,
+                    memory.most >> 20
                 ),
             );
         }
+        row("generator's memory", format!("{} MiB", self.own_memory >> 20));
         if counts.delivered > 0 {
             row(
                 "packets, both sides",
@@ -211,8 +249,11 @@ impl Run {
             "cpu_us_per_connect": self.per(self.connect_cpu, u64::from(self.phones)),
             "connecting_s": self.connecting.as_secs_f64(),
             "phones": self.phones,
-            "memory_bytes": self.memory,
-            "memory_bytes_per_phone": self.per_phone(),
+            "memory_bytes": self.memory.map(|Memory { empty, connected, end, most }| {
+                json!({ "empty": empty, "connected": connected, "end": end, "most": most })
+            }),
+            "memory_bytes_per_phone": self.per_phone().map(|[connected, end]| json!({ "connected": connected, "end": end })),
+            "generator_memory_bytes": self.own_memory,
             "packets_both_sides": self.packets,
             "doubts": self.doubts,
             "timeline": timeline,
@@ -230,7 +271,7 @@ mod tests {
             seconds: 10.0,
             phones: 100,
             cpu: Some(Duration::from_secs(2)),
-            memory: Some([10 << 20, 20 << 20, 30 << 20]),
+            memory: Some(Memory { empty: 10 << 20, connected: 20 << 20, end: 15 << 20, most: 30 << 20 }),
             connecting: Duration::from_secs(1),
             ..Run::default()
         };
@@ -244,13 +285,37 @@ mod tests {
     fn the_table_says_what_a_delivery_costs_and_whether_to_believe_it() {
         let mut run = run();
         let table = run.table();
-        for words in ["20.00 µs", "0.20 cores", "10000/s", "102.4 KiB a phone", "nothing speaks against"] {
+        for words in [
+            "20.00 µs",
+            "0.20 cores",
+            "10000/s",
+            "102.4 KiB a phone",
+            "15 in the end (51.2)",
+            "nothing speaks against",
+        ] {
             assert!(table.contains(words), "{words}: {table}");
         }
         run.doubts.push("too slow".to_owned());
         run.cpu = None;
         let table = run.table();
         assert!(table.contains("- too slow") && !table.contains("cores"), "{table}");
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        assert_eq!(run().wrong(), Vec::<String>::new());
+        for (spoil, word) in [
+            ((|run| run.missing = 3) as fn(&mut Run), "3 deliveries did not come"),
+            (|run| run.counts.disordered = 4, "4 deliveries came twice"),
+            (
+                |run| (run.counts.refused, run.counts.refusal) = (5, Some("busy".to_owned())),
+                "the first one: busy",
+            ),
+        ] {
+            let mut run = run();
+            spoil(&mut run);
+            assert!(matches!(run.wrong().as_slice(), [wrong] if wrong.contains(word)), "{word}");
+        }
     }
 
     #[test]

@@ -15,6 +15,12 @@ const LATE_ANYWAY: Duration = Duration::from_millis(2);
 pub(crate) struct Circumstances {
     /// Of each thread of the generator, the share of the measured time it worked.
     pub(crate) busy: Vec<f64>,
+    /// The same while the phones connected.
+    pub(crate) busy_connecting: Vec<f64>,
+    /// Connects a second that were asked for, and that there were.
+    pub(crate) connect_rate: Option<(f64, f64)>,
+    /// Packets the system dropped meanwhile.
+    pub(crate) connects_dropped: u64,
     /// Packets the system dropped because a socket was full, on either side.
     pub(crate) dropped: u64,
     /// Messages a second that were asked for; `None`: as many as it takes.
@@ -35,6 +41,26 @@ pub(crate) fn doubts(counts: &Counts, of: &Circumstances) -> Vec<String> {
             "the generator's thread {thread} worked {:.0} % of the time: rates are what it could do, times hold its own queue \
              (more --threads, or fewer phones)",
             busy * 100.0
+        ));
+    }
+    if let Some((asked, done)) = of.connect_rate
+        && done < 0.9 * asked
+    {
+        let busiest = of.busy_connecting.iter().copied().fold(0.0, f64::max);
+        let whose = if busiest > BUSY {
+            "what the generator could do"
+        } else {
+            "the gateway's pace, or the machine's"
+        };
+        doubts.push(format!(
+            "{done:.0} connects/s of {asked:.0} that were asked for: {whose} (its busiest thread worked {:.0} %)",
+            busiest * 100.0
+        ));
+    }
+    if of.connects_dropped > 0 {
+        doubts.push(format!(
+            "{} packets were dropped at full sockets of this machine while the phones connected: some took a second or more",
+            of.connects_dropped
         ));
     }
     let (late, delivered) = (counts.late.quantile(0.99), counts.delivery.quantile(0.5));
@@ -97,7 +123,13 @@ mod tests {
         }
         (
             counts,
-            Circumstances { busy: vec![0.5], rate: Some(100.0), seconds: 10.0, ..Circumstances::default() },
+            Circumstances {
+                busy: vec![0.5],
+                connect_rate: Some((100.0, 95.0)),
+                rate: Some(100.0),
+                seconds: 10.0,
+                ..Circumstances::default()
+            },
         )
     }
 
@@ -110,7 +142,7 @@ mod tests {
     #[test]
     fn each_doubt_is_said() {
         type Spoil = fn(&mut Counts, &mut Circumstances);
-        let table: [(Spoil, &str); 8] = [
+        let table: [(Spoil, &str); 11] = [
             (|_, of| of.busy = vec![0.1, 0.9], "thread 1"),
             (|counts, _| (0..20).for_each(|_| counts.late.add(Duration::from_millis(50))), "late"),
             (|counts, _| counts.waited = 1, "unacked"),
@@ -119,6 +151,12 @@ mod tests {
             (|_, of| of.lost = 1, "last recipient"),
             (|_, of| of.missing = 3, "3 deliveries"),
             (|counts, _| counts.disordered = 1, "WRONG"),
+            (|_, of| of.connect_rate = Some((1_000.0, 800.0)), "the gateway's pace"),
+            (
+                |_, of| (of.connect_rate, of.busy_connecting) = (Some((1_000.0, 800.0)), vec![0.99]),
+                "the generator could do",
+            ),
+            (|_, of| of.connects_dropped = 7, "7 packets"),
         ];
         for (spoil, word) in table {
             let (mut counts, mut of) = calm();

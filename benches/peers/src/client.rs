@@ -140,7 +140,7 @@ impl Door {
             .map(|_| {
                 let mut tls = tls.clone();
                 tls.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
-                bare::client_endpoint_with(tls)
+                bare::client_endpoint_with(tls, std::net::Ipv4Addr::LOCALHOST)
             })
             .collect::<anyhow::Result<_>>()?;
         let tokens = (protocol == Protocol::Fulmar).then(|| Tokens::of(server.folder())).transpose()?;
