@@ -105,8 +105,11 @@ pub struct StoreOptions {
     pub settle_bytes: usize,
     /// Commits after which a shard settles.
     pub settle_commits: u64,
-    /// Time without a commit after which a shard settles what it has.
+    /// Time without a commit after which a shard settles what it has, or up to twice that.
     pub settle_idle: Duration,
+    /// Small commits are done on the thread that asks for them, as long as one takes no longer than this as a rule; zero: never. For
+    /// callers with a thread of their own per shard: it saves them two wake-ups of threads, and blocks theirs for so long.
+    pub commit_here_within: Duration,
     /// Bytes up to which segments are merged into larger ones.
     pub segment_bytes_max: u64,
     /// Bytes of segments merged per second at most, per shard, while commits go on.
@@ -138,6 +141,7 @@ impl Default for StoreOptions {
             settle_bytes: 16 << 20,
             settle_commits: 16_384,
             settle_idle: Duration::from_secs(60),
+            commit_here_within: Duration::ZERO,
             segment_bytes_max: 1 << 30,
             background_bytes_per_second: 64 << 20,
             scrub_bytes_per_second: 4 << 20,
@@ -263,7 +267,7 @@ impl Store {
         });
         ask(&found.requests, Request::Acquire(reply))?;
         let (epoch, last) = answer.recv().map_err(|_| thread_gone())??;
-        let writer = EmbeddedWriter::new(found.requests.clone(), epoch, last);
+        let writer = found.writer(epoch, last);
         Ok((ShardWriter { writer, reader: reader.clone() }, reader))
     }
 
@@ -335,7 +339,7 @@ impl Log for Store {
         });
         ask(&found.requests, Request::Acquire(reply))?;
         let (epoch, last) = answer.await.unwrap_or_else(|_| Err(thread_gone()))?;
-        Ok(EmbeddedWriter::new(found.requests.clone(), epoch, last))
+        Ok(found.writer(epoch, last))
     }
 
     async fn read(&self, shard: ShardId, from: u64, limit: usize) -> Result<Vec<Commit>, ReadError> {

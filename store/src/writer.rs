@@ -3,11 +3,14 @@
 //! - One writer per shard, and one commit in flight: [`ShardWriter::commit`] borrows it.
 //! - A batch that breaks a rule of the log is refused before anything is written.
 //!
-//! Not here: who may do what (the gateway), the thread that writes (`shard::committer`).
+//! Not here: who may do what (the gateway), what is written and by whom (`shard::committer`).
 
 use std::{
     collections::HashMap,
-    sync::mpsc::{SyncSender, TrySendError},
+    sync::{
+        Arc, Mutex,
+        mpsc::{SyncSender, TrySendError},
+    },
 };
 
 use bytes::Bytes;
@@ -27,7 +30,7 @@ use crate::{
     reader::ShardReader,
     record::RECORD_PAYLOAD_BYTES_MAX,
     row::Number,
-    shard::committer::Request,
+    shard::committer::{Committer, Request},
 };
 
 /// What became of a batch: it is in the log for good.
@@ -235,6 +238,7 @@ fn invalid<T>(text: String) -> Result<T, CommitError> {
 #[derive(Debug)]
 pub struct EmbeddedWriter {
     requests: SyncSender<Request>,
+    committer: Arc<Mutex<Committer>>,
     epoch: u64,
     last: CommitId,
     /// The answer to a commit that nobody has waited for to the end.
@@ -242,8 +246,31 @@ pub struct EmbeddedWriter {
 }
 
 impl EmbeddedWriter {
-    pub(crate) fn new(requests: SyncSender<Request>, epoch: u64, last: CommitId) -> Self {
-        Self { requests, epoch, last, pending: None }
+    pub(crate) fn new(
+        requests: SyncSender<Request>,
+        committer: Arc<Mutex<Committer>>,
+        epoch: u64,
+        last: CommitId,
+    ) -> Self {
+        Self { requests, committer, epoch, last, pending: None }
+    }
+
+    /// Commits on this thread, if that is expected to be quick and the shard's own thread has nothing to do.
+    fn commit_here(
+        &mut self,
+        expected: CommitId,
+        ops: u32,
+        body: &Bytes,
+    ) -> Option<Result<CommitId, CommitError>> {
+        let (result, look) = self.committer.try_lock().ok()?.commit_here(self.epoch, expected, ops, body)?;
+        if look {
+            // A full queue has the thread's attention already.
+            let _ = self.requests.try_send(Request::Look);
+        }
+        if let Ok(id) = result {
+            self.last = id;
+        }
+        Some(result)
     }
 
     async fn settle_pending(&mut self) {
@@ -288,6 +315,9 @@ impl Writer for EmbeddedWriter {
 
     async fn commit(&mut self, expected: CommitId, ops: u32, body: Bytes) -> Result<CommitId, CommitError> {
         self.settle_pending().await;
+        if let Some(result) = self.commit_here(expected, ops, &body) {
+            return result;
+        }
         let (reply, answer) = oneshot::channel();
         ask(&self.requests, Request::Commit { epoch: self.epoch, expected, ops, body, reply })?;
         self.pending = Some(answer);

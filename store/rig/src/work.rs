@@ -127,6 +127,8 @@ pub fn options(engine: Engine, durability: Level, history: &History) -> StoreOpt
         settle_bytes: usize::try_from(pick(&[4_000, 20_000, 60_000, 200_000])).unwrap_or(4_000),
         settle_commits: pick(&[4, 15, 50, 8_192]),
         settle_idle: Duration::from_millis(pick(&[3, 30, 1_000])),
+        // Never, now and then, always.
+        commit_here_within: Duration::from_micros(pick(&[0, 60, 10_000_000])),
         segment_bytes_max: pick(&[40_000, 200_000, 1 << 30]),
         // What a cut leaves is put together in a folder of its own: its index is to be opened as it is.
         trust_copied_index: true,

@@ -32,6 +32,13 @@ fn never_settles() -> StoreOptions {
     }
 }
 
+/// With commits handed to the shard's thread, and done by whoever asks.
+fn each_way(check: impl Fn(&StoreOptions)) {
+    for commit_here_within in [Duration::ZERO, Duration::from_secs(3600)] {
+        check(&StoreOptions { commit_here_within, ..never_settles() });
+    }
+}
+
 fn settles_often() -> StoreOptions {
     StoreOptions {
         settle_commits: 4,
@@ -108,169 +115,183 @@ fn found_later(machine: &Machine, want: &[String], what: &str) {
 
 #[test]
 fn a_commit_whose_log_failed_never_happened_and_the_shard_goes_on_by_itself() {
-    for fault in log_faults() {
-        // The first commit of its file, or a later one; failing once or twice in a row.
-        for (before, twice) in [(0, false), (3, false), (3, true)] {
-            let what = format!("{fault:?} after {before}, twice: {twice}");
-            let machine = Machine::new();
-            let mut open = machine.open(&never_settles()).unwrap();
-            let mut want: Vec<String> = Vec::new();
-            for n in 1..=before {
-                commit(&mut open, n, "before").unwrap();
-                want.push("before".to_owned());
+    each_way(|options| {
+        for fault in log_faults() {
+            // The first commit of its file, or a later one; failing once or twice in a row.
+            for (before, twice) in [(0, false), (3, false), (3, true)] {
+                let what = format!("{fault:?} after {before}, twice: {twice}");
+                let machine = Machine::new();
+                let mut open = machine.open(options).unwrap();
+                let mut want: Vec<String> = Vec::new();
+                for n in 1..=before {
+                    commit(&mut open, n, "before").unwrap();
+                    want.push("before".to_owned());
+                }
+                let next = before + 1;
+                for _ in 0..=u32::from(twice) {
+                    until("the log", || open.shard.stats().failing.is_none());
+                    machine.files.fail(fault.clone());
+                    let error = commit(&mut open, next, "void").unwrap_err();
+                    assert_eq!(open.shard.stats().failing, Some(error.to_string()), "{what}: it is told");
+                    assert!(refused_as(fault.how, &error), "{what}: {error}");
+                    assert_eq!(payloads(&open), want, "{what}: not shown");
+                    assert!(
+                        commit(&mut open, next, "at once").is_err(),
+                        "{what}: not before a new file is begun"
+                    );
+                }
+                until("the log", || commit(&mut open, next, "real").is_ok());
+                want.push("real".to_owned());
+                found_later(&machine, &want, &what);
+                for n in 1..=5 {
+                    commit(&mut open, next + n, "later").unwrap();
+                    want.push("later".to_owned());
+                }
+                assert_eq!(payloads(&open), want, "{what}");
+                assert_eq!(machine.files.broken_promises(), Vec::<String>::new());
+                found_later(&machine, &want, &what);
+                open.close().unwrap();
+                found_later(&machine, &want, &what);
             }
-            let next = before + 1;
-            for _ in 0..=u32::from(twice) {
-                until("the log", || open.shard.stats().failing.is_none());
-                machine.files.fail(fault.clone());
-                let error = commit(&mut open, next, "void").unwrap_err();
-                assert_eq!(open.shard.stats().failing, Some(error.to_string()), "{what}: it is told");
-                assert!(refused_as(fault.how, &error), "{what}: {error}");
-                assert_eq!(payloads(&open), want, "{what}: not shown");
-                assert!(
-                    commit(&mut open, next, "at once").is_err(),
-                    "{what}: not before a new file is begun"
-                );
-            }
-            until("the log", || commit(&mut open, next, "real").is_ok());
-            want.push("real".to_owned());
-            found_later(&machine, &want, &what);
-            for n in 1..=5 {
-                commit(&mut open, next + n, "later").unwrap();
-                want.push("later".to_owned());
-            }
-            assert_eq!(payloads(&open), want, "{what}");
-            assert_eq!(machine.files.broken_promises(), Vec::<String>::new());
-            found_later(&machine, &want, &what);
-            open.close().unwrap();
-            found_later(&machine, &want, &what);
         }
-    }
+    });
 }
 
 #[test]
 fn a_log_that_fails_for_a_while_is_refused_for_a_while() {
-    for (call, name) in [
-        (Call::Append, ".log"),
-        (Call::Sync, ".log"),
-        (Call::Create, ".log"),
-        (Call::Rename, ".log"),
-        (Call::SyncFolder, ""),
-        (Call::SlotWrite, "tip"),
-    ] {
-        for how in [Failing::Broken, Failing::Full] {
-            let machine = Machine::new();
-            let mut open = machine.open(&never_settles()).unwrap();
-            for n in 1..=3 {
-                commit(&mut open, n, "before").unwrap();
+    each_way(|options| {
+        for (call, name) in [
+            (Call::Append, ".log"),
+            (Call::Sync, ".log"),
+            (Call::Create, ".log"),
+            (Call::Rename, ".log"),
+            (Call::SyncFolder, ""),
+            (Call::SlotWrite, "tip"),
+        ] {
+            for how in [Failing::Broken, Failing::Full] {
+                let machine = Machine::new();
+                let mut open = machine.open(options).unwrap();
+                for n in 1..=3 {
+                    commit(&mut open, n, "before").unwrap();
+                }
+                machine.files.fail(lasting(call, name, how));
+                // For those calls that only a new file makes.
+                machine.files.fail(fault(Call::Append, ".log", how));
+                let failed = machine.files.failed_calls();
+                until("a few attempts", || {
+                    let error = commit(&mut open, 4, "void").unwrap_err();
+                    assert!(refused_as(how, &error), "{call:?} {how:?}: {error}");
+                    assert_eq!(payloads(&open).len(), 3);
+                    machine.files.failed_calls() >= failed + 3
+                });
+                machine.files.heal();
+                commit_in_the_end(&mut open, 4, "real");
+                let want = ["before", "before", "before", "real"].map(str::to_owned);
+                assert_eq!(payloads(&open), want);
+                found_later(&machine, &want, &format!("{call:?} {how:?}"));
             }
-            machine.files.fail(lasting(call, name, how));
-            // For those calls that only a new file makes.
-            machine.files.fail(fault(Call::Append, ".log", how));
-            let failed = machine.files.failed_calls();
-            until("a few attempts", || {
-                let error = commit(&mut open, 4, "void").unwrap_err();
-                assert!(refused_as(how, &error), "{call:?} {how:?}: {error}");
-                assert_eq!(payloads(&open).len(), 3);
-                machine.files.failed_calls() >= failed + 3
-            });
-            machine.files.heal();
-            commit_in_the_end(&mut open, 4, "real");
-            let want = ["before", "before", "before", "real"].map(str::to_owned);
-            assert_eq!(payloads(&open), want);
-            found_later(&machine, &want, &format!("{call:?} {how:?}"));
         }
-    }
+    });
 }
 
 /// Kills the process, or cuts the power, at every operation between a refused commit and the next one that works.
 #[test]
 fn a_refused_commit_is_there_whole_or_not_at_all_wherever_the_process_ends() {
-    for fault in [
-        fault(Call::Sync, ".log", Failing::Done),
-        fault(Call::Append, ".log", Failing::Partly),
-        fault(Call::SlotWrite, "tip", Failing::Broken),
-    ] {
+    each_way(|options| {
+        for fault in [
+            fault(Call::Sync, ".log", Failing::Done),
+            fault(Call::Append, ".log", Failing::Partly),
+            fault(Call::SlotWrite, "tip", Failing::Broken),
+        ] {
+            let mut operations = 0;
+            loop {
+                let machine = Machine::new();
+                let mut open = machine.open(options).unwrap();
+                for n in 1..=3 {
+                    commit(&mut open, n, "before").unwrap();
+                }
+                machine.files.fail(fault.clone());
+                commit(&mut open, 4, "void").unwrap_err();
+                machine.files.power().allow(operations);
+                let mut acked = false;
+                until("the end", || {
+                    acked = commit(&mut open, 4, "real").is_ok();
+                    acked || machine.files.power().is_off()
+                });
+                open.abandon();
+                let mut later = vec![machine.after_kill()];
+                later.extend((0..3).map(|seed| machine.after_power_cut(i64::MAX, &mut Chance::new(seed))));
+                for machine in later {
+                    let what = format!("{fault:?}, {operations} operations, acknowledged: {acked}");
+                    let mut open = machine.open(options).unwrap_or_else(|error| panic!("{what}: {error}"));
+                    let mut found = payloads(&open);
+                    match found.get(3).map(String::as_str) {
+                        None | Some("void") => assert!(!acked, "{what}: {found:?}"),
+                        Some("real") => {}
+                        Some(other) => panic!("{what}: {other}"),
+                    }
+                    commit(&mut open, found.len() as u64 + 1, "after").unwrap();
+                    found.push("after".to_owned());
+                    open.abandon();
+                    // What was found first stays.
+                    found_later(&machine, &found, &what);
+                }
+                if acked {
+                    break;
+                }
+                operations += 1;
+            }
+            assert!(operations > 5, "{operations} operations");
+        }
+    });
+}
+
+#[test]
+fn a_commit_that_was_refused_before_the_log_was_begun_again_does_not_come_back_when_it_fails_again() {
+    each_way(|options| {
         let mut operations = 0;
         loop {
             let machine = Machine::new();
-            let mut open = machine.open(&never_settles()).unwrap();
-            for n in 1..=3 {
-                commit(&mut open, n, "before").unwrap();
-            }
-            machine.files.fail(fault.clone());
-            commit(&mut open, 4, "void").unwrap_err();
+            let mut open = machine.open(options).unwrap();
+            commit(&mut open, 1, "before").unwrap();
+            // The file with the refused commit stays.
+            machine.files.fail(lasting(Call::Remove, "1.log", Failing::Broken));
+            machine.files.fail(fault(Call::Sync, ".log", Failing::Done));
+            commit(&mut open, 2, "void").unwrap_err();
+            // The log is begun again by itself, and then fails with its first commit.
+            until("a new file", || open.shard.stats().failing.is_none());
+            machine.files.fail(fault(Call::Append, ".log", Failing::Broken));
+            commit(&mut open, 2, "void too").unwrap_err();
             machine.files.power().allow(operations);
             let mut acked = false;
             until("the end", || {
-                acked = commit(&mut open, 4, "real").is_ok();
+                acked = commit(&mut open, 2, "real").is_ok();
                 acked || machine.files.power().is_off()
             });
             open.abandon();
-            let mut later = vec![machine.after_kill()];
-            later.extend((0..3).map(|seed| machine.after_power_cut(i64::MAX, &mut Chance::new(seed))));
-            for machine in later {
-                let what = format!("{fault:?}, {operations} operations, acknowledged: {acked}");
-                let mut open =
-                    machine.open(&never_settles()).unwrap_or_else(|error| panic!("{what}: {error}"));
-                let mut found = payloads(&open);
-                match found.get(3).map(String::as_str) {
-                    None | Some("void") => assert!(!acked, "{what}: {found:?}"),
-                    Some("real") => {}
-                    Some(other) => panic!("{what}: {other}"),
-                }
-                commit(&mut open, found.len() as u64 + 1, "after").unwrap();
-                found.push("after".to_owned());
+            for seed in 0..4 {
+                let killed = machine.after_kill();
+                let machine = if seed == 0 {
+                    killed
+                } else {
+                    machine.after_power_cut(i64::MAX, &mut Chance::new(seed))
+                };
+                let open = machine.open(options).unwrap();
+                let found = payloads(&open);
+                assert_ne!(
+                    found.get(1).map(String::as_str),
+                    Some("void"),
+                    "{operations} operations: {found:?}"
+                );
+                assert!(!acked || found == ["before", "real"], "{found:?}");
                 open.abandon();
-                // What was found first stays.
-                found_later(&machine, &found, &what);
             }
             if acked {
                 break;
             }
             operations += 1;
         }
-        assert!(operations > 5, "{operations} operations");
-    }
-}
-
-#[test]
-fn a_commit_that_was_refused_before_the_log_was_begun_again_does_not_come_back_when_it_fails_again() {
-    let mut operations = 0;
-    loop {
-        let machine = Machine::new();
-        let mut open = machine.open(&never_settles()).unwrap();
-        commit(&mut open, 1, "before").unwrap();
-        // The file with the refused commit stays.
-        machine.files.fail(lasting(Call::Remove, "1.log", Failing::Broken));
-        machine.files.fail(fault(Call::Sync, ".log", Failing::Done));
-        commit(&mut open, 2, "void").unwrap_err();
-        // The log is begun again by itself, and then fails with its first commit.
-        until("a new file", || open.shard.stats().failing.is_none());
-        machine.files.fail(fault(Call::Append, ".log", Failing::Broken));
-        commit(&mut open, 2, "void too").unwrap_err();
-        machine.files.power().allow(operations);
-        let mut acked = false;
-        until("the end", || {
-            acked = commit(&mut open, 2, "real").is_ok();
-            acked || machine.files.power().is_off()
-        });
-        open.abandon();
-        for seed in 0..4 {
-            let killed = machine.after_kill();
-            let machine =
-                if seed == 0 { killed } else { machine.after_power_cut(i64::MAX, &mut Chance::new(seed)) };
-            let open = machine.open(&never_settles()).unwrap();
-            let found = payloads(&open);
-            assert_ne!(found.get(1).map(String::as_str), Some("void"), "{operations} operations: {found:?}");
-            assert!(!acked || found == ["before", "real"], "{found:?}");
-            open.abandon();
-        }
-        if acked {
-            break;
-        }
-        operations += 1;
-    }
+    });
 }
 
 /// Everything that settling does, failing.
@@ -409,6 +430,7 @@ fn faults_at_random(seed: u64) {
     let options = StoreOptions {
         settle_bytes: 1 + chance.below(20_000) as usize,
         settle_commits: 1 + chance.below(12),
+        commit_here_within: Duration::from_secs(3600 * chance.below(2)),
         ..settles_often()
     };
     let mut open = machine.open(&options).unwrap();

@@ -27,7 +27,7 @@ use crate::{
         faulty::{Chance, FaultyFiles, Names, Power},
     },
     shard::{Shard, committer::Request, settler::EngineOpener},
-    writer::{EmbeddedWriter, ask},
+    writer::ask,
 };
 
 pub(crate) const SHARD: u16 = 3;
@@ -149,10 +149,7 @@ impl Open {
         let (epoch, last) = acquire(&shard)
             .map_err(|error| OpenError::Engine { shard: shard_id(), reason: error.to_string() })?;
         let reader = ShardReader { shared: Arc::clone(&shard.shared) };
-        let writer = ShardWriter {
-            writer: EmbeddedWriter::new(shard.requests.clone(), epoch, last),
-            reader: reader.clone(),
-        };
+        let writer = ShardWriter { writer: shard.writer(epoch, last), reader: reader.clone() };
         Ok(Self { shard, writer, reader })
     }
 

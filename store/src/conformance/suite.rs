@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use fulmar_protocol::id::{ClassEpoch, DeviceClass, DeviceId, DeviceUid, Epoch, Pseq, Seq, UnixMillis};
 
-use super::{Open, acquire, app, append, block_on, conversation, in_memory, message, seq, user};
+use super::{Open, acquire, app, append, block_on, conversation, in_memory, message, seq, until, user};
 use crate::{
     CommitError, ConversationClass, ConversationMeta, Device, EngineKind, Limits, Listed, Member, Op,
     PendingLink, Record, Role, StoreOptions, User,
@@ -67,12 +67,13 @@ impl Kind for InMemory {
     }
 }
 
-/// Settles after every few commits, or never by itself.
+/// Settles after every few commits and commits where it is asked to; or never by itself, and by the shard's thread.
 fn settling(often: bool) -> StoreOptions {
     StoreOptions {
         settle_bytes: if often { 2_000 } else { 8 << 20 },
         settle_commits: if often { 3 } else { 1 << 20 },
         settle_idle: if often { Duration::from_millis(1) } else { Duration::from_secs(3600) },
+        commit_here_within: if often { Duration::from_secs(3600) } else { Duration::ZERO },
         ..StoreOptions::default()
     }
 }
@@ -427,7 +428,7 @@ fn a_writer_that_acquires_later_fences_the_earlier() {
         open.commit(&[append(1, 2, "b")]),
         Err(CommitError::Fenced { mine: epoch - 1, newest: epoch })
     );
-    let mut writer = crate::EmbeddedWriter::new(open.shard.requests.clone(), epoch, last);
+    let mut writer = open.shard.writer(epoch, last);
     let stale = crate::CommitId::ZERO;
     let mut body = Vec::new();
     append(1, 2, "b").encode(&mut body);
@@ -462,6 +463,64 @@ async fn futures_poll_once<F: Future>(mut future: std::pin::Pin<&mut F>) -> Opti
         std::task::Poll::Pending => std::task::Poll::Ready(None),
     })
     .await
+}
+
+#[test]
+fn small_commits_are_done_by_who_asks_and_the_threads_look_after_the_rest() {
+    let kind = InMemory::default();
+    let here = StoreOptions { commit_here_within: Duration::from_secs(3600), ..settling(false) };
+
+    // Never, if not asked for; large ones never.
+    let mut open = kind.open(&settling(false)).unwrap();
+    open.commit(&[append(1, 1, "a")]).unwrap();
+    assert_eq!(open.shard.stats().commits_here, 0);
+    open.abandon();
+    let mut open = kind.open(&here).unwrap();
+    let mut next = 2;
+    let mut some = |n: u64| {
+        let batch: Vec<Op> = (next..next + n).map(|seq| append(1, seq, "b")).collect();
+        next += n;
+        batch
+    };
+    for n in [1, 32, 33, 1] {
+        open.commit(&some(n)).unwrap();
+    }
+    let stats = open.shard.stats();
+    assert_eq!(
+        (stats.commits_here, stats.commits),
+        (3, 5),
+        "the epoch's and one of 33 operations are the thread's"
+    );
+    open.abandon();
+
+    // A layer that is due is closed and settled by the threads, and one that nobody adds to: four commits, with the epoch's.
+    for (settle_commits, settle_idle, left) in
+        [(3, Duration::from_secs(3600), 1), (1 << 20, Duration::from_millis(2), 0)]
+    {
+        let mut open =
+            InMemory::default().open(&StoreOptions { settle_commits, settle_idle, ..here.clone() }).unwrap();
+        for seq in 1..=3 {
+            open.commit(&[append(1, seq, "c")]).unwrap();
+        }
+        until("settled", || open.shard.stats().overlay_commits <= left);
+        open.abandon();
+    }
+
+    // Nothing is committed beside a shard that is closed, or gone.
+    for close in [true, false] {
+        let open = kind.open(&here).unwrap();
+        let Open { shard, mut writer, reader } = open;
+        let head = reader.head(conversation(1)).unwrap().unwrap().seq;
+        if close {
+            let (reply, answer) = std::sync::mpsc::sync_channel(1);
+            shard.requests.send(crate::shard::committer::Request::Close(reply)).unwrap();
+            answer.recv().unwrap().unwrap();
+        }
+        drop(shard);
+        let late = [append(1, head.get() + 1, "late")];
+        assert!(matches!(block_on(writer.commit(&late)), Err(CommitError::Unavailable { .. })));
+        assert_eq!(reader.head(conversation(1)).unwrap().unwrap().seq, head);
+    }
 }
 
 #[test]

@@ -1,5 +1,10 @@
-//! The committer: a shard's own thread, the only one that appends to its log.
+//! The committer: what appends to a shard's log. One at a time does, under a lock: the shard's own thread, or the writer's
+//! where it stands.
 //!
+//! - Handing a commit to a thread and the answer back costs two wake-ups, more than a small commit on a quick disk takes. So a
+//!   small one is done by the caller ([`Committer::commit_here`]) as long as that is quick ([`Pace`]); a large one, or any on a slow
+//!   disk, by the thread, while the caller decides what comes next. Whatever may take long besides is the thread's too: closing a
+//!   layer, waiting for the settler, beginning again after a failure.
 //! - A commit is answered `Ok` after it is in the log and synced, the tip is noted and the view shows it; in that order.
 //! - A commit that is answered with an error is not in the log, and never will be: what a failed file says about it is void.
 //!   The file is left alone; before the next one is begun, everything committed so far is settled from memory, so that
@@ -12,7 +17,7 @@
 use std::{
     io,
     sync::{
-        Arc,
+        Arc, Mutex,
         mpsc::{Receiver, RecvTimeoutError},
     },
     time::{Duration, Instant},
@@ -39,6 +44,9 @@ const RETRY_FIRST: Duration = Duration::from_millis(50);
 /// The longest pause between two attempts.
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
+/// Operations up to which a commit may be done by the caller: beyond, deciding meanwhile is worth the wake-ups.
+const COMMIT_HERE_OPS_MAX: u32 = 32;
+
 /// The file a canary is written to.
 const CANARY: &str = "canary";
 
@@ -56,6 +64,8 @@ pub(crate) enum Request {
     },
     /// Takes the shard over: answers the new epoch and where the log ends.
     Acquire(Box<dyn FnOnce(Acquired) + Send>),
+    /// Something was committed elsewhere: a layer may be due, or has begun.
+    Look,
     /// A write and a sync beside the log.
     Canary(oneshot::Sender<Result<(), CommitError>>),
     /// Stop at once; what is not settled is replayed when the store is opened again.
@@ -76,7 +86,34 @@ pub(crate) enum Log {
     },
 }
 
-/// The thread's state.
+/// Whether commits have been quick lately.
+///
+/// One slow commit in five is forgiven: a thread that lost its turn looks like a slow disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Pace {
+    slow: u8,
+}
+
+impl Pace {
+    const SLOW_STEP: u8 = 4;
+    const SLOW_MAX: u8 = 32;
+    const SLOW_FROM: u8 = 8;
+
+    fn note(&mut self, took: Duration, limit: Duration) {
+        self.slow = if took <= limit {
+            self.slow.saturating_sub(1)
+        } else {
+            (self.slow + Self::SLOW_STEP).min(Self::SLOW_MAX)
+        };
+    }
+
+    const fn is_quick(self) -> bool {
+        self.slow < Self::SLOW_FROM
+    }
+}
+
+/// What the thread and the writer share.
+#[derive(Debug)]
 pub(crate) struct Committer {
     pub(crate) shared: Arc<Shared>,
     pub(crate) files: Arc<dyn Files>,
@@ -86,47 +123,112 @@ pub(crate) struct Committer {
     pub(crate) options: StoreOptions,
     pub(crate) until_space_check: u64,
     pub(crate) closed: bool,
+    pub(crate) pace: Pace,
 }
 
-impl Committer {
-    /// Runs until it is told to close or nobody can ask any more.
-    pub(crate) fn run(mut self, requests: &Receiver<Request>) {
-        loop {
-            match self.next(requests) {
-                Ok(Request::Commit { epoch, expected, ops, body, reply }) => {
-                    let result = self.commit(epoch, expected, ops, body);
-                    let committed = result.is_ok();
-                    // Nobody waits for it any more: the log has it all the same.
-                    let _ = reply.send(result);
-                    if committed {
-                        self.close_layer_if_due();
-                    }
+/// The thread: runs until it is told to close or nobody can ask any more.
+pub(crate) fn run(committer: &Mutex<Committer>, shared: &Shared, requests: &Receiver<Request>) {
+    /// Ends the settler whatever ends this thread.
+    struct Ending<'a>(&'a Shared);
+    impl Drop for Ending<'_> {
+        fn drop(&mut self) {
+            self.0.settling.stop();
+        }
+    }
+    let _ending = Ending(shared);
+    // Whoever panicked under the lock left a log nobody knows the state of: the shard is gone.
+    let _ = serve(committer, requests);
+}
+
+/// What the thread does, until it is told to end. Answers are given without the lock, so that whoever got one can commit at once.
+fn serve(committer: &Mutex<Committer>, requests: &Receiver<Request>) -> Result<(), Poisoned> {
+    let lock = || committer.lock().map_err(|_| Poisoned);
+    loop {
+        let (patience, before) = {
+            let own = lock()?;
+            (own.patience(), own.last)
+        };
+        let request = match patience {
+            Some(patience) => requests.recv_timeout(patience),
+            None => requests.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match request {
+            Ok(Request::Commit { epoch, expected, ops, body, reply }) => {
+                let result = lock()?.commit(epoch, expected, ops, body);
+                let committed = result.is_ok();
+                // Nobody waits for it any more: the log has it all the same.
+                let _ = reply.send(result);
+                if committed {
+                    lock()?.close_layer_if_due();
                 }
-                Ok(Request::Acquire(reply)) => reply(self.acquire()),
-                Ok(Request::Canary(reply)) => {
-                    let _ = reply.send(self.canary());
-                }
-                Ok(Request::Close(reply)) => {
-                    let _ = reply.send(self.close());
-                    break;
-                }
-                Err(RecvTimeoutError::Timeout) => self.on_quiet(),
-                Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => break,
+            }
+            Ok(Request::Look) => lock()?.close_layer_if_due(),
+            Ok(Request::Acquire(reply)) => {
+                let acquired = lock()?.acquire();
+                reply(acquired);
+            }
+            Ok(Request::Canary(reply)) => {
+                let written = lock()?.canary();
+                let _ = reply.send(written);
+            }
+            Ok(Request::Close(reply)) => {
+                let closed = lock()?.close();
+                let _ = reply.send(closed);
+                return Ok(());
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                let mut own = lock()?;
+                // The time without requests was a quiet one if nothing was committed elsewhere.
+                let quiet = own.last == before;
+                own.on_quiet(quiet);
+            }
+            Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                lock()?.closed = true;
+                return Ok(());
             }
         }
-        self.shared.settling.stop();
+    }
+}
+
+/// Somebody panicked in the middle of a commit.
+struct Poisoned;
+
+impl Committer {
+    /// How long the thread waits for a request before it looks after the log by itself.
+    fn patience(&self) -> Option<Duration> {
+        match &self.log {
+            Log::Failed { again, .. } => Some(again.saturating_duration_since(Instant::now())),
+            Log::Open(_) if self.shared.view.active_size().0 > 0 => Some(self.options.settle_idle),
+            Log::Open(_) => None,
+        }
     }
 
-    fn next(&self, requests: &Receiver<Request>) -> Result<Request, RecvTimeoutError> {
-        match &self.log {
-            Log::Failed { again, .. } => {
-                requests.recv_timeout(again.saturating_duration_since(Instant::now()))
-            }
-            Log::Open(_) if self.shared.view.active_size().0 > 0 => {
-                requests.recv_timeout(self.options.settle_idle)
-            }
-            Log::Open(_) => requests.recv().map_err(|_| RecvTimeoutError::Disconnected),
+    /// Commits in the caller's thread, if nothing speaks against that being quick; gives whether the thread must look.
+    pub(crate) fn commit_here(
+        &mut self,
+        epoch: u64,
+        expected: CommitId,
+        ops: u32,
+        body: &Bytes,
+    ) -> Option<(Result<CommitId, CommitError>, bool)> {
+        let (commits, bytes) = self.shared.view.active_size();
+        let quick = ops <= COMMIT_HERE_OPS_MAX
+            && self.options.commit_here_within > Duration::ZERO
+            && self.pace.is_quick()
+            && !self.closed
+            && matches!(self.log, Log::Open(_))
+            && !self.is_due(commits, bytes);
+        if !quick {
+            return None;
         }
+        let result = self.commit(epoch, expected, ops, body.clone());
+        if result.is_ok() {
+            self.shared.counts.committed_here();
+        }
+        let (after, bytes) = self.shared.view.active_size();
+        // A layer that is due is closed by the thread, one that has begun wants its attention when all is quiet, and so does a failure.
+        let look = commits == 0 || self.is_due(after, bytes) || !matches!(self.log, Log::Open(_));
+        Some((result, look))
     }
 
     fn acquire(&mut self) -> Result<(u64, CommitId), CommitError> {
@@ -166,7 +268,10 @@ impl Committer {
         let commit = Commit { id, previous: previous.chain, ops, body: bytes.slice(commit::HEADER_BYTES..) };
         // Whatever could fail without the disk fails before anything is written.
         let change = self.shared.view.prepare(&commit)?;
-        if let Err(error) = self.write(&bytes) {
+        let began = Instant::now();
+        let written = self.write(&bytes);
+        self.pace.note(began.elapsed(), self.options.commit_here_within);
+        if let Err(error) = written {
             return Err(self.fail(&error));
         }
         if let Err(error) = self.tip.write(id) {
@@ -301,9 +406,13 @@ impl Committer {
     /// Closes the layer that grows when it is large enough, if the one before is settled.
     fn close_layer_if_due(&mut self) {
         let (commits, bytes) = self.shared.view.active_size();
-        if bytes >= self.options.settle_bytes || commits >= self.options.settle_commits {
+        if self.is_due(commits, bytes) {
             self.close_layer();
         }
+    }
+
+    fn is_due(&self, commits: u64, bytes: usize) -> bool {
+        bytes >= self.options.settle_bytes || commits >= self.options.settle_commits
     }
 
     fn close_layer(&mut self) {
@@ -329,13 +438,15 @@ impl Committer {
         }
     }
 
-    fn on_quiet(&mut self) {
+    /// Nobody has asked for a while.
+    fn on_quiet(&mut self, quiet: bool) {
         match &self.log {
             Log::Failed { .. } => {
                 // It says so itself.
                 let _ = self.begin_again();
             }
-            Log::Open(_) => self.close_layer(),
+            Log::Open(_) if quiet => self.close_layer(),
+            Log::Open(_) => {}
         }
     }
 
@@ -368,5 +479,36 @@ fn refusal(what: &str, error: &io::Error) -> CommitError {
         CommitError::Full { reason }
     } else {
         CommitError::Unavailable { reason }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_quick_until_more_than_one_commit_in_five_is_slow() {
+        let limit = Duration::from_micros(250);
+        let (quick, slow) = (limit, limit + Duration::from_nanos(1));
+        let after = |times: &[(usize, Duration)]| {
+            let mut pace = Pace::default();
+            for (count, took) in times {
+                for _ in 0..*count {
+                    pace.note(*took, limit);
+                }
+            }
+            pace.is_quick()
+        };
+        for (times, want) in [
+            (&[][..], true),
+            (&[(1, slow)], true),
+            (&[(2, slow)], false),
+            (&[(1, slow), (4, quick), (1, slow), (4, quick), (1, slow)], true),
+            (&[(1, slow), (1, quick), (2, slow)], false),
+            (&[(1_000, slow), (24, quick)], false),
+            (&[(1_000, slow), (25, quick)], true),
+        ] {
+            assert_eq!(after(times), want, "{times:?}");
+        }
     }
 }

@@ -31,7 +31,7 @@ use std::{
 use fulmar_protocol::id::ShardId;
 
 use self::{
-    committer::{Committer, Log, Request},
+    committer::{Committer, Log, Pace, Request},
     index::IndexError,
     journal::Journal,
     segments::Segments,
@@ -42,9 +42,11 @@ use self::{
 use crate::{
     StoreOptions,
     cold::Tier,
+    commit::CommitId,
     error::{CommitError, OpenError},
     files::Files,
     format::Folder,
+    writer::EmbeddedWriter,
 };
 
 /// Requests that may wait for a committer: one commit of its writer, and a few canaries.
@@ -73,6 +75,7 @@ pub(crate) struct Shared {
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
     commits: AtomicU64,
+    commits_here: AtomicU64,
     bytes: AtomicU64,
     syncs: AtomicU64,
     behind: AtomicU64,
@@ -93,6 +96,10 @@ impl Counts {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
+    fn committed_here(&self) {
+        self.commits_here.fetch_add(1, Ordering::Relaxed);
+    }
+
     fn sync(&self) {
         self.syncs.fetch_add(1, Ordering::Relaxed);
     }
@@ -107,6 +114,8 @@ impl Counts {
 pub struct ShardStats {
     /// Commits.
     pub commits: u64,
+    /// Those of them that were done on the thread that asked.
+    pub commits_here: u64,
     /// Bytes of their operations.
     pub commit_bytes: u64,
     /// Times the committing thread waited for the disk (`fdatasync`); about one per commit at [`crate::Durability::Power`].
@@ -163,6 +172,7 @@ impl Shared {
 pub(crate) struct Shard {
     pub(crate) shared: Arc<Shared>,
     pub(crate) requests: SyncSender<Request>,
+    pub(crate) committer: Arc<Mutex<Committer>>,
     pub(crate) taken: AtomicBool,
     pub(crate) replayed: u64,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -260,17 +270,30 @@ impl Shard {
             options: options.clone(),
             until_space_check: 0,
             closed: false,
+            pace: Pace::default(),
         };
+        let committer = Arc::new(Mutex::new(committer));
         let (requests, receiver) = sync_channel(REQUESTS_MAX);
-        let shard =
-            Self { shared, requests, taken: AtomicBool::new(false), replayed, threads: Mutex::default() };
+        let shard = Self {
+            shared: Arc::clone(&shared),
+            requests,
+            committer: Arc::clone(&committer),
+            taken: AtomicBool::new(false),
+            replayed,
+            threads: Mutex::default(),
+        };
         shard.start("settle", move || settler.run())?;
-        if let Err(error) = shard.start("store", move || committer.run(&receiver)) {
+        if let Err(error) = shard.start("store", move || committer::run(&committer, &shared, &receiver)) {
             // Nobody else tells the settler.
             shard.shared.settling.stop();
             return Err(error);
         }
         Ok(shard)
+    }
+
+    /// A writer that has acquired the shard.
+    pub(crate) fn writer(&self, epoch: u64, last: CommitId) -> EmbeddedWriter {
+        EmbeddedWriter::new(self.requests.clone(), Arc::clone(&self.committer), epoch, last)
     }
 
     fn start(&self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), OpenError> {
@@ -294,6 +317,7 @@ impl Shard {
         let (cold_reads, cold_failures) = self.shared.cold.as_ref().map_or((0, 0), |cold| cold.counts());
         ShardStats {
             commits: get(&counts.commits),
+            commits_here: get(&counts.commits_here),
             commit_bytes: get(&counts.bytes),
             barriers: get(&counts.syncs),
             background_syncs: get(&counts.background_syncs),
