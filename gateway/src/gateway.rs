@@ -522,9 +522,10 @@ fn cannot_take(path: &Path, error: ShardError) -> anyhow::Error {
     }
 }
 
-/// A shard's thread commits lone sends itself while the disk is as quick as this. Meanwhile it decides nothing, which is what some
-/// hundred decisions take; handing the commit over and back costs two wake-ups of threads.
-const COMMIT_HERE_WITHIN: Duration = Duration::from_micros(250);
+/// A shard's thread commits lone sends itself while the disk is as quick as this. Meanwhile it decides nothing, but what it would decide
+/// would wait for that commit anyway; handing the commit over and back costs two wake-ups of threads. On a disk slower than this those
+/// don't count, and deciding meanwhile makes the next group ready.
+const COMMIT_HERE_WITHIN: Duration = Duration::from_millis(2);
 
 /// How the log is opened, as configured.
 pub(crate) fn store_options(config: &Config) -> StoreOptions {

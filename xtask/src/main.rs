@@ -6,6 +6,7 @@
 mod client_rig;
 mod footprint;
 mod fuzz;
+mod instructions;
 mod layering;
 mod rig;
 mod run;
@@ -48,6 +49,7 @@ use crate::tally::Tally;
         cargo xtask bars --only blackout\n  \
         cargo xtask days --only normal\n  \
         cargo xtask bench codec\n  \
+        cargo xtask instructions --keep\n  \
         cargo xtask peers --only fulmar,mosquitto --work A"
 )]
 struct Cli {
@@ -131,6 +133,12 @@ enum Command {
     Days(DaysArgs),
     /// Build the smallest app with the SDK for size, and measure it and its memory against a gateway on loopback
     Footprint,
+    /// Count the gateway's instructions per delivery, and compare them with those kept in benches/instructions.toml
+    Instructions {
+        /// Keep what is counted now
+        #[arg(long)]
+        keep: bool,
+    },
     /// Run the benchmarks, each beside the floor it is measured against
     Bench {
         /// Benchmark to run, by its name in benches/Cargo.toml; without it, all
@@ -227,6 +235,7 @@ fn carry_out(command: Command) -> anyhow::Result<bool> {
             print(footprint::measure(&workspace)?.trim_end());
             Ok(true)
         }
+        Command::Instructions { keep } => closed(instructions::count(&workspace, keep)?),
         Command::Bench { name, args } => {
             let mut command = workspace.cargo(["bench", "--package", "fulmar-benches"]);
             if let Some(name) = name {

@@ -15,7 +15,7 @@ use crate::rig::RigArgs;
 use crate::run::{Workspace, on_ci, run as run_program};
 use crate::sim::SimArgs;
 use crate::tally::{Tally, of_libtest, of_nextest};
-use crate::{client_rig, fuzz, layering, rig, sim, tool};
+use crate::{client_rig, fuzz, instructions, layering, rig, sim, tool};
 
 /// Time of a whole run on two cores from an empty target folder; more is said aloud.
 const WHOLE_RUN: Duration = Duration::from_secs(60 * 60);
@@ -66,6 +66,8 @@ pub(crate) enum StepName {
     Sim,
     /// Short fuzzing
     Fuzz,
+    /// Instructions per delivery
+    Instructions,
 }
 
 /// One step: its name, what it does in a line, and how.
@@ -133,13 +135,18 @@ const STEPS: &[Step] = &[
         run: |workspace, _| sim::worlds(workspace, 2_000, &SimArgs::default()),
     },
     Step { name: StepName::Fuzz, what: "each target of fuzz/Cargo.toml for 30 s", run: fuzz_shortly },
+    Step {
+        name: StepName::Instructions,
+        what: "the gateway's instructions per delivery, against benches/instructions.toml",
+        run: |workspace, _| instructions::count(workspace, false),
+    },
 ];
 
 /// The steps as a table for people.
 pub(crate) fn list() -> String {
     let mut text = String::new();
     for step in STEPS {
-        let _ = writeln!(text, "{:<11} {}", word(step.name), step.what);
+        let _ = writeln!(text, "{:<12} {}", word(step.name), step.what);
     }
     text
 }
@@ -166,10 +173,10 @@ pub(crate) fn run(workspace: &Workspace, steps: &[Step], options: Options) -> Ta
         let outcome = if tally.is_success() { "ok" } else { "FAILED" };
         let took = minutes(step_start.elapsed());
         eprintln!("=== {name}: {outcome} in {took}");
-        let _ = writeln!(table, "{name:<11} {outcome:<7} {took:>12}   {tally}");
+        let _ = writeln!(table, "{name:<12} {outcome:<7} {took:>12}   {tally}");
         total += tally;
     }
-    eprintln!("\n{table}{:<11} {:<7} {:>12}\n", "total", "", minutes(start.elapsed()));
+    eprintln!("\n{table}{:<12} {:<7} {:>12}\n", "total", "", minutes(start.elapsed()));
     if start.elapsed() > WHOLE_RUN {
         eprintln!("warning: this run took longer than the {} it may take\n", minutes(WHOLE_RUN));
     }

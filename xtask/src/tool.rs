@@ -119,23 +119,34 @@ pub(crate) fn ensure_compilers(workspace: &Workspace) -> anyhow::Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    let missing = missing.join(" ");
+    install(workspace, &["libc6-dev"], &missing, "SQLite, ring and libFuzzer are built from source")
+}
+
+/// Makes sure that there is a program that Debian has in a package of the same name.
+///
+/// # Errors
+/// When it is missing and can't be installed without asking.
+pub(crate) fn ensure_package(workspace: &Workspace, package: &'static str, why: &str) -> anyhow::Result<()> {
+    if on_path(package).is_some() { Ok(()) } else { install(workspace, &[], &[package], why) }
+}
+
+/// Installs packages, `besides` with them, where the system's package manager may be asked without a password.
+fn install(workspace: &Workspace, besides: &[&str], missing: &[&str], why: &str) -> anyhow::Result<()> {
+    let named = missing.join(" ");
     if !rustix::process::geteuid().is_root() || on_path("apt-get").is_none() {
-        bail!(
-            "no compiler for C or C++ dependencies: install {missing} (Debian: sudo apt-get install {missing})"
-        );
+        bail!("{named} is missing ({why}): install it (Debian: sudo apt-get install {named})");
     }
-    eprintln!("installing {missing} with apt-get: SQLite, ring and libFuzzer are built from source");
+    eprintln!("installing {named} with apt-get: {why}");
     let limit = Duration::from_secs(10 * 60);
     let mut update = workspace.command("apt-get");
     update.args(["update", "--quiet"]);
     let mut install = workspace.command("apt-get");
-    install.args(["install", "--yes", "--quiet", "--no-install-recommends", "libc6-dev"]);
-    install.args(missing.split(' ')).env("DEBIAN_FRONTEND", "noninteractive");
+    install.args(["install", "--yes", "--quiet", "--no-install-recommends"]);
+    install.args(besides).args(missing).env("DEBIAN_FRONTEND", "noninteractive");
     if run(&mut update, limit, |_| ())? && run(&mut install, limit, |_| ())? {
         return Ok(());
     }
-    bail!("apt-get could not install {missing}");
+    bail!("apt-get could not install {named}");
 }
 
 /// The program of this name in `PATH`.

@@ -2,7 +2,7 @@
 
 use std::{
     sync::mpsc::{RecvTimeoutError, sync_channel},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use proptest::prelude::*;
@@ -19,6 +19,7 @@ use crate::{
         faulty::{EngineCall, EngineFault},
     },
     files::faulty::{Call, Chance, Failing, Fault},
+    shard::committer::RETRY_FIRST,
 };
 
 fn never_settles() -> StoreOptions {
@@ -118,7 +119,7 @@ fn a_commit_whose_log_failed_never_happened_and_the_shard_goes_on_by_itself() {
     each_way(|options| {
         for fault in log_faults() {
             // The first commit of its file, or a later one; failing once or twice in a row.
-            for (before, twice) in [(0, false), (3, false), (3, true)] {
+            'case: for (before, twice) in [(0, false), (3, false), (3, true)] {
                 let what = format!("{fault:?} after {before}, twice: {twice}");
                 let machine = Machine::new();
                 let mut open = machine.open(options).unwrap();
@@ -131,14 +132,20 @@ fn a_commit_whose_log_failed_never_happened_and_the_shard_goes_on_by_itself() {
                 for _ in 0..=u32::from(twice) {
                     until("the log", || open.shard.stats().failing.is_none());
                     machine.files.fail(fault.clone());
+                    let failed = Instant::now();
                     let error = commit(&mut open, next, "void").unwrap_err();
-                    assert_eq!(open.shard.stats().failing, Some(error.to_string()), "{what}: it is told");
+                    let told = open.shard.stats().failing;
+                    assert!(
+                        told == Some(error.to_string()) || failed.elapsed() >= RETRY_FIRST,
+                        "{what}: it is told, not {told:?}"
+                    );
                     assert!(refused_as(fault.how, &error), "{what}: {error}");
                     assert_eq!(payloads(&open), want, "{what}: not shown");
-                    assert!(
-                        commit(&mut open, next, "at once").is_err(),
-                        "{what}: not before a new file is begun"
-                    );
+                    if commit(&mut open, next, "at once").is_ok() {
+                        // On a machine that was busy elsewhere the new file was begun meanwhile; there is nothing more to see.
+                        assert!(failed.elapsed() >= RETRY_FIRST, "{what}: not before a new file is begun");
+                        continue 'case;
+                    }
                 }
                 until("the log", || commit(&mut open, next, "real").is_ok());
                 want.push("real".to_owned());

@@ -39,7 +39,7 @@ use crate::{
 const SPACE_EVERY: u64 = 32;
 
 /// The first pause after the log failed; doubled with each attempt that fails.
-const RETRY_FIRST: Duration = Duration::from_millis(50);
+pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(50);
 
 /// The longest pause between two attempts.
 const RETRY_MAX: Duration = Duration::from_secs(5);
