@@ -1,8 +1,8 @@
 //! Work whose instructions are counted: `cargo xtask instructions`.
 //!
 //! - A group on a clean network in virtual time. Everything follows from the seed, so a processor does the same each time.
-//! - Run under callgrind, which leaves out what runs inside of `turn_of_a_phone`: what is counted is the gateway, its half of
-//!   QUIC, the runtime and the simulated network. The kernel is not there.
+//! - Run under callgrind, whose profile tells what runs inside of `turn_of_a_phone` from the rest: the gateway, its half of QUIC, the
+//!   runtime and the simulated network. The kernel is not there.
 //! - Who wants the cost of a delivery runs it twice, with more and with fewer messages, and divides the difference.
 //!
 //! Not here: counting, and bars (`xtask`).
