@@ -533,7 +533,7 @@ proptest! {
 #[test]
 #[ignore = "a campaign: many more seeds than a test run has time for"]
 fn fault_campaign() {
-    let began = std::time::Instant::now();
+    let began = Instant::now();
     let from = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0);
     let mut failed = Vec::new();
     let mut done = 0;
