@@ -100,7 +100,7 @@ fn judge(now: f64, kept: Option<f64>) -> Judged {
 /// Something can't be built or run, or says nothing.
 pub(crate) fn count(workspace: &Workspace, keep: bool) -> anyhow::Result<Tally> {
     tool::ensure_compilers(workspace)?;
-    tool::ensure_package(workspace, "valgrind", "it counts instructions")?;
+    tool::ensure_package(workspace, "valgrind", "valgrind", "it counts instructions")?;
     let program = build(workspace)?;
     let file = workspace.root().join(KEPT);
     let kept = match std::fs::read_to_string(&file) {

@@ -8,6 +8,7 @@ mod footprint;
 mod fuzz;
 mod instructions;
 mod layering;
+mod profile;
 mod rig;
 mod run;
 mod sim;
@@ -21,6 +22,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 
+use crate::profile::ProfileArgs;
 use crate::rig::RigArgs;
 use crate::run::Workspace;
 use crate::sim::{BarsArgs, DaysArgs, SimArgs};
@@ -50,6 +52,7 @@ use crate::tally::Tally;
         cargo xtask days --only normal\n  \
         cargo xtask bench codec\n  \
         cargo xtask instructions --keep\n  \
+        cargo xtask profile fanout\n  \
         cargo xtask peers --only fulmar,mosquitto --work A"
 )]
 struct Cli {
@@ -139,6 +142,8 @@ enum Command {
         #[arg(long)]
         keep: bool,
     },
+    /// Draw a flame graph of the gateway at work, and list its busiest functions
+    Profile(ProfileArgs),
     /// Run the benchmarks, each beside the floor it is measured against
     Bench {
         /// Benchmark to run, by its name in benches/Cargo.toml; without it, all
@@ -236,6 +241,10 @@ fn carry_out(command: Command) -> anyhow::Result<bool> {
             Ok(true)
         }
         Command::Instructions { keep } => closed(instructions::count(&workspace, keep)?),
+        Command::Profile(args) => {
+            print(profile::draw(&workspace, args)?.trim_end());
+            Ok(true)
+        }
         Command::Bench { name, args } => {
             let mut command = workspace.cargo(["bench", "--package", "fulmar-benches"]);
             if let Some(name) = name {

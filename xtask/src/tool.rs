@@ -16,6 +16,8 @@ use crate::run::{Workspace, ask, run};
 #[derive(Debug)]
 pub(crate) struct Tool {
     package: &'static str,
+    /// A program it brings.
+    program: &'static str,
     /// Arguments after the program's name that make it tell its version.
     version_args: &'static [&'static str],
     /// Version that is installed if there is none or an old one.
@@ -30,6 +32,7 @@ pub(crate) struct Tool {
 /// Runs the tests.
 pub(crate) const NEXTEST: Tool = Tool {
     package: "cargo-nextest",
+    program: "cargo-nextest",
     version_args: &["nextest", "--version"],
     pinned: "0.9.151",
     at_least: [0, 9, 100],
@@ -40,6 +43,7 @@ pub(crate) const NEXTEST: Tool = Tool {
 /// Judges licences, bans, sources and advisories.
 pub(crate) const DENY: Tool = Tool {
     package: "cargo-deny",
+    program: "cargo-deny",
     version_args: &["--version"],
     pinned: "0.20.2",
     at_least: [0, 18, 6],
@@ -50,11 +54,23 @@ pub(crate) const DENY: Tool = Tool {
 /// Builds and runs fuzz targets.
 pub(crate) const FUZZ: Tool = Tool {
     package: "cargo-fuzz",
+    program: "cargo-fuzz",
     version_args: &["--version"],
     pinned: "0.13.2",
     at_least: [0, 13, 0],
     install_args: &[],
     minutes: "half a minute",
+};
+
+/// Draws flame graphs.
+pub(crate) const INFERNO: Tool = Tool {
+    package: "inferno",
+    program: "inferno-flamegraph",
+    version_args: &["--version"],
+    pinned: "0.12.8",
+    at_least: [0, 11, 0],
+    install_args: &[],
+    minutes: "one minute",
 };
 
 impl Tool {
@@ -64,7 +80,7 @@ impl Tool {
     /// When it is missing and can't be installed.
     pub(crate) fn ensure(&self, workspace: &Workspace) -> anyhow::Result<()> {
         // The folder of installed tools comes first in `PATH`, so one question covers both places.
-        let told = ask(workspace.command(self.package).args(self.version_args));
+        let told = ask(workspace.command(self.program).args(self.version_args));
         if told.as_deref().and_then(version).is_some_and(|found| found >= self.at_least) {
             return Ok(());
         }
@@ -122,12 +138,17 @@ pub(crate) fn ensure_compilers(workspace: &Workspace) -> anyhow::Result<()> {
     install(workspace, &["libc6-dev"], &missing, "SQLite, ring and libFuzzer are built from source")
 }
 
-/// Makes sure that there is a program that Debian has in a package of the same name.
+/// Makes sure that there is a program of Debian's.
 ///
 /// # Errors
 /// When it is missing and can't be installed without asking.
-pub(crate) fn ensure_package(workspace: &Workspace, package: &'static str, why: &str) -> anyhow::Result<()> {
-    if on_path(package).is_some() { Ok(()) } else { install(workspace, &[], &[package], why) }
+pub(crate) fn ensure_package(
+    workspace: &Workspace,
+    program: &str,
+    package: &'static str,
+    why: &str,
+) -> anyhow::Result<()> {
+    if on_path(program).is_some() { Ok(()) } else { install(workspace, &[], &[package], why) }
 }
 
 /// Installs packages, `besides` with them, where the system's package manager may be asked without a password.
