@@ -77,6 +77,12 @@ enum Place {
     Stray,
 }
 
+/// What the app is handed next.
+pub(super) const PAGE: &str =
+    "SELECT m.arrival, m.conversation, m.seq, m.sender, m.time, m.kind, m.flags, m.reference, m.first,
+         m.payload, u.name FROM messages m LEFT JOIN users u ON u.number = m.sender
+         WHERE m.arrival > ?1 AND m.flags & 1 = 0 ORDER BY m.arrival LIMIT ?2";
+
 impl Store {
     /// Stores a record, or notes that it is gone, and moves the cursor behind it.
     pub(crate) fn deliver(
@@ -290,11 +296,7 @@ impl Store {
 
     /// Messages after `arrival`, oldest first; few when they are large.
     pub(crate) fn page(&self, arrival: u64, limit: usize) -> Result<Vec<Received>, Error> {
-        let mut select = self.sql.prepare_cached(
-            "SELECT m.arrival, m.conversation, m.seq, m.sender, m.time, m.kind, m.flags, m.reference, m.first,
-                 m.payload, u.name FROM messages m LEFT JOIN users u ON u.number = m.sender
-                 WHERE m.arrival > ?1 AND m.flags & 1 = 0 ORDER BY m.arrival LIMIT ?2",
-        )?;
+        let mut select = self.sql.prepare_cached(PAGE)?;
         let limit = i64::try_from(limit).unwrap_or(i64::MAX);
         let mut rows = select.query(params![int(arrival), limit])?;
         let mut page = Vec::new();

@@ -14,6 +14,7 @@ use fulmar_protocol::{
     service::Roster,
 };
 use proptest::prelude::*;
+use rusqlite::StatementStatus;
 
 use super::{Db, Delivered, Draft, Marker, Outcome, Own, Store, schema};
 use crate::{
@@ -349,6 +350,20 @@ fn another_epoch_numbers_from_one_again_in_the_same_order() {
     store.enqueue(&to(9, "y")).unwrap();
     assert_eq!(lane(&store, 7)[2], (3, "d".to_owned()));
     assert_eq!(lane(&store, 9), [(1, "y".to_owned())]);
+}
+
+#[test]
+fn a_statement_is_prepared_once_whatever_it_is_asked() {
+    let store = memory();
+    for n in 1..=20 {
+        deliver(&store, record(7, n, 2, "hello"));
+    }
+    for from in 0..20 {
+        assert_eq!(store.page(from, 1).unwrap().len(), 1);
+    }
+    let page = store.sql.prepare_cached(super::inbox::PAGE).unwrap();
+    assert_eq!(page.get_status(StatementStatus::Run), 20, "it is the one that was asked");
+    assert_eq!(page.get_status(StatementStatus::RePrepare), 0);
 }
 
 #[test]
