@@ -8,6 +8,7 @@ mod footprint;
 mod fuzz;
 mod instructions;
 mod layering;
+mod load;
 mod profile;
 mod rig;
 mod run;
@@ -53,6 +54,7 @@ use crate::tally::Tally;
         cargo xtask bench codec\n  \
         cargo xtask instructions --keep\n  \
         cargo xtask profile fanout\n  \
+        cargo xtask load --phones 20000 --rate 0\n  \
         cargo xtask peers --only fulmar,mosquitto --work A"
 )]
 struct Cli {
@@ -151,6 +153,15 @@ enum Command {
         /// Passed on to the benchmark
         #[arg(last = true, value_name = "ARGS")]
         args: Vec<String>,
+    },
+    /// Thousands of phones against a gateway: `cargo xtask load --help` says what they can do
+    ///
+    /// What follows is passed on to `fulmar-load`, which is built first, as is the gateway, both for release.
+    #[command(disable_help_flag = true)]
+    Load {
+        /// Passed on
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<std::ffi::OsString>,
     },
     /// Measure Fulmar and other servers at the same work, side by side: `cargo xtask peers --help` says at which
     ///
@@ -254,6 +265,12 @@ fn carry_out(command: Command) -> anyhow::Result<bool> {
             }
             let status = command.arg("--").args(args).status().context("can't start cargo")?;
             Ok(status.success())
+        }
+        Command::Load { args } => {
+            let mut command = load::command(&workspace, args)?;
+            // In place of this process: whoever ends it means the generator.
+            let error = command.exec();
+            Err(error).context("the load generator can't be started")
         }
         Command::Peers { args } => {
             let packages = ["build", "--release", "--package", "fulmar-peers", "--package", "fulmar-gateway"];

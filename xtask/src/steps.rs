@@ -15,7 +15,7 @@ use crate::rig::RigArgs;
 use crate::run::{Workspace, on_ci, run as run_program};
 use crate::sim::SimArgs;
 use crate::tally::{Tally, of_libtest, of_nextest};
-use crate::{client_rig, fuzz, instructions, layering, rig, sim, tool};
+use crate::{client_rig, fuzz, instructions, layering, load, rig, sim, tool};
 
 /// Time of a whole run on two cores from an empty target folder; more is said aloud.
 const WHOLE_RUN: Duration = Duration::from_secs(60 * 60);
@@ -64,6 +64,8 @@ pub(crate) enum StepName {
     ClientKill,
     /// Worlds of the simulator
     Sim,
+    /// Many phones
+    Load,
     /// Short fuzzing
     Fuzz,
     /// Instructions per delivery
@@ -133,6 +135,11 @@ const STEPS: &[Step] = &[
         name: StepName::Sim,
         what: "2 000 whole worlds in virtual time: every promise is kept, and 1 % run twice to the same byte",
         run: |workspace, _| sim::worlds(workspace, 2_000, &SimArgs::default()),
+    },
+    Step {
+        name: StepName::Load,
+        what: "20 000 phones connected, ten pairs talk: nobody is refused, nothing is lost, idle ones take little memory",
+        run: |workspace, _| load::short(workspace),
     },
     Step { name: StepName::Fuzz, what: "each target of fuzz/Cargo.toml for 30 s", run: fuzz_shortly },
     Step {
