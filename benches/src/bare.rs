@@ -31,6 +31,9 @@ use tokio::sync::Mutex as AsyncMutex;
 /// Bytes of one of the floor's messages: a DELIVER with 128 bytes of payload has as many or a few less.
 pub const MESSAGE_BYTES: usize = 146;
 
+/// Bytes of packets that may wait in a client's socket, as far as the system allows.
+const RECEIVE_BYTES: usize = 4 * 1024 * 1024;
+
 /// What a receiver reads first, when the server knows it.
 pub const READY: u8 = b'!';
 
@@ -161,7 +164,11 @@ pub fn client_endpoint_with(tls: rustls::ClientConfig, local: Ipv4Addr) -> anyho
     // The gateway opens up to sixteen lanes and the backlog.
     transport.max_concurrent_uni_streams(32u8.into());
     config.transport_config(Arc::new(transport));
-    let mut endpoint = quinn::Endpoint::client(SocketAddr::from((local, 0)))?;
+    let socket = std::net::UdpSocket::bind(SocketAddr::from((local, 0)))?;
+    // Many phones share it: what comes for all of them at once must find room.
+    let _ = socket2::SockRef::from(&socket).set_recv_buffer_size(RECEIVE_BYTES);
+    let settings = quinn::EndpointConfig::default();
+    let mut endpoint = quinn::Endpoint::new(settings, None, socket, Arc::new(quinn::TokioRuntime))?;
     endpoint.set_default_client_config(config);
     Ok(endpoint)
 }

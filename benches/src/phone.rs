@@ -135,7 +135,8 @@ impl Phone {
     ) -> anyhow::Result<Self> {
         let config = ClientConfig::new(DeviceUid(uid.to_be_bytes()), DeviceClass::Phone);
         let half = Client::new(config, Restored::default());
-        Self::begin(half, Instant::now(), AuthProof::Token(token), endpoint, gateway).await
+        let begun = Self::begin(half, Instant::now(), AuthProof::Token(token), endpoint, gateway).await;
+        begun.map_err(|(_, error)| error)
     }
 
     async fn begin(
@@ -144,9 +145,16 @@ impl Phone {
         auth: AuthProof,
         endpoint: &quinn::Endpoint,
         gateway: SocketAddr,
-    ) -> anyhow::Result<Self> {
-        let connection = endpoint.connect(gateway, "localhost")?.await?;
-        let (send, recv) = connection.open_bi().await?;
+    ) -> Result<Self, (Box<Client>, anyhow::Error)> {
+        let opening = async {
+            let connection = endpoint.connect(gateway, "localhost")?.await?;
+            let streams = connection.open_bi().await?;
+            anyhow::Ok((connection, streams))
+        };
+        let (connection, (send, recv)) = match opening.await {
+            Ok(opened) => opened,
+            Err(error) => return Err((Box::new(half), error)),
+        };
         half.connect(auth, NetworkHint::default(), begin.elapsed());
         let (accepting, datagram) = (accept(&connection), receive(&connection));
         let mut phone = Self {
@@ -169,14 +177,17 @@ impl Phone {
             newest: HashMap::new(),
             ticket: Bytes8::default(),
         };
-        phone.ticket = phone
-            .answer(|output| match output {
-                Output::Welcomed(welcome) => Some(welcome.ticket.clone()),
-                _ => None,
-            })
-            .await
-            .context("no WELCOME")?;
-        Ok(phone)
+        let welcomed = phone.answer(|output| match output {
+            Output::Welcomed(welcome) => Some(welcome.ticket.clone()),
+            _ => None,
+        });
+        match welcomed.await.context("no WELCOME") {
+            Ok(ticket) => {
+                phone.ticket = ticket;
+                Ok(phone)
+            }
+            Err(error) => Err((Box::new(phone.leave().half), error)),
+        }
     }
 
     /// Leaves this connection, and makes the next one with what it knows: its ticket, its cursors, what is not acked.
@@ -184,7 +195,7 @@ impl Phone {
     /// # Errors
     /// It was not let in.
     pub async fn reconnect(self, endpoint: &quinn::Endpoint, gateway: SocketAddr) -> anyhow::Result<Self> {
-        self.leave().reconnect(endpoint, gateway).await
+        self.leave().reconnect(endpoint, gateway).await.map_err(|(_, error)| error)
     }
 
     /// Leaves this connection.
@@ -427,11 +438,17 @@ impl Away {
     /// Connects again.
     ///
     /// # Errors
-    /// It was not let in.
-    pub async fn reconnect(self, endpoint: &quinn::Endpoint, gateway: SocketAddr) -> anyhow::Result<Phone> {
+    /// It was not let in; it may try again.
+    pub async fn reconnect(
+        self,
+        endpoint: &quinn::Endpoint,
+        gateway: SocketAddr,
+    ) -> Result<Phone, (Self, anyhow::Error)> {
         let Self { half, begin, lanes, newest, ticket } = self;
-        let next = Phone::begin(half, begin, AuthProof::Ticket(ticket), endpoint, gateway).await?;
-        Ok(Phone { lanes, newest, ..next })
+        match Phone::begin(half, begin, AuthProof::Ticket(ticket.clone()), endpoint, gateway).await {
+            Ok(next) => Ok(Phone { lanes, newest, ..next }),
+            Err((half, error)) => Err((Self { half: *half, begin, lanes, newest, ticket }, error)),
+        }
     }
 }
 

@@ -38,6 +38,15 @@ use crate::{
 /// Handshakes of one thread at the same time; those that wait for their turn are counted from when they were due.
 const HANDSHAKES: usize = 256;
 
+/// The first pause of a phone that was turned away in a storm, on average.
+const PAUSE_MIN: Duration = Duration::from_millis(200);
+
+/// The longest one.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// How long it tries.
+const PERSISTENCE: Duration = Duration::from_secs(60);
+
 /// Messages that may wait for one phone's window. What comes beyond is not sent, and counted as due.
 const OUTBOX_MAX: usize = 4_096;
 
@@ -112,6 +121,8 @@ pub(crate) struct Common {
     pub(crate) number: AtomicU64,
     /// Deliveries that must come of what was sent.
     pub(crate) expected: AtomicU64,
+    /// Phones that a storm took, and that are not back.
+    pub(crate) away: AtomicU64,
     /// The last recipients.
     pub(crate) lasts: Lasts,
 }
@@ -315,8 +326,10 @@ impl Part {
         let Some((after, percent)) = self.orders.storm else { return };
         self.until(from + after).await;
         for (phone, seat) in seats.iter() {
-            // As for slow readers, by another factor: the two are not the same phones.
-            if phone.wrapping_mul(41) % 100 < percent && !self.orders.shape.is_slow(*phone) {
+            // As for slow readers, by another factor: the two are not the same phones. Where few of many talk, they go on.
+            let talks = self.orders.shape.pairs.is_some_and(|pairs| *phone < 2 * pairs);
+            if phone.wrapping_mul(41) % 100 < percent && !self.orders.shape.is_slow(*phone) && !talks {
+                self.common.away.fetch_add(1, Ordering::Relaxed);
                 seat.orders.borrow_mut().push_back(Order::Reconnect(from + after));
                 seat.wake.notify_one();
             }
@@ -413,11 +426,30 @@ impl User {
         Ok(phone)
     }
 
+    /// Comes back, at once: a storm takes no turns. Who is turned away waits twice as long each time, as phones do, and not all as
+    /// long as each other.
     async fn again(&self, phone: Phone, due: Duration) -> anyhow::Result<Phone> {
-        let _turn = self.turns.acquire().await?;
-        let phone = phone.reconnect(&self.socket, self.part.orders.gateway).await?;
+        let mut away = phone.leave();
+        let mut pause = PAUSE_MIN;
+        let phone = loop {
+            let error = match away.reconnect(&self.socket, self.part.orders.gateway).await {
+                Ok(phone) => break phone,
+                Err((still, error)) => {
+                    away = still;
+                    error
+                }
+            };
+            if self.part.now().saturating_sub(due) > PERSISTENCE {
+                return Err(error.context("it never got back in"));
+            }
+            self.part.tally.note(|counts, _| counts.turned_away += 1);
+            let share = f64::from(self.phone.wrapping_mul(2_654_435_761) >> 16) / 65_536.0;
+            tokio::time::sleep(pause.mul_f64(0.5 + share)).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        };
         let took = self.part.now().saturating_sub(due);
-        self.part.tally.note(|counts, _| counts.connect.add(took));
+        self.part.tally.note(|counts, _| counts.back.add(took));
+        self.part.common.away.fetch_sub(1, Ordering::Relaxed);
         Ok(phone)
     }
 
@@ -524,6 +556,7 @@ impl User {
                 let took = part.now().saturating_sub(due);
                 let counts = part.counts(due);
                 let is_slow = part.orders.shape.is_slow(self.phone);
+                let stormy = part.common.away.load(Ordering::Relaxed) > 0;
                 let was_last = counts && !is_slow && part.common.lasts.reached(stamp.number);
                 part.tally.note(|tally, recent| {
                     tally.disordered += u64::from(!in_order);
@@ -536,6 +569,8 @@ impl User {
                     if counts {
                         tally.delivered += 1;
                         tally.delivery.add(took);
+                        let weather = if stormy { &mut tally.stormy } else { &mut tally.calm };
+                        weather.add(took);
                     }
                     if was_last {
                         tally.last.add(took);

@@ -52,6 +52,8 @@ Examples:
   fulmar-load --phones 20000 --pairs 10 --rate 50          10 pairs talk, everybody else is idle
   fulmar-load --slow 30 --slow-bytes 1024                  a third reads 1 KiB a second
   fulmar-load --storm 10 --storm-percent 100               everybody comes back at once after 10 s
+  fulmar-load --phones 10040 --pairs 20 --rate 200 --storm 5
+                                                           who talks goes on while 10 000 come back
   fulmar-load --to 127.0.0.1:4433 --data ./data --pid 77   a gateway that runs already
 
 The gateway is started for the run, in a process of its own and with an empty folder, unless --to is given. On
@@ -524,10 +526,13 @@ impl<'a> Play<'a> {
         }
         let seconds = after.at.saturating_sub(before.at).as_secs_f64();
         let waiting = Instant::now();
-        while self.missing() > 0 && waiting.elapsed() < LATE {
+        loop {
+            let (missing, away) = (self.missing(), self.common.away.load(Ordering::Relaxed));
+            if (missing == 0 && away == 0) || waiting.elapsed() >= LATE {
+                break;
+            }
             std::thread::park_timeout(Duration::from_millis(50));
-            let missing = self.missing();
-            self.progress(&format!("waiting for {missing} deliveries"));
+            self.progress(&format!("waiting for {missing} deliveries, and {away} phones to come back"));
         }
         // What acknowledges the last deliveries belongs to them; what the gateway did long after the measured time does not.
         if waiting.elapsed() < Duration::from_secs(1) {

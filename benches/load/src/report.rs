@@ -77,13 +77,16 @@ const SHARES: [(&str, f64); 5] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p
 
 impl Run {
     /// The kinds of times there are, with their names.
-    pub(crate) fn times(&self) -> [(&'static str, &Times); 5] {
+    pub(crate) fn times(&self) -> [(&'static str, &Times); 8] {
         let counts = &self.counts;
         [
             ("send to durable ack", &counts.ack),
             ("send to each recipient", &counts.delivery),
             ("send to the last recipient", &counts.last),
             ("wish to connect to WELCOME", &counts.connect),
+            ("lost in a storm to WELCOME", &counts.back),
+            ("… deliveries meanwhile", &counts.stormy),
+            ("… deliveries otherwise", if counts.back.is_empty() { &counts.back } else { &counts.calm }),
             ("generator's lateness", &counts.late),
         ]
     }
@@ -175,6 +178,9 @@ impl Run {
                 f64::from(self.phones) / self.connecting.as_secs_f64().max(1e-9)
             ),
         );
+        if counts.turned_away > 0 {
+            row("turned away in a storm", format!("{} attempts, which were made again", counts.turned_away));
+        }
         if let (Some(memory), Some([connected, end])) = (self.memory, self.per_phone()) {
             row(
                 "gateway's memory",
@@ -242,6 +248,7 @@ impl Run {
             "due": counts.due, "sent": counts.sent, "acked": counts.acked,
             "delivered": counts.delivered, "delivered_slowly": counts.delivered_slowly,
             "missing": self.missing, "disordered": counts.disordered, "refused": counts.refused, "waited": counts.waited,
+            "turned_away": counts.turned_away,
             "deliveries_per_second": self.deliveries_per_second(),
             "gateway_cpu_s": self.cpu.map(|cpu| cpu.as_secs_f64()),
             "cpu_us_per_delivery": self.per(self.cpu, counts.delivered),

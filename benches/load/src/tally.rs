@@ -43,6 +43,14 @@ pub(crate) struct Counts {
     pub(crate) late: Times,
     /// From the wish to connect to the WELCOME.
     pub(crate) connect: Times,
+    /// From the loss of a connection in a storm to the next WELCOME, the times it was turned away included.
+    pub(crate) back: Times,
+    /// Of `delivery`, what was delivered while phones were on their way back in a storm, and all else.
+    pub(crate) stormy: Times,
+    /// See `stormy`.
+    pub(crate) calm: Times,
+    /// Attempts in a storm that were turned away, after which the phone tried again.
+    pub(crate) turned_away: u64,
     /// Connects that failed.
     pub(crate) refused: u64,
     /// The first failure, in words.
@@ -65,6 +73,10 @@ impl Counts {
         self.last.append(&other.last);
         self.late.append(&other.late);
         self.connect.append(&other.connect);
+        self.back.append(&other.back);
+        self.stormy.append(&other.stormy);
+        self.calm.append(&other.calm);
+        self.turned_away += other.turned_away;
         if self.refusal.is_none() {
             self.refusal.clone_from(&other.refusal);
         }

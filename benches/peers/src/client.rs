@@ -205,7 +205,8 @@ impl Door {
         let entering = async {
             Ok(match left {
                 Left::Phone(phone) => {
-                    Client::Fulmar(Box::new(phone.reconnect(self.socket()?, self.address).await?))
+                    let back = phone.reconnect(self.socket()?, self.address).await;
+                    Client::Fulmar(Box::new(back.map_err(|(_, error)| error)?))
                 }
                 Left::Name if self.protocol == Protocol::Jetstream => {
                     let mut client = Nats::connect(self.wire().await?, &user(number), true).await?;
