@@ -5,6 +5,9 @@
 //!   connection id ([`super::steering`]). Sockets stand in the order of the cores as long as all of them are open.
 //! - Where that can't be had there is one socket, and the reason.
 //!
+//! - Each has room for as much as comes in some hundred milliseconds, as far as the system allows (`net.core.rmem_max`). With the room it
+//!   gives by itself, a few hundred packets, those of phones that come all at once pushed out everybody else's.
+//!
 //! Not here: what is read from them (`endpoint`).
 
 use std::{
@@ -14,12 +17,16 @@ use std::{
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
+/// Bytes of packets that may wait in a socket to be read; the system counts about two for each byte that came.
+const RECEIVE_BYTES: usize = 4 * 1024 * 1024;
+
 /// Takes `address` for as many cores. One socket in place of several comes with the reason.
 ///
 /// # Errors
 /// The address can't be taken at all.
 pub fn bind(address: SocketAddr, cores: u16) -> io::Result<(Vec<UdpSocket>, Option<io::Error>)> {
     let first = UdpSocket::bind(address)?;
+    make_room(&first);
     if cores <= 1 {
         return Ok((vec![first], None));
     }
@@ -45,9 +52,16 @@ fn share(first: &UdpSocket, cores: u16) -> io::Result<Vec<UdpSocket>> {
             // There is a group now, and it steers before anybody else is in it.
             system::steer(first, cores)?;
         }
-        others.push(UdpSocket::from(socket));
+        let socket = UdpSocket::from(socket);
+        make_room(&socket);
+        others.push(socket);
     }
     Ok(others)
+}
+
+fn make_room(socket: &UdpSocket) {
+    // Less room is no reason not to serve; the system gives what it may.
+    let _ = SockRef::from(socket).set_recv_buffer_size(RECEIVE_BYTES);
 }
 
 #[cfg(target_os = "linux")]
@@ -117,6 +131,19 @@ mod tests {
     use super::*;
 
     const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+    #[test]
+    fn a_socket_has_the_room_the_system_allows() {
+        let room = |socket: &UdpSocket| SockRef::from(socket).recv_buffer_size().unwrap();
+        let plain = UdpSocket::bind(LOOPBACK).unwrap();
+        let by_itself = room(&plain);
+        SockRef::from(&plain).set_recv_buffer_size(RECEIVE_BYTES).unwrap();
+        assert!(room(&plain) > by_itself, "this system gives no more than it gives by itself");
+        for cores in [1, 3] {
+            let (sockets, _) = bind(LOOPBACK, cores).unwrap();
+            assert!(sockets.iter().all(|socket| room(socket) == room(&plain)));
+        }
+    }
 
     #[test]
     fn an_address_is_taken_once_however_many_cores_share_it() {

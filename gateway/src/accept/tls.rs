@@ -20,6 +20,8 @@ use fulmar_protocol::version::ALPN;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, EndpointConfig, MtuDiscoveryConfig, ServerConfig, VarInt};
 use ring::{hkdf, hmac};
+use rustls::CipherSuite;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
@@ -173,13 +175,20 @@ impl TimeProvider for GroundTime {
     }
 }
 
+/// Ring, without AES-256: rustls' clients would choose it, its key schedule hashes with SHA-384, for which processors have no
+/// instructions, and its packets take more. AES-128 every implementation must have (RFC 8446 section 9.1); who prefers ChaCha20 gets it.
+fn provider() -> CryptoProvider {
+    let mut provider = rustls::crypto::ring::default_provider();
+    provider.cipher_suites.retain(|suite| suite.suite() != CipherSuite::TLS13_AES_256_GCM_SHA384);
+    provider
+}
+
 /// TLS as phones meet it.
 ///
 /// # Errors
 /// The cryptography this was built with lacks TLS 1.3.
 pub fn tls_config(tls: &TlsConfig, certificate: Arc<Certificate>) -> Result<rustls::ServerConfig, TlsError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let mut config = rustls::ServerConfig::builder_with_details(provider, Arc::new(GroundTime))
+    let mut config = rustls::ServerConfig::builder_with_details(Arc::new(provider()), Arc::new(GroundTime))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|e| TlsError(format!("TLS 1.3 is not available: {e}")))?
         .with_no_client_auth()
