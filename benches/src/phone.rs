@@ -24,12 +24,15 @@ use fulmar_gateway::{
     identity::token::{Mint, mint},
 };
 use fulmar_protocol::{
+    close::Retry,
     frame::{
-        AuthProof, Bytes8, CallStatus, Channel, Decoder, Deliver, NetworkHint, OpenTarget, RecordKind, Send,
-        SendRefused, StreamHeader,
+        AuthProof, Bytes8, CallStatus, Channel, Decoder, Deliver, Frame, NetworkHint, OpenTarget, RecordKind,
+        Send, SendRefused, StreamHeader,
     },
-    id::{ConversationId, DeviceClass, DeviceUid, Pseq, Seq, UnixMillis},
-    service::{self, ChangeMembers, CreateGroup, GroupCreated, MembersChanged, Method},
+    id::{ConversationId, DeviceClass, DeviceUid, Pseq, Seq, UnixMillis, UserId},
+    service::{
+        self, ChangeMembers, CreateGroup, GroupCreated, ListMembers, MemberPage, MembersChanged, Method,
+    },
     session::client::{Client, ClientConfig, Output, Restored},
 };
 
@@ -62,9 +65,17 @@ impl Tokens {
     /// # Errors
     /// The name may not be.
     pub fn mint(&self, user: &str) -> anyhow::Result<String> {
+        self.mint_for(DEMO_APP, user)
+    }
+
+    /// The same, of another app that takes tokens of the development key.
+    ///
+    /// # Errors
+    /// The name may not be.
+    pub fn mint_for(&self, app: &str, user: &str) -> anyhow::Result<String> {
         let now = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis())?;
         let now = UnixMillis::new(now).context("the clock is beyond the end of time")?;
-        Ok(mint(&self.0, Mint { app: DEMO_APP, issuer: DEV_ISSUER, user, ttl_s: 3_600 }, now)?)
+        Ok(mint(&self.0, Mint { app, issuer: DEV_ISSUER, user, ttl_s: 3_600 }, now)?)
     }
 }
 
@@ -114,6 +125,16 @@ pub struct Phone {
     newest: HashMap<ConversationId, Seq>,
     /// What the next connection proves itself with.
     ticket: Bytes8,
+    watched: Watched,
+}
+
+/// What happened to sends that the protocol's half deals with by itself.
+#[derive(Debug, Default)]
+struct Watched {
+    /// When each send left for the last time, if anybody asks.
+    left: Option<HashMap<(ConversationId, Pseq), Instant>>,
+    /// Sends that were refused for now.
+    put_off: u64,
 }
 
 impl core::fmt::Debug for Phone {
@@ -176,6 +197,7 @@ impl Phone {
             lanes: HashMap::new(),
             newest: HashMap::new(),
             ticket: Bytes8::default(),
+            watched: Watched::default(),
         };
         let welcomed = phone.answer(|output| match output {
             Output::Welcomed(welcome) => Some(welcome.ticket.clone()),
@@ -250,6 +272,22 @@ impl Phone {
         Ok(taken.then_some(pseq))
     }
 
+    /// Keeps when sends leave from now on; whoever calls this asks for each by [`Self::left`].
+    pub fn watch_sends(&mut self) {
+        self.watched.left.get_or_insert_default();
+    }
+
+    /// When an acked send had left, for the last time if the gateway did not take it before. Answers once.
+    pub fn left(&mut self, conversation: ConversationId, pseq: Pseq) -> Option<Instant> {
+        self.watched.left.as_mut()?.remove(&(conversation, pseq))
+    }
+
+    /// Sends that were refused for now since the last call. They leave again by themselves when the time has come that they
+    /// were told.
+    pub fn take_put_off(&mut self) -> u64 {
+        std::mem::take(&mut self.watched.put_off)
+    }
+
     /// Sends that are not acked.
     #[must_use]
     pub fn unacked(&self) -> usize {
@@ -281,11 +319,29 @@ impl Phone {
         let body = service::encode(&CreateGroup { name: name.to_owned(), members: first });
         let group: GroupCreated = self.call(Method::CreateGroup, body).await?;
         for page in pages {
-            let change = ChangeMembers { conversation: group.conversation, members: page.to_vec() };
-            let changed: MembersChanged = self.call(Method::AddMembers, service::encode(&change)).await?;
-            anyhow::ensure!(changed.changed as usize == page.len(), "only {} were added", changed.changed);
+            self.add_members(group.conversation, page).await?;
         }
         Ok(group.conversation)
+    }
+
+    /// Adds members to a group of ours, at most [`service::PAGE_MAX`] at once.
+    ///
+    /// # Errors
+    /// It was refused, or some were members before.
+    pub async fn add_members(&mut self, to: ConversationId, members: &[String]) -> anyhow::Result<()> {
+        let change = ChangeMembers { conversation: to, members: members.to_vec() };
+        let changed: MembersChanged = self.call(Method::AddMembers, service::encode(&change)).await?;
+        anyhow::ensure!(changed.changed as usize == members.len(), "only {} were added", changed.changed);
+        Ok(())
+    }
+
+    /// A page of a conversation's members: those after `after`, in the order of their numbers.
+    ///
+    /// # Errors
+    /// It was refused.
+    pub async fn members(&mut self, of: ConversationId, after: UserId) -> anyhow::Result<MemberPage> {
+        let page = ListMembers { conversation: of, after };
+        self.call(Method::ListMembers, service::encode(&page)).await
     }
 
     async fn call<T: serde::de::DeserializeOwned>(
@@ -363,7 +419,12 @@ impl Phone {
         while let Some(output) = self.half.poll_output() {
             match output {
                 Output::Transmit(Channel::Control, frame) => frame.encode(&mut self.control.bytes),
-                Output::Transmit(Channel::Uplink, frame) => frame.encode(&mut self.uplink.bytes),
+                Output::Transmit(Channel::Uplink, frame) => {
+                    if let (Frame::Send(send), Some(left)) = (&frame, &mut self.watched.left) {
+                        left.insert((send.conversation, send.pseq), Instant::now());
+                    }
+                    frame.encode(&mut self.uplink.bytes);
+                }
                 // Full, or not supported: it is lost, as datagrams may be.
                 Output::Transmit(Channel::Datagram, frame) => {
                     let _ = self.connection.send_datagram(frame.to_bytes());
@@ -412,7 +473,7 @@ impl Phone {
                 Poll::Ready(anyhow::Ok(Bytes::copy_from_slice(buffer.get(..read).unwrap_or_default())))
             });
             let Poll::Ready(bytes) = read else { continue };
-            incoming.take(bytes?, &mut self.half, now)?;
+            incoming.take(bytes?, &mut self.half, &mut self.watched, now)?;
             moved = true;
         }
         if moved { Poll::Ready(Ok(())) } else { Poll::Pending }
@@ -458,7 +519,13 @@ fn accept(connection: &quinn::Connection) -> Accepting {
 }
 
 impl Incoming {
-    fn take(&mut self, bytes: Bytes, half: &mut Client, now: Duration) -> anyhow::Result<()> {
+    fn take(
+        &mut self,
+        bytes: Bytes,
+        half: &mut Client,
+        watched: &mut Watched,
+        now: Duration,
+    ) -> anyhow::Result<()> {
         self.decoder.push(bytes);
         let channel = match self.channel {
             Some(channel) => channel,
@@ -474,6 +541,9 @@ impl Incoming {
             }
         };
         while let Some(frame) = self.decoder.next()? {
+            if let Frame::SendRefused(refused) = &frame {
+                watched.put_off += u64::from(refused.code.retry() != Retry::Never);
+            }
             half.handle(channel, frame, now)?;
         }
         Ok(())

@@ -314,6 +314,9 @@ section! {
         /// Members above which a conversation is not kept as changed for each device that is away, but looked at whenever
         /// a device of a member comes back.
         away_members: usize = 500, 1..=1_000_000;
+        /// Milliseconds a send may have to wait for its turn at the log while more come than can be written. What would wait for
+        /// longer is refused before anything is decided about it, and comes again after a time it is told.
+        send_wait_ms: u32 = 100, 5..=60_000;
         /// Open files the process asks the system for at start, as far as the hard limit allows. QUIC connections share
         /// one; the log takes some per shard.
         open_files: u64 = 8_192, 256..=1_048_576;
@@ -368,7 +371,7 @@ section! {
         /// Bytes a conversation keeps for its readers at most.
         ring_bytes: usize = 262_144, 32_768..=67_108_864;
         /// Members up to which everybody online gets messages as they come; above, those who do not have the
-        /// conversation open are told its head once per `head_interval_ms`.
+        /// conversation open are told its head once per `head_interval_ms`, until there are less than nine tenths.
         inline_members_max: u64 = 10_000, 1..=1_000_000;
         /// Milliseconds between two heads of one large conversation.
         head_interval_ms: u64 = 1_000, 50..=60_000;

@@ -38,7 +38,7 @@ use crate::{
     context::{Context, LOOKS_AT_ONCE},
     conversation::{
         route::Route,
-        shard::{self, CommitLog, ShardHandle, ShardLimits, Worker, repair_links},
+        shard::{self, CommitLog, IntakeLimits, ShardHandle, ShardLimits, Worker, repair_links},
     },
     cores::{Cores, GOODBYE, Post},
     data_folder::{DataFolder, FolderLock},
@@ -575,6 +575,7 @@ fn shard_limits(config: &Config) -> ShardLimits {
             marks: config.limits.away_conversations,
             members: config.limits.away_members,
         },
+        intake: IntakeLimits::waiting_for(Duration::from_millis(config.limits.send_wait_ms.into())),
         cursor_delay: Duration::from_millis(config.receipts.persist_ms),
     }
 }

@@ -155,6 +155,8 @@ metrics! {
     sends_repeated: Counter = Counter::default(), None;
     /// Sends that were refused, by reason.
     sends_refused: Family<Reason, Counter> = Family::default(), None;
+    /// Sends that were refused because they would have waited for too long, by reason: `late`, `full` or `follows` (one that was).
+    sends_turned_away: Family<Reason, Counter> = Family::default(), None;
     /// Group commits.
     commits: Counter = Counter::default(), None;
     /// Group commits that failed; nothing of them is in the log.
@@ -263,6 +265,11 @@ impl Metrics {
     /// Counts a refused send.
     pub fn send_refused(&self, reason: &'static str) {
         self.sends_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Counts a send that was refused because it would have waited for too long.
+    pub fn send_turned_away(&self, reason: &'static str) {
+        self.sends_turned_away.get_or_create(&Reason { reason }).inc();
     }
 
     /// Says whether a shard's log can be written.

@@ -28,7 +28,7 @@ use fulmar_gateway::{
     conversation::{
         Command, GroupRequest, LoginRequest, MembersRequest,
         route::{Named, Route},
-        shard::{self, CommitLog, ShardHandle, ShardLimits, Worker, carry_link},
+        shard::{self, CommitLog, IntakeLimits, ShardHandle, ShardLimits, Worker, carry_link},
     },
     fanout::{
         owed::{Owed, Settled},
@@ -135,6 +135,7 @@ fn limits(away: AwayLimits) -> ShardLimits {
         inline_members_max: 100,
         receipts_members_max: 2,
         away,
+        intake: IntakeLimits::waiting_for(Duration::from_secs(5)),
         cursor_delay: Duration::from_millis(500),
     }
 }

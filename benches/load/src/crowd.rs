@@ -31,7 +31,7 @@ use tokio::{
 };
 
 use crate::{
-    plan::{Bodies, Lengths, Shape, Stamp, Talk, absent_user, user},
+    plan::{Bodies, Lengths, Shape, Stamp, Talk, absent_user, app_name, user},
     tally::{Lasts, Tally},
 };
 
@@ -47,9 +47,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How long it tries.
 const PERSISTENCE: Duration = Duration::from_secs(60);
 
-/// Messages that may wait for one phone's window. What comes beyond is not sent, and counted as due.
-const OUTBOX_MAX: usize = 4_096;
-
 /// How often a thread looks whether it is late.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -63,6 +60,8 @@ pub(crate) enum Phase {
     /// Talk, from these times after the beginning on: when the first message is due, when measuring begins, when the last is
     /// due.
     Talk(Duration, Duration, Duration),
+    /// Slow readers read on as fast as they can.
+    CatchUp,
     /// It is over.
     End,
 }
@@ -82,8 +81,12 @@ pub(crate) struct Orders {
     pub(crate) shape: Shape,
     /// The conversations.
     pub(crate) talks: Vec<Talk>,
-    /// Messages a second, of all.
-    pub(crate) rate: f64,
+    /// Messages a second: of all, or of each app's senders.
+    pub(crate) rates: Vec<f64>,
+    /// From when to when it is how many times as many, after the beginning of measuring.
+    pub(crate) surge: Option<(Duration, Duration, f64)>,
+    /// Messages that may wait for one phone's window. What comes beyond is not sent, and counted as due.
+    pub(crate) outbox: usize,
     /// How they are spread.
     pub(crate) arrivals: Arrivals,
     /// How long they are.
@@ -123,6 +126,8 @@ pub(crate) struct Common {
     pub(crate) expected: AtomicU64,
     /// Phones that a storm took, and that are not back.
     pub(crate) away: AtomicU64,
+    /// Deliveries that slow readers must get in the end, those outside the measured time included.
+    pub(crate) expected_slowly: AtomicU64,
     /// The last recipients.
     pub(crate) lasts: Lasts,
 }
@@ -302,12 +307,14 @@ impl Part {
         let talk = |phase| match phase {
             Phase::Talk(first, from, until) => Some(Some((first, from, until))),
             Phase::End => Some(None),
-            Phase::Connect | Phase::SetUp => None,
+            Phase::Connect | Phase::SetUp | Phase::CatchUp => None,
         };
         if let Some(Some((first, from, until))) = self.reach(talk).await {
             let storm = Rc::clone(&self).storm(Rc::clone(&seats), from);
             tokio::task::spawn_local(storm);
-            self.conduct(&seats, first, until).await;
+            let apps = 0..self.orders.rates.len();
+            let conducting = apps.map(|app| self.conduct(&seats, app, first, from, until));
+            futures_util::future::join_all(conducting).await;
             self.reach(|phase| (phase == Phase::End).then_some(())).await;
         }
         Ok(())
@@ -336,34 +343,59 @@ impl Part {
         }
     }
 
-    /// Hands over what is due.
-    async fn conduct(&self, seats: &HashMap<u32, Rc<Seat>>, first: Duration, until: Duration) {
+    /// Hands over what is due to the senders of an app.
+    async fn conduct(
+        &self,
+        seats: &HashMap<u32, Rc<Seat>>,
+        app: usize,
+        first: Duration,
+        from: Duration,
+        until: Duration,
+    ) {
         // Who sends here: (phone, conversation).
         let mut senders = Vec::new();
         let mut all = 0usize;
         for (number, talk) in self.orders.talks.iter().enumerate() {
-            all += talk.senders.len();
-            senders.extend(
-                talk.senders.iter().filter(|phone| seats.contains_key(phone)).map(|phone| (*phone, number)),
-            );
+            let of_app = || talk.senders.iter().filter(|phone| self.orders.shape.app(**phone) == app);
+            all += of_app().count();
+            senders.extend(of_app().filter(|phone| seats.contains_key(phone)).map(|phone| (*phone, number)));
         }
         let share = senders.len() as f64 / all.max(1) as f64;
+        let rate = self.orders.rates.get(app).copied().unwrap_or_default() * share;
         let seed = self.orders.seed.wrapping_mul(31).wrapping_add(u64::from(self.ordinal));
-        let Some(mut schedule) = Schedule::new(self.orders.arrivals, self.orders.rate * share, first, seed)
-        else {
+        let seed = seed.wrapping_add((app as u64) << 32);
+        let surge = self.orders.surge.map(|(begin, end, factor)| (from + begin, from + end, factor));
+        let factor = surge.map_or(1.0, |(_, _, factor)| factor.max(1.0));
+        // In a surge all of them count, else so many of them.
+        let Some(mut schedule) = Schedule::new(self.orders.arrivals, rate * factor, first, seed) else {
             return;
         };
+        let mut credit = 0.0;
         while schedule.peek() < until {
             self.until(schedule.peek()).await;
             let now = self.now();
             while schedule.peek() < until.min(now) {
                 let due = schedule.take();
-                let Some((phone, talk)) = senders.get(schedule.turn(senders.len())) else { continue };
+                let turn = schedule.turn(senders.len());
+                let in_surge = surge.is_some_and(|(begin, end, _)| due >= begin && due < end);
+                credit += if in_surge { 1.0 } else { 1.0 / factor };
+                if credit < 1.0 - 1e-9 {
+                    continue;
+                }
+                credit -= 1.0;
+                let Some((phone, talk)) = senders.get(turn) else { continue };
                 let Some(seat) = seats.get(phone) else { continue };
                 let counts = self.counts(due);
-                self.tally.note(|tally, _| tally.due += u64::from(counts));
                 let mut outbox = seat.outbox.borrow_mut();
-                if outbox.len() < OUTBOX_MAX {
+                let room = outbox.len() < self.orders.outbox;
+                self.tally.note(|tally, _| {
+                    tally.due += u64::from(counts);
+                    tally.given_up += u64::from(counts && !room);
+                    if let Some(of_app) = tally.of_app(app) {
+                        of_app.due += u64::from(counts);
+                    }
+                });
+                if room {
                     let number = self.common.number.fetch_add(1, Ordering::Relaxed);
                     outbox.push_back(Due { talk: *talk, at: due, number, waited: false });
                     seat.wake.notify_one();
@@ -418,9 +450,11 @@ impl User {
 
     async fn connect(&self, due: Duration) -> anyhow::Result<Phone> {
         let _turn = self.turns.acquire().await?;
-        let token = self.tokens.mint(&user(self.phone))?;
+        let app = app_name(self.part.orders.shape.app(self.phone));
+        let token = self.tokens.mint_for(&app, &user(self.phone))?;
         let uid = (u128::from(self.part.orders.run) << 64) | (u128::from(self.phone) + 1);
-        let phone = Phone::connect(&self.socket, self.part.orders.gateway, token, uid).await?;
+        let mut phone = Phone::connect(&self.socket, self.part.orders.gateway, token, uid).await?;
+        phone.watch_sends();
         let took = self.part.now().saturating_sub(due);
         self.part.tally.note(|counts, _| counts.connect.add(took));
         Ok(phone)
@@ -431,7 +465,7 @@ impl User {
     async fn again(&self, phone: Phone, due: Duration) -> anyhow::Result<Phone> {
         let mut away = phone.leave();
         let mut pause = PAUSE_MIN;
-        let phone = loop {
+        let mut phone = loop {
             let error = match away.reconnect(&self.socket, self.part.orders.gateway).await {
                 Ok(phone) => break phone,
                 Err((still, error)) => {
@@ -447,6 +481,7 @@ impl User {
             tokio::time::sleep(pause.mul_f64(0.5 + share)).await;
             pause = (pause * 2).min(PAUSE_MAX);
         };
+        phone.watch_sends();
         let took = self.part.now().saturating_sub(due);
         self.part.tally.note(|counts, _| counts.back.add(took));
         self.part.common.away.fetch_sub(1, Ordering::Relaxed);
@@ -469,7 +504,7 @@ impl User {
                 () = self.seat.wake.notified() => continue,
                 seen = phone.next() => seen?,
             };
-            let bytes = self.take(seen);
+            let bytes = self.take(seen, phone);
             let talking = matches!(*self.part.phase.borrow(), Phase::Talk(..));
             if is_slow
                 && talking
@@ -484,9 +519,13 @@ impl User {
     async fn stall(&self, bytes: usize) {
         let rate = self.part.orders.slow_bytes;
         if rate == 0 {
-            self.part.reach(|phase| (phase == Phase::End).then_some(())).await;
+            self.part.reach(|phase| matches!(phase, Phase::CatchUp | Phase::End).then_some(())).await;
         } else {
-            tokio::time::sleep(Duration::from_secs_f64(bytes as f64 / f64::from(rate))).await;
+            let pause = tokio::time::sleep(Duration::from_secs_f64(bytes as f64 / f64::from(rate)));
+            tokio::select! {
+                () = pause => {}
+                _ = self.part.reach(|phase| matches!(phase, Phase::CatchUp | Phase::End).then_some(())) => {}
+            }
         }
     }
 
@@ -512,6 +551,7 @@ impl User {
                         part.common.expected.fetch_add(u64::from(recipients), Ordering::Relaxed);
                         part.common.lasts.begin(number, recipients);
                     }
+                    part.common.expected_slowly.fetch_add(plan.slow_readers().into(), Ordering::Relaxed);
                     part.tally.note(|tally, _| {
                         tally.sent += u64::from(counts);
                         if counts {
@@ -529,25 +569,56 @@ impl User {
     }
 
     /// Counts what was seen; how many bytes of a message.
-    fn take(&self, seen: Seen) -> Option<usize> {
+    fn take(&self, seen: Seen, phone: &mut Phone) -> Option<usize> {
         let part = &self.part;
+        let put_off = phone.take_put_off();
+        let app = part.orders.shape.app(self.phone);
+        if put_off > 0 {
+            part.tally.note(|tally, recent| {
+                tally.put_off += put_off;
+                recent.put_off += put_off;
+                if let Some(of_app) = tally.of_app(app) {
+                    of_app.put_off += put_off;
+                }
+            });
+        }
         match seen {
             Seen::Acked(conversation, pseq) => {
+                let left = phone.left(conversation, pseq);
                 let due = self.sent.borrow_mut().remove(&(conversation, pseq))?;
                 let took = part.now().saturating_sub(due);
+                let admitted = left.map(|left| left.elapsed());
                 let counts = part.counts(due);
                 part.tally.note(|tally, recent| {
                     recent.acked += 1;
+                    recent.ack.add(took);
+                    if let Some(admitted) = admitted {
+                        recent.admitted.add(admitted);
+                    }
                     if counts {
                         tally.acked += 1;
                         tally.ack.add(took);
+                        if let Some(admitted) = admitted {
+                            tally.admitted.add(admitted);
+                        }
+                        if let Some(of_app) = tally.of_app(app) {
+                            of_app.acked += 1;
+                            of_app.ack.add(took);
+                            if let Some(admitted) = admitted {
+                                of_app.admitted.add(admitted);
+                            }
+                        }
                     }
                 });
                 None
             }
             Seen::Delivered(record) => {
                 let before = self.seen.borrow_mut().insert(record.conversation, record.seq);
-                let in_order = before.is_none_or(|before| record.seq > before);
+                let is_slow = part.orders.shape.is_slow(self.phone);
+                // A slow reader never sends, so that nothing reaches it but by a delivery.
+                let in_order = before.is_none_or(|before| {
+                    if is_slow { record.seq == before.saturating_add(1) } else { record.seq > before }
+                });
                 let stamp = Stamp::of(&record.payload).filter(|stamp| stamp.run == part.orders.run)?;
                 if stamp.sender == self.phone {
                     return Some(record.payload.len());
@@ -555,7 +626,6 @@ impl User {
                 let due = Duration::from_nanos(stamp.due);
                 let took = part.now().saturating_sub(due);
                 let counts = part.counts(due);
-                let is_slow = part.orders.shape.is_slow(self.phone);
                 let stormy = part.common.away.load(Ordering::Relaxed) > 0;
                 let was_last = counts && !is_slow && part.common.lasts.reached(stamp.number);
                 part.tally.note(|tally, recent| {

@@ -7,9 +7,11 @@
 //! The way of a figure: `plan` → `crowd` (threads of phones) → `tally` → `verdict` → `report`, `page`.
 
 mod crowd;
+mod members;
 mod page;
 mod plan;
 mod report;
+mod scenario;
 mod server;
 mod tally;
 mod verdict;
@@ -17,7 +19,7 @@ mod verdict;
 use std::{
     io::{IsTerminal as _, Write as _},
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::{
         Arc,
@@ -36,6 +38,7 @@ use crate::{
     crowd::{Common, Conversations, News, Orders, Phase, Thread},
     plan::{Lengths, Shape},
     report::{Memory, Run, Second},
+    scenario::Scenario,
     server::{Reading, Server},
     tally::{Counts, Recent},
     verdict::Circumstances,
@@ -54,6 +57,7 @@ Examples:
   fulmar-load --storm 10 --storm-percent 100               everybody comes back at once after 10 s
   fulmar-load --phones 10040 --pairs 20 --rate 200 --storm 5
                                                            who talks goes on while 10 000 come back
+  fulmar-load --scenario slow                              one of the runs that benches/RESULTS.md quotes
   fulmar-load --to 127.0.0.1:4433 --data ./data --pid 77   a gateway that runs already
 
 The gateway is started for the run, in a process of its own and with an empty folder, unless --to is given. On
@@ -63,8 +67,11 @@ about 50 KiB of this program. The gateway's limit for connections is 60 000 unle
 
 /// Many phones against a gateway: latencies, what a delivery costs, and whether to believe it.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "fulmar-load", version, after_help = EXAMPLES)]
+#[command(name = "fulmar-load", version, after_help = EXAMPLES, args_override_self = true)]
 struct Flags {
+    /// One of the runs that the project's figures are from, and what follows from them; other flags change it
+    #[arg(long, value_enum)]
+    scenario: Option<Scenario>,
     /// Phones that are online
     #[arg(long, value_name = "N", default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     phones: u32,
@@ -83,9 +90,22 @@ struct Flags {
     /// Senders in each group
     #[arg(long, value_name = "N", default_value_t = 1)]
     senders: u32,
-    /// Messages a second, of all senders; 0: none
-    #[arg(long, value_name = "PER SECOND", default_value_t = 20.0)]
-    rate: f64,
+    /// Messages a second, of all senders; 0: none. Several numbers, with commas: so many apps, each with its part of the phones
+    /// and this rate
+    #[arg(long, value_name = "PER SECOND,..", default_value = "20", value_delimiter = ',')]
+    rate: Vec<f64>,
+    /// For a while so many times as much is due
+    #[arg(long, value_name = "FACTOR", requires = "surge_from")]
+    surge: Option<f64>,
+    /// Seconds of measuring after which that begins
+    #[arg(long, value_name = "S", requires = "surge")]
+    surge_from: Option<u64>,
+    /// How many seconds it lasts
+    #[arg(long, value_name = "S", default_value_t = 10)]
+    surge_for: u64,
+    /// Messages that may wait at a phone whose window is full; what comes beyond is given up
+    #[arg(long, value_name = "N", default_value_t = 4_096)]
+    outbox: usize,
     /// How messages are spread over time
     #[arg(long, value_enum, default_value_t = Arrivals::Poisson)]
     arrivals: Arrivals,
@@ -159,7 +179,16 @@ const LATE: Duration = Duration::from_secs(30);
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
-    match run(&Flags::parse()) {
+    let flags = Flags::parse();
+    let outcome = match flags.scenario {
+        Some(Scenario::Members) => {
+            members::measure(flags.gateway.as_deref(), flags.config.as_deref(), &[100, 10_000, 99_000])
+                .map(|()| true)
+        }
+        Some(scenario) => scenario::play(scenario, std::env::args_os().skip(1)),
+        None => run(&flags).map(|(_, sound)| sound),
+    };
+    match outcome {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(2),
         Err(error) => {
@@ -179,7 +208,13 @@ impl Flags {
             absent: self.absent,
             senders: self.senders,
             slow_percent: self.slow,
+            apps: u32::try_from(self.rate.len()).unwrap_or(u32::MAX),
         }
+    }
+
+    /// Messages a second, of all apps.
+    fn all(&self) -> f64 {
+        self.rate.iter().sum()
     }
 
     fn work(&self, talks: usize) -> String {
@@ -195,11 +230,15 @@ impl Flags {
         if self.slow > 0 {
             work += &format!("{} % read {} bytes a second, ", self.slow, self.slow_bytes);
         }
-        match self.rate {
-            rate if rate > 0.0 => {
-                work += &format!("{rate} messages/s of {} bytes for {} s", self.payload, self.seconds);
+        let rates: Vec<String> = self.rate.iter().map(|rate| format!("{rate:.0}")).collect();
+        match rates.join(" and ") {
+            rates if self.all() > 0.0 => {
+                work += &format!("{rates} messages/s of {} bytes for {} s", self.payload, self.seconds);
             }
             _ => work += &format!("silent for {} s", self.seconds),
+        }
+        if let Some((factor, after)) = self.surge.zip(self.surge_from) {
+            work += &format!("; {factor} times as many for {} s after {after} s", self.surge_for);
         }
         if let Some(after) = self.storm {
             work += &format!("; {} % come back at once after {after} s", self.storm_percent);
@@ -208,12 +247,17 @@ impl Flags {
     }
 }
 
-/// Runs; `false`: something was lost, doubled or out of order, somebody could not connect, or a bound was missed; which, was said.
-fn run(flags: &Flags) -> anyhow::Result<bool> {
-    ensure!(flags.rate.is_finite() && flags.rate >= 0.0, "--rate must be 0 or more");
+/// Runs, and tells what came of it; `false`: something was lost, doubled or out of order, somebody could not connect, or a bound was
+/// missed; which, was said.
+fn run(flags: &Flags) -> anyhow::Result<(Run, bool)> {
+    ensure!(flags.rate.iter().all(|rate| rate.is_finite() && *rate >= 0.0), "--rate must be 0 or more");
+    ensure!(
+        flags.surge.is_none_or(|factor| factor.is_finite() && factor >= 1.0),
+        "--surge must be 1 or more"
+    );
     ensure!(flags.connect_rate.is_finite() && flags.connect_rate > 0.0, "--connect-rate must be above 0");
     let shape = flags.shape();
-    let talks = if flags.rate > 0.0 { shape.talks()? } else { Vec::new() };
+    let talks = if flags.all() > 0.0 { shape.talks()? } else { Vec::new() };
     let work = flags.work(talks.len());
     let lengths = Lengths::parse(&flags.payload)?;
     for file in flags.json.iter().chain(&flags.html) {
@@ -227,7 +271,10 @@ fn run(flags: &Flags) -> anyhow::Result<bool> {
     let data = flags.data.clone().unwrap_or_else(|| scratch.path().join("gateway"));
     let server = match flags.to {
         Some(address) => Server::at(address, flags.pid),
-        None => Server::start(flags.gateway.as_deref(), &data, flags.config.as_deref())?,
+        None => {
+            let config = config_for(flags, scratch.path())?;
+            Server::start(flags.gateway.as_deref(), &data, config.as_deref())?
+        }
     };
     let orders = Arc::new(Orders {
         begin: Instant::now(),
@@ -237,7 +284,11 @@ fn run(flags: &Flags) -> anyhow::Result<bool> {
         data,
         shape,
         talks,
-        rate: flags.rate,
+        rates: flags.rate.clone(),
+        surge: flags.surge.zip(flags.surge_from).map(|(factor, after)| {
+            (Duration::from_secs(after), Duration::from_secs(after + flags.surge_for), factor)
+        }),
+        outbox: flags.outbox,
         arrivals: flags.arrivals,
         lengths,
         threads: flags.threads,
@@ -267,7 +318,27 @@ fn run(flags: &Flags) -> anyhow::Result<bool> {
     for wrong in &wrong {
         eprintln!("FAILED: {wrong}");
     }
-    Ok(wrong.is_empty())
+    Ok((run, wrong.is_empty()))
+}
+
+/// The configuration for a gateway that is started: with several apps, one that has them.
+fn config_for(flags: &Flags, scratch: &Path) -> anyhow::Result<Option<PathBuf>> {
+    if flags.rate.len() < 2 {
+        return Ok(flags.config.clone());
+    }
+    let mut text = match &flags.config {
+        Some(file) => {
+            std::fs::read_to_string(file).with_context(|| format!("{} can't be read", file.display()))?
+        }
+        None => String::new(),
+    };
+    ensure!(!text.contains("[[app]]"), "several rates are several apps, which --config must not name");
+    for app in 0..flags.rate.len() {
+        text += &format!("\n[[app]]\nname = \"{}\"\ndev_key = true\n", plan::app_name(app));
+    }
+    let file = scratch.join("apps.toml");
+    std::fs::write(&file, text)?;
+    Ok(Some(file))
 }
 
 /// SIGTERM and Ctrl-C end the talk early; what was measured until then is told. The second one ends the program.
@@ -344,10 +415,11 @@ impl<'a> Play<'a> {
             )),
             connects_dropped: there.reading.dropped.saturating_sub(began.reading.dropped),
             dropped: until.reading.dropped.saturating_sub(from.reading.dropped),
-            rate: (self.flags.rate > 0.0).then_some(self.flags.rate),
+            rate: (self.flags.all() > 0.0 && self.flags.surge.is_none()).then_some(self.flags.all()),
             seconds,
             lost: self.common.lasts.lost(),
             missing: self.missing(),
+            missing_slowly: self.missing_slowly(),
         };
         let mut doubts = verdict::doubts(&counts, &circumstances);
         if self.stopped.load(Ordering::Relaxed) {
@@ -359,6 +431,13 @@ impl<'a> Play<'a> {
             command_line: command_line.join(" "),
             work,
             missing: circumstances.missing,
+            missing_slowly: circumstances.missing_slowly,
+            slow: (0..self.flags.phones).map(|phone| u32::from(self.orders.shape.is_slow(phone))).sum(),
+            resident: known.then_some(until.reading.resident),
+            surge: self.flags.surge_from.zip(self.flags.surge).map(|(from, _)| {
+                let from = (self.flags.warm_up + from) as f64;
+                (from, from + self.flags.surge_for as f64)
+            }),
             seconds,
             counts,
             doubts,
@@ -390,6 +469,12 @@ impl<'a> Play<'a> {
     fn missing(&self) -> u64 {
         let came: u64 = self.threads.iter().map(|thread| thread.tally.counts().delivered).sum();
         self.common.expected.load(Ordering::Relaxed).saturating_sub(came)
+    }
+
+    /// The same of slow readers.
+    fn missing_slowly(&self) -> u64 {
+        let came: u64 = self.threads.iter().map(|thread| thread.tally.counts().delivered_slowly).sum();
+        self.common.expected_slowly.load(Ordering::Relaxed).saturating_sub(came)
     }
 
     fn counts(&self) -> Counts {
@@ -502,9 +587,11 @@ impl<'a> Play<'a> {
             let now = self.sample()?;
             let second = self.second(&sample, &now, first);
             self.progress(&format!(
-                "{:>4.0} s: {:.0} messages/s, {:.0} deliveries/s, p50 {}, p99 {}, {:.2} cores",
+                "{:>4.0} s: {:.0} messages/s, ack p99 {}, {:.0} refused/s, {:.0} deliveries/s, p50 {}, p99 {}, {:.2} cores",
                 second.at,
                 second.acked,
+                spoken(second.ack_p99),
+                second.put_off,
                 second.delivered,
                 spoken(second.p50),
                 spoken(second.p99),
@@ -539,6 +626,18 @@ impl<'a> Play<'a> {
             std::thread::park_timeout(Duration::from_millis(150));
             after.reading = Reading { resident: after.reading.resident, ..self.server.read()? };
         }
+        if self.common.expected_slowly.load(Ordering::Relaxed) > 0 {
+            self.phase.send_replace(Phase::CatchUp);
+            let (mut least, mut last) = (u64::MAX, Instant::now());
+            while self.missing_slowly() > 0 && last.elapsed() < LATE {
+                std::thread::park_timeout(Duration::from_millis(100));
+                let missing = self.missing_slowly();
+                if missing < least {
+                    (least, last) = (missing, Instant::now());
+                }
+                self.progress(&format!("waiting for {missing} deliveries to slow readers"));
+            }
+        }
         self.clear_progress();
         Ok((seconds, timeline, before, after))
     }
@@ -563,6 +662,10 @@ impl<'a> Play<'a> {
             delivered: recent.delivered as f64 / lasted,
             p50: recent.delivery.quantile(0.5),
             p99: recent.delivery.quantile(0.99),
+            ack_p50: recent.ack.quantile(0.5),
+            ack_p99: recent.ack.quantile(0.99),
+            admitted_p99: recent.admitted.quantile(0.99),
+            put_off: recent.put_off as f64 / lasted,
             cores: now.reading.cpu.saturating_sub(before.reading.cpu).as_secs_f64() / lasted,
             resident: now.reading.resident,
         }
@@ -613,6 +716,7 @@ mod tests {
     fn what_makes_no_sense_is_refused_before_anything_starts() {
         for (line, word) in [
             (["fulmar-load", "--rate", "NaN"].as_slice(), "--rate"),
+            (&["fulmar-load", "--surge", "0.5", "--surge-from", "1"], "--surge"),
             (&["fulmar-load", "--connect-rate", "0"], "--connect-rate"),
             (&["fulmar-load", "--group-size", "2000"], "--phones"),
             (&["fulmar-load", "--payload", "5"], "28"),

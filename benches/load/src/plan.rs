@@ -35,6 +35,8 @@ pub(crate) struct Shape {
     pub(crate) senders: u32,
     /// Of a hundred phones, how many read slowly.
     pub(crate) slow_percent: u32,
+    /// Apps, to which phones belong in equal parts, in the order of their numbers.
+    pub(crate) apps: u32,
 }
 
 /// A conversation of the plan.
@@ -51,6 +53,11 @@ pub(crate) struct Talk {
 }
 
 impl Talk {
+    /// Members that read slowly.
+    pub(crate) fn slow_readers(&self) -> u32 {
+        u32::try_from(self.members.len()).unwrap_or(u32::MAX).saturating_sub(self.readers)
+    }
+
     /// How many phones a message of `sender` should reach.
     pub(crate) fn recipients(&self, sender: u32, shape: &Shape) -> u32 {
         let itself = self.members.contains(&sender) && !shape.is_slow(sender);
@@ -63,6 +70,12 @@ impl Shape {
     pub(crate) const fn is_slow(&self, phone: u32) -> bool {
         // 37 and 100 have no common divisor: each hundred phones in a row have as many.
         (phone.wrapping_mul(37)) % 100 >= 100 - self.slow_percent
+    }
+
+    /// Which app a phone belongs to.
+    pub(crate) fn app(&self, phone: u32) -> usize {
+        let app = u64::from(phone) * u64::from(self.apps) / u64::from(self.phones.max(1));
+        usize::try_from(app).unwrap_or(0)
     }
 
     /// All conversations.
@@ -79,7 +92,7 @@ impl Shape {
                     let members = vec![2 * pair, 2 * pair + 1];
                     self.talk(members.clone(), members)
                 })
-                .filter(|talk| !talk.senders.is_empty())
+                .filter(|talk| !talk.senders.is_empty() && self.is_of_one_app(talk))
                 .collect());
         }
         ensure!(
@@ -99,14 +112,32 @@ impl Shape {
             let senders = quick.take(self.senders as usize).collect();
             talks.push(self.talk(members, senders));
         }
+        ensure!(
+            talks.iter().all(|talk| self.is_of_one_app(talk)),
+            "a group would have members of two apps: --phones must be a multiple of --group-size times the apps"
+        );
         ensure!(talks.iter().all(|talk| !talk.senders.is_empty()), "a group has slow readers only");
         Ok(talks)
+    }
+
+    fn is_of_one_app(&self, talk: &Talk) -> bool {
+        let mut apps = talk.members.iter().map(|phone| self.app(*phone));
+        let first = apps.next();
+        apps.all(|app| Some(app) == first)
     }
 
     fn talk(&self, members: Vec<u32>, mut senders: Vec<u32>) -> Talk {
         senders.retain(|phone| !self.is_slow(*phone));
         let readers = members.iter().filter(|phone| !self.is_slow(**phone)).count();
         Talk { readers: u32::try_from(readers).unwrap_or(u32::MAX), members, senders, absent: self.absent }
+    }
+}
+
+/// The name of an app.
+pub(crate) fn app_name(app: usize) -> String {
+    match app {
+        0 => fulmar_gateway::config::DEMO_APP.to_owned(),
+        other => format!("load-app-{other}"),
     }
 }
 
@@ -241,8 +272,16 @@ impl Bodies {
 mod tests {
     use super::*;
 
-    const SHAPE: Shape =
-        Shape { phones: 10, groups: 3, pairs: None, group_size: 4, absent: 7, senders: 2, slow_percent: 0 };
+    const SHAPE: Shape = Shape {
+        phones: 10,
+        groups: 3,
+        pairs: None,
+        group_size: 4,
+        absent: 7,
+        senders: 2,
+        slow_percent: 0,
+        apps: 1,
+    };
 
     #[test]
     fn groups_go_round_the_phones() {
@@ -260,6 +299,14 @@ mod tests {
         let talks = Shape { groups: 0, phones: 5, ..SHAPE }.talks().unwrap();
         assert_eq!(talks.len(), 2, "the fifth phone has nobody");
         assert_eq!((talks[1].members.clone(), talks[1].senders.clone()), (vec![2, 3], vec![2, 3]));
+    }
+
+    #[test]
+    fn apps_have_phones_of_their_own() {
+        let shape = Shape { phones: 8, groups: 4, group_size: 2, apps: 2, ..SHAPE };
+        assert_eq!((0..8).map(|phone| shape.app(phone)).collect::<Vec<_>>(), [0, 0, 0, 0, 1, 1, 1, 1]);
+        assert_eq!(shape.talks().unwrap().len(), 4);
+        assert!(Shape { group_size: 3, ..shape }.talks().is_err(), "3, 4 and 5 are of two apps");
     }
 
     #[test]

@@ -21,6 +21,14 @@ pub(crate) struct Second {
     pub p50: Duration,
     /// 99 % of them.
     pub p99: Duration,
+    /// Half of the messages acked in it were durable no later.
+    pub(crate) ack_p50: Duration,
+    /// 99 % of them.
+    pub(crate) ack_p99: Duration,
+    /// 99 % of them, since they had left for the last time.
+    pub(crate) admitted_p99: Duration,
+    /// Sends that were refused for now.
+    pub(crate) put_off: f64,
     /// CPU of the gateway, cores.
     pub(crate) cores: f64,
     /// Its memory, bytes.
@@ -53,6 +61,14 @@ pub(crate) struct Run {
     pub(crate) counts: Counts,
     /// Deliveries that were to come and did not.
     pub(crate) missing: u64,
+    /// The same of slow readers.
+    pub(crate) missing_slowly: u64,
+    /// How many phones read slowly.
+    pub(crate) slow: u32,
+    /// The gateway's memory when the last message was due.
+    pub(crate) resident: Option<u64>,
+    /// From when to when more was due, in seconds after the beginning of the talk.
+    pub(crate) surge: Option<(f64, f64)>,
     /// What a reader must know.
     pub(crate) doubts: Vec<String>,
     /// The gateway's CPU in the measured time; `None`: not known.
@@ -77,10 +93,11 @@ const SHARES: [(&str, f64); 5] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p
 
 impl Run {
     /// The kinds of times there are, with their names.
-    pub(crate) fn times(&self) -> [(&'static str, &Times); 8] {
+    pub(crate) fn times(&self) -> [(&'static str, &Times); 9] {
         let counts = &self.counts;
         [
             ("send to durable ack", &counts.ack),
+            ("last sending to durable ack", &counts.admitted),
             ("send to each recipient", &counts.delivery),
             ("send to the last recipient", &counts.last),
             ("wish to connect to WELCOME", &counts.connect),
@@ -89,6 +106,37 @@ impl Run {
             ("… deliveries otherwise", if counts.back.is_empty() { &counts.back } else { &counts.calm }),
             ("generator's lateness", &counts.late),
         ]
+    }
+
+    /// Messages acked a second.
+    pub(crate) fn acked_per_second(&self) -> f64 {
+        self.counts.acked as f64 / self.seconds.max(1e-9)
+    }
+
+    /// Cores the gateway used.
+    pub(crate) fn cores(&self) -> Option<f64> {
+        self.cpu.map(|cpu| cpu.as_secs_f64() / self.seconds.max(1e-9))
+    }
+
+    /// The gateway's CPU per delivery, µs.
+    pub(crate) fn cpu_per_delivery(&self) -> Option<f64> {
+        self.per(self.cpu, self.counts.delivered)
+    }
+
+    /// Seconds from the end of the surge until messages are acked as quickly as before it, and stay so; `None`: not so.
+    pub(crate) fn recovered_after(&self) -> Option<f64> {
+        let (from, until) = self.surge?;
+        let before = self.timeline.iter().filter(|second| second.at < from && second.at > from - 5.0);
+        let usual = before.map(|second| second.ack_p99).max()?;
+        let bound = (2 * usual).max(Duration::from_millis(20));
+        let after = || self.timeline.iter().filter(|second| second.at > until);
+        let last_bad = after().filter(|second| second.ack_p99 > bound).map(|second| second.at).next_back();
+        let end = after().map(|second| second.at).next_back()?;
+        match last_bad {
+            None => Some(0.0),
+            Some(bad) if bad < end => Some(bad - until),
+            Some(_) => None,
+        }
     }
 
     fn per(&self, cpu: Option<Duration>, of: u64) -> Option<f64> {
@@ -105,7 +153,10 @@ impl Run {
         let Counts { disordered, refused, refusal, .. } = &self.counts;
         let why = refusal.as_deref().unwrap_or("no word");
         [
-            (*disordered, format!("{disordered} deliveries came twice or out of order")),
+            (
+                *disordered,
+                format!("{disordered} deliveries came twice, out of order, or to a slow reader after a hole"),
+            ),
             (
                 *refused,
                 format!(
@@ -113,6 +164,7 @@ impl Run {
                 ),
             ),
             (self.missing, format!("{} deliveries did not come", self.missing)),
+            (self.missing_slowly, format!("{} deliveries to slow readers did not come", self.missing_slowly)),
         ]
         .into_iter()
         .filter_map(|(count, what)| (count > 0).then_some(what))
@@ -153,9 +205,41 @@ impl Run {
                 counts.due, counts.sent, counts.acked, self.seconds
             ),
         );
+        if counts.put_off > 0 {
+            row(
+                "refused for now",
+                format!("{} times ({:.0}/s)", counts.put_off, counts.put_off as f64 / self.seconds),
+            );
+        }
+        for (app, of_app) in counts.apps.iter().enumerate().filter(|_| counts.apps.len() > 1) {
+            row(
+                &format!("app {app}"),
+                format!(
+                    "{:.0}/s due, {:.0}/s acked ({:.1} %), {:.0}/s refused; ack p50 {}, p99 {}; since last sending p99 {}",
+                    of_app.due as f64 / self.seconds,
+                    of_app.acked as f64 / self.seconds,
+                    100.0 * of_app.acked as f64 / of_app.due.max(1) as f64,
+                    of_app.put_off as f64 / self.seconds,
+                    spoken(of_app.ack.quantile(0.5)),
+                    spoken(of_app.ack.quantile(0.99)),
+                    spoken(of_app.admitted.quantile(0.99)),
+                ),
+            );
+        }
+        if self.surge.is_some() {
+            let recovered = self.recovered_after();
+            row(
+                "as quick as before",
+                recovered
+                    .map_or_else(|| "not again".to_owned(), |after| format!("{after:.0} s after the surge")),
+            );
+        }
         row("deliveries", format!("{} ({:.0}/s)", counts.delivered, self.deliveries_per_second()));
         if counts.delivered_slowly > 0 {
-            row("deliveries to slow readers", counts.delivered_slowly.to_string());
+            row(
+                "deliveries to slow readers",
+                format!("{}, {} missing in the end", counts.delivered_slowly, self.missing_slowly),
+            );
         }
         if let Some(cpu) = self.cpu {
             row("gateway's CPU", format!("{:.2} cores", cpu.as_secs_f64() / self.seconds.max(1e-9)));
@@ -236,6 +320,8 @@ impl Run {
                 json!({
                     "at_s": second.at, "acked": second.acked, "delivered": second.delivered,
                     "p50_us": us(second.p50), "p99_us": us(second.p99),
+                    "ack_p50_us": us(second.ack_p50), "ack_p99_us": us(second.ack_p99),
+                    "admitted_p99_us": us(second.admitted_p99), "put_off": second.put_off,
                     "cores": second.cores, "resident_bytes": second.resident,
                 })
             })
@@ -247,7 +333,14 @@ impl Run {
             "times_us": times,
             "due": counts.due, "sent": counts.sent, "acked": counts.acked,
             "delivered": counts.delivered, "delivered_slowly": counts.delivered_slowly,
-            "missing": self.missing, "disordered": counts.disordered, "refused": counts.refused, "waited": counts.waited,
+            "missing": self.missing, "missing_slowly": self.missing_slowly, "put_off": counts.put_off,
+            "given_up": counts.given_up, "resident_bytes": self.resident, "recovered_after_s": self.recovered_after(),
+            "apps": counts.apps.iter().map(|of_app| json!({
+                "due": of_app.due, "acked": of_app.acked, "put_off": of_app.put_off,
+                "ack_p50_us": us(of_app.ack.quantile(0.5)), "ack_p99_us": us(of_app.ack.quantile(0.99)),
+                "admitted_p99_us": us(of_app.admitted.quantile(0.99)),
+            })).collect::<Vec<_>>(),
+             "disordered": counts.disordered, "refused": counts.refused, "waited": counts.waited,
             "turned_away": counts.turned_away,
             "deliveries_per_second": self.deliveries_per_second(),
             "gateway_cpu_s": self.cpu.map(|cpu| cpu.as_secs_f64()),

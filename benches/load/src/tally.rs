@@ -16,9 +16,42 @@ use fulmar_benches::times::Times;
 /// Messages under way at the most whose last recipient is found.
 const UNDER_WAY: usize = 1 << 16;
 
+/// What one app's senders saw.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct OfApp {
+    /// Messages due.
+    pub(crate) due: u64,
+    /// Acknowledged as durable.
+    pub(crate) acked: u64,
+    /// Times one was refused for now.
+    pub(crate) put_off: u64,
+    /// From due to durable.
+    pub(crate) ack: Times,
+    /// From when it left for the last time to durable.
+    pub(crate) admitted: Times,
+}
+
+impl OfApp {
+    fn append(&mut self, other: &Self) {
+        self.due += other.due;
+        self.acked += other.acked;
+        self.put_off += other.put_off;
+        self.ack.append(&other.ack);
+        self.admitted.append(&other.admitted);
+    }
+}
+
 /// What one thread has counted.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Counts {
+    /// By app, where there are several.
+    pub(crate) apps: Vec<OfApp>,
+    /// Times a send was refused for now.
+    pub(crate) put_off: u64,
+    /// Messages that were dropped here because too many waited for their phone's window.
+    pub(crate) given_up: u64,
+    /// From when a message left for the last time to durable: without the time it was told to wait.
+    pub(crate) admitted: Times,
     /// Messages due, and of them those that were handed over.
     pub(crate) due: u64,
     /// Of them, handed over to the protocol.
@@ -66,6 +99,13 @@ impl Counts {
         self.delivered += other.delivered;
         self.delivered_slowly += other.delivered_slowly;
         self.disordered += other.disordered;
+        self.put_off += other.put_off;
+        self.given_up += other.given_up;
+        self.admitted.append(&other.admitted);
+        self.apps.resize_with(self.apps.len().max(other.apps.len()), OfApp::default);
+        for (mine, other) in self.apps.iter_mut().zip(&other.apps) {
+            mine.append(other);
+        }
         self.waited += other.waited;
         self.refused += other.refused;
         self.ack.append(&other.ack);
@@ -92,11 +132,27 @@ pub(crate) struct Recent {
     pub(crate) delivered: u64,
     /// From due to each recipient.
     pub(crate) delivery: Times,
+    /// From due to durable.
+    pub(crate) ack: Times,
+    /// From when it left for the last time to durable.
+    pub(crate) admitted: Times,
+    /// Sends that were refused for now.
+    pub(crate) put_off: u64,
 }
 
 /// Counts of one thread, which others look at now and then.
 #[derive(Debug, Default)]
 pub(crate) struct Tally(Mutex<(Counts, Recent)>);
+
+impl Counts {
+    /// What the senders of an app saw.
+    pub(crate) fn of_app(&mut self, app: usize) -> Option<&mut OfApp> {
+        if self.apps.len() <= app {
+            self.apps.resize_with(app + 1, OfApp::default);
+        }
+        self.apps.get_mut(app)
+    }
+}
 
 impl Tally {
     /// Counts something.
@@ -119,6 +175,11 @@ impl Tally {
         into.delivered += std::mem::take(&mut recent.delivered);
         into.delivery.append(&recent.delivery);
         recent.delivery.clear();
+        into.ack.append(&recent.ack);
+        recent.ack.clear();
+        into.admitted.append(&recent.admitted);
+        recent.admitted.clear();
+        into.put_off += std::mem::take(&mut recent.put_off);
     }
 
     fn lock(&self) -> MutexGuard<'_, (Counts, Recent)> {

@@ -31,6 +31,8 @@ pub(crate) struct Circumstances {
     pub(crate) lost: u64,
     /// Of all deliveries that must come, those that did not.
     pub(crate) missing: u64,
+    /// The same of slow readers, when they had time to read on.
+    pub(crate) missing_slowly: u64,
 }
 
 /// What a reader of the figures must know. Nothing: they are the gateway's.
@@ -101,8 +103,17 @@ pub(crate) fn doubts(counts: &Counts, of: &Circumstances) -> Vec<String> {
     if of.missing > 0 {
         doubts.push(format!("{} deliveries had not come when the wait for them ended", of.missing));
     }
+    if of.missing_slowly > 0 {
+        doubts.push(format!("WRONG: slow readers lack {} deliveries in the end", of.missing_slowly));
+    }
+    if counts.given_up > 0 {
+        doubts.push(format!("{} messages were given up: too many waited at their phone", counts.given_up));
+    }
     if counts.disordered > 0 {
-        doubts.push(format!("WRONG: {} deliveries came twice or out of order", counts.disordered));
+        doubts.push(format!(
+            "WRONG: {} deliveries came twice, out of order, or to a slow reader after a hole",
+            counts.disordered
+        ));
     }
     if counts.refused > 0 {
         let first = counts.refusal.as_deref().unwrap_or("no word");
@@ -142,7 +153,7 @@ mod tests {
     #[test]
     fn each_doubt_is_said() {
         type Spoil = fn(&mut Counts, &mut Circumstances);
-        let table: [(Spoil, &str); 11] = [
+        let table: [(Spoil, &str); 13] = [
             (|_, of| of.busy = vec![0.1, 0.9], "thread 1"),
             (|counts, _| (0..20).for_each(|_| counts.late.add(Duration::from_millis(50))), "late"),
             (|counts, _| counts.waited = 1, "unacked"),
@@ -157,6 +168,8 @@ mod tests {
                 "the generator could do",
             ),
             (|_, of| of.connects_dropped = 7, "7 packets"),
+            (|_, of| of.missing_slowly = 1, "slow readers lack 1"),
+            (|counts, _| counts.given_up = 7, "7 messages were given up"),
         ];
         for (spoil, word) in table {
             let (mut counts, mut of) = calm();

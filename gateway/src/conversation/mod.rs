@@ -9,6 +9,7 @@
 mod command;
 mod commit;
 mod directory;
+mod intake;
 pub mod route;
 pub mod shard;
 pub mod state;

@@ -7,10 +7,12 @@
 //!   again without them; the conversations they touched are loaded again from disk. Until a commit succeeds, writes
 //!   are refused before anything is decided about them, and reads go on (`storage`).
 //! - One damaged conversation is refused alone: a batch that trips over it is committed without it.
+//! - What comes while the batch is full waits: sends by app and not for long (`intake`), everything else in its order.
 //!
 //! Not here: what is decided (`state`, `directory`), how it is stored (`fulmar_store`).
 
 mod cursors;
+mod entrance;
 mod epochs;
 mod fate;
 mod links;
@@ -18,12 +20,16 @@ mod parking;
 mod people;
 
 pub use self::links::{carry_link, repair_links};
+pub use super::intake::IntakeLimits;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{HashMap, HashSet, VecDeque},
     fmt,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -39,11 +45,12 @@ use tokio::sync::{
 };
 use tracing::{debug, debug_span, error};
 
-use self::{cursors::WaitingCursors, epochs::RecentEpochs, parking::Parking};
+use self::{cursors::WaitingCursors, entrance::Arrived, epochs::RecentEpochs, parking::Parking};
 use super::{
     command::{Answer, Command, Refusal},
     commit::{Batch, Effect},
     directory::Directory,
+    intake::Intake,
     state::{Progress, State, Verdict},
     storage::Storage,
 };
@@ -59,7 +66,8 @@ use crate::{
     record,
 };
 
-/// Commands that may wait for a shard. Full: the connection that asks waits, and its client's uplink with it.
+/// Commands that may be on their way to a shard. Full: the connection that asks waits, and its client's uplink with it. A shard
+/// takes them in even while its batch is full, so that it can refuse what would have to wait for too long.
 pub const QUEUE_MAX: usize = 4_096;
 
 /// Bounds of a shard.
@@ -77,6 +85,8 @@ pub struct ShardLimits {
     pub receipts_members_max: usize,
     /// What is kept for devices that are away.
     pub away: AwayLimits,
+    /// Sends that may wait for their turn.
+    pub intake: IntakeLimits,
     /// How long receive and read cursors may wait for a commit of others before they get their own.
     pub cursor_delay: Duration,
 }
@@ -112,6 +122,8 @@ impl CommitLog for ShardWriter {
 #[derive(Clone, Debug)]
 pub struct ShardHandle {
     commands: mpsc::Sender<Command>,
+    /// Sends and others that were taken in and wait for a batch with room.
+    waiting: Arc<AtomicUsize>,
     /// Why the shard takes no writes, while it takes none.
     pub fault: watch::Receiver<Option<String>>,
     /// Reads what is on disk, without asking the shard.
@@ -192,7 +204,7 @@ impl ShardHandle {
     /// Commands that wait.
     #[must_use]
     pub fn queued(&self) -> usize {
-        self.commands.max_capacity() - self.commands.capacity()
+        self.commands.max_capacity() - self.commands.capacity() + self.waiting.load(Ordering::Relaxed)
     }
 }
 
@@ -211,7 +223,8 @@ pub fn start<W: CommitLog>(
     let (commands, queue) = mpsc::channel(QUEUE_MAX);
     let directory = Directory::new(reader.clone());
     let (fault_told, fault) = watch::channel(None);
-    let handle = ShardHandle { commands, fault, reader: reader.clone() };
+    let waiting = Arc::default();
+    let handle = ShardHandle { commands, waiting: Arc::clone(&waiting), fault, reader: reader.clone() };
     metrics.storage_writable(shard, true);
     let name = format!("shard-{shard}");
     let shard = move || Shard {
@@ -230,6 +243,9 @@ pub fn start<W: CommitLog>(
         tick: 0,
         storage: Storage::default(),
         parking: Parking::default(),
+        intake: Intake::new(limits.intake),
+        others: VecDeque::new(),
+        waiting,
         recent_epochs: RecentEpochs::default(),
         fault: fault_told,
         damaged_told: HashSet::new(),
@@ -267,6 +283,8 @@ impl Worker {
 struct Loaded {
     state: State,
     ring: Arc<Ring>,
+    /// Everybody who is here is served its records as they come.
+    inline: bool,
     used: u64,
 }
 
@@ -298,6 +316,12 @@ struct Shard {
     storage: Storage,
     /// Sends whose predecessors are missing.
     parking: Parking,
+    /// Sends that came while the batch was full.
+    intake: Intake<Arrived>,
+    /// Other commands that did.
+    others: VecDeque<Command>,
+    /// How many of both, for others to see.
+    waiting: Arc<AtomicUsize>,
     fault: watch::Sender<Option<String>>,
     recent_epochs: RecentEpochs,
     /// Damaged conversations that were logged.
@@ -313,13 +337,20 @@ impl Shard {
         let mut open = true;
         let mut timer = tokio::time::interval(self.limits.cursor_delay.max(Duration::from_millis(10)));
         timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        while open || in_flight.is_some() || !self.batch.is_empty() {
+        while open || in_flight.is_some() || !self.batch.is_empty() || self.somebody_waits() {
+            self.let_in();
+            if !open && !self.somebody_waits() {
+                self.add_cursors(true);
+            }
             if in_flight.is_none() && !self.batch.is_empty() {
                 self.add_cursors(false);
                 if let Some(writer) = idle_writer.take() {
                     self.directory.batch_started();
                     let batch = std::mem::take(&mut self.batch);
                     in_flight = Some(self.commit(writer, batch));
+                    let clock = self.clock();
+                    self.intake.batch_left(clock);
+                    self.let_in();
                 }
             }
             let parked = self.parking.next_expiry();
@@ -334,13 +365,16 @@ impl Shard {
                         Some(rest) => in_flight = Some(self.commit(writer, rest)),
                     }
                 }
-                command = queue.recv(), if open && self.batch.has_room() => match command {
+                command = queue.recv(), if open && self.has_room() => match command {
                     Some(command) => {
-                        self.handle(command);
+                        self.take_in(command);
                         // Take what is there already, so that it shares the commit.
-                        while self.batch.has_room() {
+                        for _ in 0..QUEUE_MAX {
+                            if !self.has_room() {
+                                break;
+                            }
                             let Ok(command) = queue.try_recv() else { break };
-                            self.handle(command);
+                            self.take_in(command);
                         }
                     }
                     None => {
@@ -417,9 +451,10 @@ impl Shard {
                     loaded.state.sent(record.sender, record.seq);
                     let sessions = self.roster.present(conversation);
                     let wire = record::to_wire(conversation, &record, WireTime::short(record.time));
-                    let inline = loaded.state.member_count() <= self.limits.inline_members_max;
+                    let (members, max) = (loaded.state.member_count(), self.limits.inline_members_max);
+                    loaded.inline = push::goes_inline(loaded.inline, members, max);
                     let origin = record::origin(&record);
-                    let told = push::push(&loaded.ring, wire, origin, record.time, sessions, inline);
+                    let told = push::push(&loaded.ring, wire, origin, record.time, sessions, loaded.inline);
                     self.metrics.deliveries.inc_by(told as u64);
                     debug_span!("fanout", conversation = conversation.get())
                         .in_scope(|| debug!(seq = %record.seq, recipients = told, "committed and published"));
@@ -681,7 +716,7 @@ impl Shard {
                 state.restore_progress(user, Progress { recv: read, read });
             }
             let ring = Arc::new(Ring::new(self.limits.ring));
-            self.loaded.insert(conversation, Loaded { state, ring, used: self.tick });
+            self.loaded.insert(conversation, Loaded { state, ring, inline: true, used: self.tick });
         }
         let tick = self.tick;
         match self.loaded.get_mut(&conversation) {

@@ -14,6 +14,7 @@ use fulmar_protocol::{
     },
 };
 use fulmar_store::{ConversationClass, PendingLink, ReadError};
+use futures_util::future::{join_all, try_join_all};
 use serde::{Serialize, de::DeserializeOwned};
 use tracing::warn;
 
@@ -71,18 +72,14 @@ async fn users(
     if names.len() > PAGE_MAX {
         return Err(RefusalCode::TooLarge.into());
     }
-    let mut users = Vec::with_capacity(names.len());
-    for name in names {
-        users.push((user(context, caller.app, &name).await?, name));
-    }
-    Ok(users)
+    // All at once: those who have no number yet get them in one commit, not in one each.
+    try_join_all(names.into_iter().map(async |name| Ok((user(context, caller.app, &name).await?, name))))
+        .await
 }
 
 async fn follow(context: &Context, links: Vec<PendingLink>) {
-    for link in links {
-        // What can't follow now follows by the repair at the next start.
-        let _ = carry_link(&context.shards, context.route, link).await;
-    }
+    // What can't follow now follows by the repair at the next start.
+    let _ = join_all(links.into_iter().map(|link| carry_link(&context.shards, context.route, link))).await;
 }
 
 async fn create_group(

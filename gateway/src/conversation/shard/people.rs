@@ -147,7 +147,7 @@ impl Shard {
         self.tick += 1;
         let ring = Arc::new(Ring::new(self.limits.ring));
         self.roster.load(id, [].into_iter());
-        self.loaded.insert(id, Loaded { state: creation.state, ring, used: self.tick });
+        self.loaded.insert(id, Loaded { state: creation.state, ring, inline: true, used: self.tick });
         Ok((id, self.put_change(id, creation.change)))
     }
 

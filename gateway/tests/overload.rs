@@ -1,0 +1,300 @@
+//! A shard that gets more than it can write: who may write is shared between apps, who may not is told so before anything is
+//! decided, with a time to come again; whoever comes again then loses nothing and keeps the order.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that finds something wrong stops there"
+)]
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use fulmar_gateway::{
+    conversation::{
+        Command, GroupRequest,
+        shard::{self, CommitLog, IntakeLimits, ShardHandle, ShardLimits, Worker},
+    },
+    fanout::{
+        owed::{Owed, Settled},
+        ring::RingLimits,
+        roster::AwayLimits,
+    },
+    metrics::Metrics,
+};
+use fulmar_protocol::{
+    close::RefusalCode,
+    frame::{RecordKind, Send, SendRefused},
+    id::{AppId, ConversationId, DeviceId, Epoch, Producer, Pseq, Seq, ShardId},
+};
+use fulmar_store::{CommitError, EngineKind, Limits, MemoryDisk, Op, ShardWriter, Store, StoreOptions};
+use tokio::sync::Semaphore;
+
+/// A disk that writes a batch when it is let.
+struct Gate {
+    writer: ShardWriter,
+    open: Arc<Semaphore>,
+    begun: Arc<AtomicUsize>,
+}
+
+impl CommitLog for Gate {
+    async fn commit(&mut self, batch: &[Op]) -> Result<(), CommitError> {
+        self.begun.fetch_add(1, Ordering::SeqCst);
+        self.open.acquire().await.unwrap().forget();
+        self.writer.commit(batch).await.map(|_| ())
+    }
+}
+
+struct World {
+    shard: ShardHandle,
+    worker: Worker,
+    metrics: Metrics,
+    open: Arc<Semaphore>,
+    begun: Arc<AtomicUsize>,
+    _store: Store,
+}
+
+/// A user of an app with a group of its own, and so many devices that send to it.
+struct Crowd {
+    app: AppId,
+    conversation: ConversationId,
+    devices: Vec<Sender>,
+}
+
+struct Sender {
+    session: Arc<Owed>,
+    producer: Producer,
+    last: u64,
+    acked: Vec<u64>,
+    refused: Vec<SendRefused>,
+}
+
+impl Sender {
+    /// Takes in what the shard has said.
+    fn listen(&mut self) {
+        for settled in self.session.take_control().settled {
+            match settled {
+                Settled::Acked { pseq, .. } => self.acked.push(pseq.get()),
+                Settled::Refused(refused) => self.refused.push(refused),
+                Settled::Before { .. } => panic!("nothing is forgotten"),
+            }
+        }
+    }
+}
+
+impl Crowd {
+    fn listen(&mut self) -> (usize, usize) {
+        self.devices.iter_mut().for_each(Sender::listen);
+        let acked = self.devices.iter().map(|device| device.acked.len()).sum();
+        (acked, self.devices.iter().map(|device| device.refused.len()).sum())
+    }
+}
+
+impl World {
+    fn new() -> Self {
+        let options = StoreOptions {
+            shards: 1,
+            engine: EngineKind::Memory,
+            memory: Some(MemoryDisk::default()),
+            ..StoreOptions::default()
+        };
+        let store = Store::open("", &options).unwrap();
+        let (writer, reader) = store.shard(ShardId::new(0).unwrap()).unwrap();
+        let limits = ShardLimits {
+            ring: RingLimits { records: 16, bytes: 65_536 },
+            loaded_max: 1_000,
+            members_max: 100,
+            inline_members_max: 100,
+            receipts_members_max: 2,
+            away: AwayLimits { lasts: Duration::from_secs(60), bytes: 1 << 20, marks: 10, members: 10 },
+            // This is about who gets the room there is; how long somebody may wait is a test of the intake.
+            intake: IntakeLimits::waiting_for(Duration::from_secs(3_600)),
+            cursor_delay: Duration::from_secs(3_600),
+        };
+        let (open, begun) = (Arc::new(Semaphore::new(1_000)), Arc::new(AtomicUsize::new(0)));
+        let gate = Gate { writer, open: Arc::clone(&open), begun: Arc::clone(&begun) };
+        let metrics = Metrics::default();
+        let (shard, worker) =
+            shard::start(ShardId::new(0).unwrap(), gate, reader, limits, metrics.clone()).unwrap();
+        Self { shard, worker, metrics, open, begun, _store: store }
+    }
+
+    async fn crowd(&self, app: &str, devices: u64) -> Crowd {
+        let (app, name) = (AppId::of(app), "somebody".to_owned());
+        let user = self
+            .shard
+            .ask(|answer| Command::User { app, name: name.clone(), create: true, answer })
+            .await
+            .unwrap();
+        let request = GroupRequest { app, name: "group".to_owned(), owner: (user, name), members: vec![] };
+        let (conversation, _) = self.shard.ask(|answer| Command::Group(request, answer)).await.unwrap();
+        let devices = (1..=devices).map(|device| {
+            let device = DeviceId::new(device).unwrap();
+            Sender {
+                session: Arc::new(Owed::new(user, device, device.get(), 1_000)),
+                producer: Producer { user, device, epoch: Epoch::FIRST },
+                last: 0,
+                acked: Vec::new(),
+                refused: Vec::new(),
+            }
+        });
+        Crowd { app, conversation, devices: devices.collect() }
+    }
+
+    async fn send(&self, crowd: &Crowd, device: usize, pseq: u64) {
+        let sender = &crowd.devices[device];
+        let send = Send {
+            kind: RecordKind::Message,
+            conversation: crowd.conversation,
+            pseq: Pseq::new(pseq).unwrap(),
+            seen: Seq::ZERO,
+            reference: None,
+            ttl: None,
+            more: false,
+            continues: false,
+            silent: false,
+            cancel: false,
+            payload: Bytes::copy_from_slice(format!("{device} {pseq}").as_bytes()),
+        };
+        let (session, producer) = (Arc::clone(&sender.session), sender.producer);
+        self.shard.send(Command::Send { session, app: crowd.app, producer, send }).await.unwrap();
+    }
+
+    /// Every device sends the next so many.
+    async fn flood(&self, crowd: &mut Crowd, each: u64) {
+        for _ in 0..each {
+            for device in 0..crowd.devices.len() {
+                crowd.devices[device].last += 1;
+                self.send(crowd, device, crowd.devices[device].last).await;
+            }
+        }
+    }
+
+    async fn until(&self, what: &str, mut done: impl FnMut() -> bool) {
+        for _ in 0..20_000 {
+            if done() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        panic!("{what}: {} wait, {} commits", self.shard.queued(), self.begun.load(Ordering::SeqCst));
+    }
+
+    /// So many more batches are written, and the next one is on its way.
+    async fn write(&self, batches: usize) {
+        let before = self.begun.load(Ordering::SeqCst);
+        self.open.add_permits(batches);
+        self.until("batches", || self.begun.load(Ordering::SeqCst) >= before + batches).await;
+    }
+
+    /// What the log has of a crowd: (device, pseq), in its order.
+    fn log(&self, crowd: &Crowd) -> Vec<(u64, u64)> {
+        let (mut from, mut found) = (Seq::FIRST, Vec::new());
+        let limits = Limits { records: 512, bytes: 1 << 20 };
+        loop {
+            let page = self
+                .shard
+                .reader
+                .records(crowd.conversation, from, Seq::new(1 << 40).unwrap(), limits)
+                .unwrap();
+            let Some(last) = page.last() else { return found };
+            from = last.seq.next().unwrap();
+            found.extend(
+                page.iter()
+                    .filter(|record| record.pseq != Pseq::ZERO)
+                    .map(|record| (record.device.get(), record.pseq.get())),
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_flood_of_one_app_takes_nothing_of_another_and_what_is_refused_leaves_no_trace() {
+    let world = World::new();
+    let mut flood = world.crowd("flood", 300).await;
+    let mut quiet = world.crowd("quiet", 1).await;
+    // From here on the disk writes nothing.
+    world.open.forget_permits(1_000);
+    let begun = world.begun.load(Ordering::SeqCst);
+    world.flood(&mut flood, 1).await;
+    world.until("a batch is on its way", || world.begun.load(Ordering::SeqCst) > begun).await;
+    world.flood(&mut flood, 60).await;
+    let mut refused = 0;
+    let sent = flood.devices.len() * 61;
+    world
+        .until("the flood is refused", || {
+            refused = flood.listen().1;
+            // The intake is full, and nothing is on its way to it.
+            refused > 1_000 && world.shard.queued() == 8_192
+        })
+        .await;
+    assert!(world.log(&flood).is_empty(), "nothing is written, and nobody waits in silence");
+    for refusal in flood.devices.iter().flat_map(|device| &device.refused) {
+        assert_eq!(
+            (refusal.code, refusal.expected),
+            (RefusalCode::Busy, refusal.pseq),
+            "its number is not used up"
+        );
+        assert!(refusal.retry_after_ms >= 50, "{refusal:?}");
+    }
+    // A flood is not alone in the world: others are let in, and have their turn before all of the flood has had it.
+    world.flood(&mut quiet, 40).await;
+    world.until("the flood gives way", || flood.listen().1 == refused + 40).await;
+    assert_eq!(quiet.listen(), (0, 0), "not one of the others is refused");
+    world.write(3).await;
+    world.until("the quiet ones are written", || quiet.listen().0 == 40).await;
+    let (acked, refused) = flood.listen();
+    assert!(acked + 4_000 < sent - refused, "before much of the flood: {acked} of {}", sent - refused);
+    assert_eq!(world.log(&quiet), (1..=40).map(|pseq| (1, pseq)).collect::<Vec<_>>());
+
+    // Everything that was let in is written, what was refused is not there.
+    world.open.add_permits(1_000);
+    world
+        .until("all is settled", || {
+            let (acked, refused) = flood.listen();
+            acked + refused == sent
+        })
+        .await;
+    let log = world.log(&flood);
+    let (acked, refused) = flood.listen();
+    assert_eq!((log.len(), acked + refused), (acked, sent));
+    for (number, device) in (1u64..).zip(&flood.devices) {
+        let written: Vec<u64> = log.iter().filter(|(of, _)| *of == number).map(|(_, pseq)| *pseq).collect();
+        assert_eq!(written, (1..=device.acked.len() as u64).collect::<Vec<_>>(), "no hole, no refused one");
+        assert_eq!(written, device.acked);
+    }
+    assert!(
+        world.metrics.encode().contains("fulmar_sends_turned_away_total{reason=\"full\"}"),
+        "it is counted"
+    );
+
+    // Their clients come again, each with the first that was refused and then the others.
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    for device in 0..flood.devices.len() {
+        flood.devices[device].refused.clear();
+        let first = flood.devices[device].acked.len() as u64 + 1;
+        for pseq in first..=flood.devices[device].last {
+            world.send(&flood, device, pseq).await;
+            while world.shard.queued() > 1_000 {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+    world.until("everything is written", || flood.listen().0 == sent).await;
+    for device in &flood.devices {
+        assert_eq!(device.acked, (1..=61).collect::<Vec<_>>(), "once, in order");
+        assert!(device.refused.is_empty(), "{:?}", device.refused);
+    }
+    assert_eq!(world.log(&flood).len(), sent);
+    let World { shard, worker, .. } = world;
+    drop(shard);
+    assert!(worker.ended().await);
+}
