@@ -135,10 +135,11 @@ mod tests {
     fn work_takes_cpu_and_the_kernel_says_the_same_of_us() {
         let before = (thread_cpu(), process_cpu());
         let mut sum = 0u64;
-        while thread_cpu() - before.0 < Duration::from_millis(30) {
+        while thread_cpu() - before.0 < Duration::from_millis(100) {
             sum = (0..10_000).fold(sum, |sum, n| std::hint::black_box(sum ^ n));
         }
-        assert!(process_cpu() - before.1 >= Duration::from_millis(30));
+        // The kernel counts in ticks, for the process more coarsely than for a thread.
+        assert!(process_cpu() - before.1 >= Duration::from_millis(50));
         assert!(cpu_of(std::process::id()).unwrap() >= Duration::from_millis(10));
         assert!(resident_of(std::process::id()).unwrap() > 100_000);
     }
