@@ -5,8 +5,9 @@
 //!   The kernel is not in it.
 //! - Each work is done with fewer and with more messages. The difference, divided by the deliveries it holds, is the figure: what
 //!   starting and connecting cost cancels out.
-//! - The figures that hold stand in `benches/instructions.toml`, with the compiler they were counted with. Another compiler makes
-//!   other code of the same source; then the figures are shown, and nothing is judged.
+//! - The figures that hold stand in `benches/instructions.toml`, with the compiler and the kind of processor they were counted with.
+//!   Another compiler makes other code of the same source, and cryptography and the C library choose theirs by what the processor can;
+//!   then the figures are shown, and nothing is judged.
 //!
 //! Not here: what takes the instructions (`callgrind_annotate` of the files this leaves, `profile`).
 
@@ -45,27 +46,38 @@ const WORKS: &[(&str, [u32; 2])] = &[("lone", [32, 96]), ("gathered", [128, 640]
 #[derive(Debug, Default, PartialEq)]
 struct Kept {
     compiler: String,
+    processor: String,
     per_delivery: BTreeMap<String, f64>,
 }
 
 impl Kept {
     fn read(text: &str) -> anyhow::Result<Self> {
         let table: toml::Table = text.parse()?;
-        let compiler =
-            table.get("compiler").and_then(toml::Value::as_str).context("`compiler` is missing")?;
+        let said = |name: &str| {
+            let said = table.get(name).and_then(toml::Value::as_str);
+            said.map(str::to_owned).with_context(|| format!("`{name}` is missing"))
+        };
         let figures = table.get("per_delivery").and_then(toml::Value::as_table);
         let figures = figures.context("`[per_delivery]` is missing")?.iter().map(|(work, figure)| {
             let figure = figure.as_integer().with_context(|| format!("`{work}` is no whole number"))?;
             Ok((work.clone(), figure as f64))
         });
-        Ok(Self { compiler: compiler.to_owned(), per_delivery: figures.collect::<anyhow::Result<_>>()? })
+        Ok(Self {
+            compiler: said("compiler")?,
+            processor: said("processor")?,
+            per_delivery: figures.collect::<anyhow::Result<_>>()?,
+        })
     }
 
     fn write(&self) -> String {
         let mut text = String::from(
             "# Instructions per delivery, kernel left out. Written by `cargo xtask instructions --keep`.\n",
         );
-        let _ = writeln!(text, "compiler = {:?}\n\n[per_delivery]", self.compiler);
+        let _ = writeln!(
+            text,
+            "compiler = {:?}\nprocessor = {:?}\n\n[per_delivery]",
+            self.compiler, self.processor
+        );
         for (work, figure) in &self.per_delivery {
             let _ = writeln!(text, "{work} = {figure:.0}");
         }
@@ -94,13 +106,29 @@ fn judge(now: f64, kept: Option<f64>) -> Judged {
     }
 }
 
+/// As [`count`], for a machine that may be without valgrind and without a way to get it: that is said, and counts as left out.
+///
+/// # Errors
+/// Something can't be built or run, or says nothing.
+pub(crate) fn count_if_possible(workspace: &Workspace) -> anyhow::Result<Tally> {
+    if let Err(error) = ensure_valgrind(workspace) {
+        eprintln!("instructions NOT counted: {error:#}");
+        return Ok(Tally { skipped: 1, ..Tally::default() });
+    }
+    count(workspace, false)
+}
+
+fn ensure_valgrind(workspace: &Workspace) -> anyhow::Result<()> {
+    tool::ensure_package(workspace, "valgrind", "valgrind", "it counts instructions")
+}
+
 /// Counts, and compares with what was kept; with `keep`, keeps the figures instead.
 ///
 /// # Errors
 /// Something can't be built or run, or says nothing.
 pub(crate) fn count(workspace: &Workspace, keep: bool) -> anyhow::Result<Tally> {
     tool::ensure_compilers(workspace)?;
-    tool::ensure_package(workspace, "valgrind", "valgrind", "it counts instructions")?;
+    ensure_valgrind(workspace)?;
     let program = build(workspace)?;
     let file = workspace.root().join(KEPT);
     let kept = match std::fs::read_to_string(&file) {
@@ -111,8 +139,8 @@ pub(crate) fn count(workspace: &Workspace, keep: bool) -> anyhow::Result<Tally> 
     let compiler =
         ask(workspace.command("rustc").arg("--version")).context("rustc does not say its version")?;
     let compiler = compiler.trim().to_owned();
-    let comparable = kept.compiler == compiler;
-    let mut now = Kept { compiler, ..Kept::default() };
+    let mut now = Kept { compiler, processor: processor(), ..Kept::default() };
+    let comparable = (&kept.compiler, &kept.processor) == (&now.compiler, &now.processor);
     let mut tally = Tally::default();
     let mut table = String::new();
     for (work, messages) in WORKS {
@@ -137,11 +165,28 @@ pub(crate) fn count(workspace: &Workspace, keep: bool) -> anyhow::Result<Tally> 
         std::fs::write(&file, now.write()).with_context(|| format!("can't write {}", file.display()))?;
         eprintln!("kept in {KEPT}");
     } else if !comparable {
-        eprintln!("not judged: {KEPT} is of {}, this is {}", kept.compiler, now.compiler);
+        eprintln!(
+            "not judged: {KEPT} is of {} on {}, this is {} on {}",
+            kept.compiler, kept.processor, now.compiler, now.processor
+        );
     } else if !tally.is_success() {
         eprintln!("if that is worth it: `cargo xtask instructions --keep`, and say why in the commit");
     }
     Ok(tally)
+}
+
+/// What decides here which code cryptography and the C library choose: valgrind shows programs one model of processor for each of these.
+fn processor() -> String {
+    let told = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = told.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let mut kind = std::env::consts::ARCH.to_owned();
+    for flag in ["aes", "avx", "avx2", "rdrand", "rdseed", "f16c"] {
+        if flags.split_whitespace().any(|has| has == flag) {
+            kind.push(' ');
+            kind.push_str(flag);
+        }
+    }
+    kind
 }
 
 fn build(workspace: &Workspace) -> anyhow::Result<PathBuf> {
@@ -260,7 +305,8 @@ mod tests {
     #[test]
     fn figures_are_kept_as_they_are_and_damage_is_named() {
         let figures = [("gathered".to_owned(), 1_000.0), ("lone".to_owned(), 22_000.0)].into();
-        let kept = Kept { compiler: "rustc 1.2.3 (\"x\")".to_owned(), per_delivery: figures };
+        let (compiler, processor) = ("rustc 1.2.3 (\"x\")".to_owned(), "vax".to_owned());
+        let kept = Kept { compiler, processor, per_delivery: figures };
         assert_eq!(Kept::read(&kept.write()).unwrap(), kept);
         for text in
             ["", "compiler = 1", "compiler = \"x\"", "compiler = \"x\"\n[per_delivery]\na = \"b\"", "="]
