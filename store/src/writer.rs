@@ -62,7 +62,8 @@ impl ShardWriter {
 
     /// Commits a batch: all of it or nothing, durable when this returns `Ok`, and readers see it then.
     ///
-    /// Dropping the future does not take the batch back; the next commit waits until it is decided.
+    /// Dropping the future does not take the batch back; the next commit waits until it is decided. A small batch may be committed
+    /// on this thread, which waits for the disk meanwhile, if [`StoreOptions::commit_here_within`](crate::StoreOptions) says so.
     ///
     /// # Errors
     /// [`CommitError`]; nothing of the batch is acknowledged. After [`CommitError::Unavailable`] it may be in the log or
