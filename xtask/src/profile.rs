@@ -110,8 +110,8 @@ pub(crate) fn draw(workspace: &Workspace, args: ProfileArgs) -> anyhow::Result<S
         "--no-children",
         "--call-graph",
         "none",
-        "--sort",
-        "symbol",
+        "--fields",
+        "overhead,symbol",
         "--stdio",
         "--input",
     ]);

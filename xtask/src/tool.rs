@@ -66,9 +66,10 @@ pub(crate) const FUZZ: Tool = Tool {
 pub(crate) const INFERNO: Tool = Tool {
     package: "inferno",
     program: "inferno-flamegraph",
-    version_args: &["--version"],
+    // It does not tell its version.
+    version_args: &["--help"],
     pinned: "0.12.8",
-    at_least: [0, 11, 0],
+    at_least: [0, 0, 0],
     install_args: &[],
     minutes: "one minute",
 };
@@ -81,7 +82,8 @@ impl Tool {
     pub(crate) fn ensure(&self, workspace: &Workspace) -> anyhow::Result<()> {
         // The folder of installed tools comes first in `PATH`, so one question covers both places.
         let told = ask(workspace.command(self.program).args(self.version_args));
-        if told.as_deref().and_then(version).is_some_and(|found| found >= self.at_least) {
+        let found = told.as_deref().map(|told| version(told).unwrap_or_default());
+        if found.is_some_and(|found| found >= self.at_least) {
             return Ok(());
         }
         let tools = workspace.tools();
