@@ -309,6 +309,13 @@ impl Phone {
         .await?
     }
 
+    /// Has a conversation on screen from now on: its records come as they are, however large it is. The answer is something
+    /// else that is [`Seen`].
+    pub fn look_at(&mut self, conversation: ConversationId) {
+        let now = self.now();
+        self.half.open(OpenTarget::Number(conversation), true, now);
+    }
+
     /// Makes a group of us and `members`, as many calls as that takes.
     ///
     /// # Errors

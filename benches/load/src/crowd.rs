@@ -24,7 +24,11 @@ use fulmar_benches::{
     phone::{Phone, Seen, Tokens},
     schedule::{Arrivals, Schedule},
 };
-use fulmar_protocol::id::{ConversationId, Pseq, Seq};
+use fulmar_protocol::{
+    id::{ConversationId, Pseq, Seq},
+    service::PAGE_MAX,
+    session::client::Output,
+};
 use tokio::{
     sync::{Notify, Semaphore, watch},
     task::LocalSet,
@@ -46,6 +50,10 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// How long it tries.
 const PERSISTENCE: Duration = Duration::from_secs(60);
+
+/// Heads of a conversation come no sooner after each other than this, with the gateway's own `fanout.head_interval_ms`; a little is
+/// for the way.
+const HEADS_APART: Duration = Duration::from_millis(900);
 
 /// How often a thread looks whether it is late.
 const LOOK: Duration = Duration::from_millis(10);
@@ -137,6 +145,8 @@ pub(crate) struct Common {
 pub(crate) enum News {
     /// A phone is connected, or can't be.
     Connected(bool),
+    /// So many members more have joined.
+    Joined(u64),
     /// A conversation is there.
     Made(usize, ConversationId),
     /// It can't go on.
@@ -224,6 +234,7 @@ struct Seat {
 
 enum Order {
     Make(usize),
+    LookAt(usize),
     Reconnect(Duration),
 }
 
@@ -292,6 +303,7 @@ impl Part {
                 turns: Rc::clone(&turns),
                 sent: RefCell::default(),
                 seen: RefCell::default(),
+                told: RefCell::default(),
             };
             tokio::task::spawn_local(async move { user.live(due).await });
         }
@@ -310,6 +322,7 @@ impl Part {
             Phase::Connect | Phase::SetUp | Phase::CatchUp => None,
         };
         if let Some(Some((first, from, until))) = self.reach(talk).await {
+            self.look(&seats);
             let storm = Rc::clone(&self).storm(Rc::clone(&seats), from);
             tokio::task::spawn_local(storm);
             let apps = 0..self.orders.rates.len();
@@ -318,6 +331,20 @@ impl Part {
             self.reach(|phase| (phase == Phase::End).then_some(())).await;
         }
         Ok(())
+    }
+
+    /// Some phones have their conversations open from now on.
+    fn look(&self, seats: &HashMap<u32, Rc<Seat>>) {
+        if self.orders.shape.open_percent == 0 {
+            return;
+        }
+        for (number, talk) in self.orders.talks.iter().enumerate() {
+            let looking = talk.members.iter().filter(|phone| self.orders.shape.is_looking(**phone));
+            for seat in looking.filter_map(|phone| seats.get(phone)) {
+                seat.orders.borrow_mut().push_back(Order::LookAt(number));
+                seat.wake.notify_one();
+            }
+        }
     }
 
     /// How late timers are here, and how much this thread works.
@@ -417,6 +444,8 @@ struct User {
     sent: RefCell<HashMap<(ConversationId, Pseq), Duration>>,
     /// The last record of each conversation.
     seen: RefCell<HashMap<ConversationId, Seq>>,
+    /// When it was told the last head of each conversation.
+    told: RefCell<HashMap<ConversationId, Duration>>,
 }
 
 impl User {
@@ -495,6 +524,12 @@ impl User {
             let order = self.seat.orders.borrow_mut().pop_front();
             match order {
                 Some(Order::Make(talk)) => self.make(phone, talk).await?,
+                Some(Order::LookAt(talk)) => {
+                    if let Some(conversation) = self.part.conversations.get().and_then(|made| made.get(talk))
+                    {
+                        phone.look_at(*conversation);
+                    }
+                }
                 Some(Order::Reconnect(due)) => return Ok(due),
                 None => {}
             }
@@ -628,6 +663,8 @@ impl User {
                 let counts = part.counts(due);
                 let stormy = part.common.away.load(Ordering::Relaxed) > 0;
                 let was_last = counts && !is_slow && part.common.lasts.reached(stamp.number);
+                let shape = &part.orders.shape;
+                let looking = (shape.open_percent > 0).then(|| shape.is_looking(self.phone));
                 part.tally.note(|tally, recent| {
                     tally.disordered += u64::from(!in_order);
                     if is_slow {
@@ -641,6 +678,11 @@ impl User {
                         tally.delivery.add(took);
                         let weather = if stormy { &mut tally.stormy } else { &mut tally.calm };
                         weather.add(took);
+                        match looking {
+                            Some(true) => tally.looking.add(took),
+                            Some(false) => tally.elsewhere.add(took),
+                            None => {}
+                        }
                     }
                     if was_last {
                         tally.last.add(took);
@@ -653,8 +695,48 @@ impl User {
                 self.refused(&format!("a send was refused: {:?}", refused.code));
                 None
             }
-            Seen::Other(_) => None,
+            Seen::Other(output) => {
+                if let Output::Heads(heads) = *output {
+                    self.told_heads(heads.iter().map(|head| head.conversation));
+                }
+                None
+            }
         }
+    }
+
+    /// Counts heads, in the measured time only.
+    fn told_heads(&self, of: impl Iterator<Item = ConversationId>) {
+        let now = self.part.now();
+        let counts = self.part.counts(now);
+        for conversation in of {
+            let before = self.told.borrow_mut().insert(conversation, now);
+            let early = before.is_some_and(|before| now.saturating_sub(before) < HEADS_APART);
+            self.part.tally.note(|tally, _| {
+                tally.heads += u64::from(counts);
+                tally.heads_early += u64::from(counts && early);
+            });
+        }
+    }
+
+    /// Makes a group with all its members. Those who never come are in it first: whoever is online from the beginning is told of each
+    /// page of members that joins after it.
+    async fn make_group(
+        &self,
+        phone: &mut Phone,
+        number: usize,
+        talk: &Talk,
+    ) -> anyhow::Result<ConversationId> {
+        let others = talk.members.iter().skip(1).map(|phone| user(*phone));
+        let names: Vec<String> = (0..talk.absent).map(absent_user).chain(others).collect();
+        let mut pages = names.chunks(PAGE_MAX);
+        let first = pages.next().unwrap_or_default();
+        let conversation = phone.create_group(&format!("load {number}"), first).await?;
+        self.part.tell(News::Joined(first.len() as u64));
+        for page in pages {
+            phone.add_members(conversation, page).await?;
+            self.part.tell(News::Joined(page.len() as u64));
+        }
+        Ok(conversation)
     }
 
     async fn make(&self, phone: &mut Phone, number: usize) -> anyhow::Result<()> {
@@ -664,9 +746,7 @@ impl User {
             let other = talk.members.get(1).context("a pair has two")?;
             phone.open_direct(&user(*other)).await
         } else {
-            let others = talk.members.iter().skip(1).map(|phone| user(*phone));
-            let names: Vec<String> = others.chain((0..talk.absent).map(absent_user)).collect();
-            phone.create_group(&format!("load {number}"), &names).await
+            self.make_group(phone, number, talk).await
         };
         match made {
             Ok(conversation) => part.tell(News::Made(number, conversation)),

@@ -121,6 +121,10 @@ struct Flags {
     /// Connects a second
     #[arg(long, value_name = "PER SECOND", default_value_t = 1_000.0)]
     connect_rate: f64,
+    /// Of a hundred phones, how many have their conversations open: above the gateway's bound for inline delivery only they are
+    /// served as messages come
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=100))]
+    open: u32,
     /// Of a hundred phones, how many read slowly
     #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u32).range(..=99))]
     slow: u32,
@@ -208,6 +212,7 @@ impl Flags {
             absent: self.absent,
             senders: self.senders,
             slow_percent: self.slow,
+            open_percent: self.open,
             apps: u32::try_from(self.rate.len()).unwrap_or(u32::MAX),
         }
     }
@@ -226,6 +231,9 @@ impl Flags {
         };
         if self.absent > 0 {
             work += &format!("{} members more that are away, ", self.absent);
+        }
+        if self.open > 0 {
+            work += &format!("{} % have it open, ", self.open);
         }
         if self.slow > 0 {
             work += &format!("{} % read {} bytes a second, ", self.slow, self.slow_bytes);
@@ -546,18 +554,30 @@ impl<'a> Play<'a> {
         let all = self.orders.talks.len();
         let mut made = vec![None; all];
         self.phase.send_replace(Phase::SetUp);
-        let (mut done, mut last) = (0, Instant::now());
+        let to_join: u64 = self.orders.talks.iter().map(plan::Talk::others).sum();
+        let (mut done, mut joined, mut last, began) = (0, 0, Instant::now(), Instant::now());
         while done < all {
-            if let Some(News::Made(number, conversation)) = self.hear(last)? {
-                last = Instant::now();
-                if let Some(place) = made.get_mut(number) {
-                    *place = Some(conversation);
-                    done += 1;
+            match self.hear(last)? {
+                Some(News::Made(number, conversation)) => {
+                    last = Instant::now();
+                    if let Some(place) = made.get_mut(number) {
+                        *place = Some(conversation);
+                        done += 1;
+                    }
                 }
+                Some(News::Joined(more)) => {
+                    last = Instant::now();
+                    joined += more;
+                }
+                _ => {}
             }
-            self.progress(&format!("conversations: {done} of {all}"));
+            self.progress(&format!("conversations: {done} of {all}, members: {joined} of {to_join}"));
         }
         self.clear_progress();
+        if !self.flags.quiet && began.elapsed() > Duration::from_secs(2) {
+            let took = began.elapsed().as_secs_f64();
+            eprintln!("{all} conversations with {joined} members made in {took:.1} s");
+        }
         let made = made.into_iter().collect::<Option<Vec<_>>>().context("a conversation is missing")?;
         ensure!(self.conversations.set(made).is_ok(), "conversations are made once");
         Ok(())

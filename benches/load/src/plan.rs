@@ -35,6 +35,8 @@ pub(crate) struct Shape {
     pub(crate) senders: u32,
     /// Of a hundred phones, how many read slowly.
     pub(crate) slow_percent: u32,
+    /// Of a hundred phones, how many have their conversations open.
+    pub(crate) open_percent: u32,
     /// Apps, to which phones belong in equal parts, in the order of their numbers.
     pub(crate) apps: u32,
 }
@@ -53,6 +55,11 @@ pub(crate) struct Talk {
 }
 
 impl Talk {
+    /// Members besides the one who makes it.
+    pub(crate) fn others(&self) -> u64 {
+        (self.members.len() as u64).saturating_sub(1) + u64::from(self.absent)
+    }
+
     /// Members that read slowly.
     pub(crate) fn slow_readers(&self) -> u32 {
         u32::try_from(self.members.len()).unwrap_or(u32::MAX).saturating_sub(self.readers)
@@ -70,6 +77,11 @@ impl Shape {
     pub(crate) const fn is_slow(&self, phone: u32) -> bool {
         // 37 and 100 have no common divisor: each hundred phones in a row have as many.
         (phone.wrapping_mul(37)) % 100 >= 100 - self.slow_percent
+    }
+
+    /// Whether a phone has its conversations open; spread like slow ones, by another factor.
+    pub(crate) const fn is_looking(&self, phone: u32) -> bool {
+        (phone.wrapping_mul(43)) % 100 < self.open_percent
     }
 
     /// Which app a phone belongs to.
@@ -280,6 +292,7 @@ mod tests {
         absent: 7,
         senders: 2,
         slow_percent: 0,
+        open_percent: 0,
         apps: 1,
     };
 

@@ -93,12 +93,14 @@ const SHARES: [(&str, f64); 5] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p
 
 impl Run {
     /// The kinds of times there are, with their names.
-    pub(crate) fn times(&self) -> [(&'static str, &Times); 9] {
+    pub(crate) fn times(&self) -> [(&'static str, &Times); 11] {
         let counts = &self.counts;
         [
             ("send to durable ack", &counts.ack),
             ("last sending to durable ack", &counts.admitted),
             ("send to each recipient", &counts.delivery),
+            ("… who has it open", &counts.looking),
+            ("… who has not", &counts.elsewhere),
             ("send to the last recipient", &counts.last),
             ("wish to connect to WELCOME", &counts.connect),
             ("lost in a storm to WELCOME", &counts.back),
@@ -235,6 +237,18 @@ impl Run {
             );
         }
         row("deliveries", format!("{} ({:.0}/s)", counts.delivered, self.deliveries_per_second()));
+        if counts.heads > 0 {
+            let each = counts.heads as f64 / self.seconds.max(1e-9) / f64::from(self.phones.max(1));
+            row(
+                "heads",
+                format!(
+                    "{} ({:.0}/s, {each:.2}/s a phone), {} of them less than 0.9 s after another",
+                    counts.heads,
+                    counts.heads as f64 / self.seconds.max(1e-9),
+                    counts.heads_early,
+                ),
+            );
+        }
         if counts.delivered_slowly > 0 {
             row(
                 "deliveries to slow readers",
@@ -334,6 +348,7 @@ impl Run {
             "due": counts.due, "sent": counts.sent, "acked": counts.acked,
             "delivered": counts.delivered, "delivered_slowly": counts.delivered_slowly,
             "missing": self.missing, "missing_slowly": self.missing_slowly, "put_off": counts.put_off,
+            "heads": counts.heads, "heads_early": counts.heads_early,
             "given_up": counts.given_up, "resident_bytes": self.resident, "recovered_after_s": self.recovered_after(),
             "apps": counts.apps.iter().map(|of_app| json!({
                 "due": of_app.due, "acked": of_app.acked, "put_off": of_app.put_off,

@@ -17,7 +17,7 @@ pub(crate) enum Scenario {
     Sends,
     /// A group of 10 000, 5 000 online: saturated, at 40 messages/s, at 60 % of saturation
     Large,
-    /// The same with 100 000 members, 5 000 online, whom only a head is told
+    /// The same at 10 messages/s, then with 100 000 members, 5 000 online: a tenth has it open, the others are told a head
     Huge,
     /// A group of 5 000, without slow readers, with 30 % that never read, with 30 % that read 1 KiB/s
     Slow,
@@ -51,7 +51,9 @@ fn next(scenario: Scenario, made: &[(&'static str, Run)]) -> Option<(&'static st
             ("60 %", format!("{large} --absent 5000 --seconds 20 --rate {rate:.1}"))
         }
         (Scenario::Huge, 0) => ("10 000", format!("{large} --absent 5000 --seconds 15 --rate 10")),
-        (Scenario::Huge, 1) => ("100 000", format!("{large} --absent 95000 --seconds 15 --rate 10")),
+        (Scenario::Huge, 1) => {
+            ("100 000", format!("{large} --absent 95000 --open 10 --seconds 15 --rate 10"))
+        }
         (Scenario::Slow, 0) => ("none", slow.to_owned()),
         (Scenario::Slow, 1) => ("never", format!("{slow} --slow 30 --slow-bytes 0")),
         (Scenario::Slow, 2) => ("1 KiB/s", format!("{slow} --slow 30 --slow-bytes 1024")),

@@ -60,6 +60,11 @@ pub(crate) struct Counts {
     pub(crate) acked: u64,
     /// Deliveries to readers that keep up.
     pub(crate) delivered: u64,
+    /// Times a phone was told how far a conversation has come, and of them those that came less than nine tenths of a second after
+    /// the one before.
+    pub(crate) heads: u64,
+    /// See `heads`.
+    pub(crate) heads_early: u64,
     /// Deliveries to slow readers.
     pub(crate) delivered_slowly: u64,
     /// Deliveries that came a second time or out of order.
@@ -70,6 +75,10 @@ pub(crate) struct Counts {
     pub(crate) ack: Times,
     /// From due to each recipient.
     pub(crate) delivery: Times,
+    /// Of `delivery`, to phones that have the conversation open, where not all have.
+    pub(crate) looking: Times,
+    /// The same of those that have not.
+    pub(crate) elsewhere: Times,
     /// From due to the last recipient.
     pub(crate) last: Times,
     /// How late this program was to hand a message over.
@@ -110,6 +119,10 @@ impl Counts {
         self.refused += other.refused;
         self.ack.append(&other.ack);
         self.delivery.append(&other.delivery);
+        self.looking.append(&other.looking);
+        self.elsewhere.append(&other.elsewhere);
+        self.heads += other.heads;
+        self.heads_early += other.heads_early;
         self.last.append(&other.last);
         self.late.append(&other.late);
         self.connect.append(&other.connect);
