@@ -332,8 +332,11 @@ section! {
         stream_window_bytes: u32 = 131_072, 32_768..=16_777_216;
         /// Bytes a client may have in flight to us on all its streams.
         connection_window_bytes: u32 = 262_144, 65_536..=67_108_864;
-        /// Bytes we keep for retransmission to one client; a reader that is this far behind is read from the log.
-        send_window_bytes: u64 = 196_608, 65_536..=67_108_864;
+        /// Bytes we keep for retransmission to one client at the most; a reader that is this far behind is read from the log.
+        send_window_bytes: u64 = 196_608, 32_768..=67_108_864;
+        /// The same for a client that acknowledges nothing. One that does is allowed more: twice the bytes it acknowledges in a
+        /// second.
+        send_window_least_bytes: u64 = 32_768, 16_384..=67_108_864;
         /// Bidirectional streams a client may open; one is used.
         bidi_streams: u32 = 2, 1..=64;
         /// Unidirectional streams a client may open; one is used.
@@ -697,6 +700,13 @@ impl Config {
                 transport.keepalive_max_s, transport.idle_timeout_ms
             );
             return fail("transport.keepalive_max_s", what);
+        }
+        if transport.send_window_least_bytes > transport.send_window_bytes {
+            let what = format!(
+                "= {} is above transport.send_window_bytes = {}: nobody is allowed more than that",
+                transport.send_window_least_bytes, transport.send_window_bytes
+            );
+            return fail("transport.send_window_least_bytes", what);
         }
         if self.limits.handshakes_before_retry > self.limits.handshakes {
             let what = format!(

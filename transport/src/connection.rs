@@ -192,6 +192,15 @@ impl Connection {
         }
     }
 
+    /// Bytes of all streams that may be unacknowledged from now on; what is beyond it already stays. Over a byte stream this
+    /// changes nothing: there the system's buffer is the one that waits for acknowledgements.
+    pub fn set_send_window(&self, bytes: u64) {
+        match &self.0 {
+            Inner::Quic(quic) => quic.set_send_window(bytes),
+            Inner::Muxed(_) => {}
+        }
+    }
+
     /// Queues a datagram; if there is no room, the oldest one is dropped.
     ///
     /// # Errors
@@ -340,6 +349,22 @@ impl SendStream {
     /// As [`Self::write_all`].
     pub async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), WriteError> {
         self.write_all_chunks(&mut [chunk]).await
+    }
+
+    /// Waits until some of `chunks` can be written, and writes without copying what can be at once: how many bytes that were.
+    /// What was written is gone from the chunks.
+    ///
+    /// # Errors
+    /// As [`Self::write_all`].
+    pub async fn write_chunks(&mut self, chunks: &mut [Bytes]) -> Result<usize, WriteError> {
+        match &mut self.0 {
+            SendInner::Quic(quic) => Ok(quic.write_chunks(chunks).await?.bytes),
+            SendInner::Muxed(muxed) => {
+                let all = chunks.iter().map(Bytes::len).sum();
+                poll_fn(|cx| muxed.poll_write_chunks(cx, chunks)).await?;
+                Ok(all)
+            }
+        }
     }
 
     /// Writes chunks without copying them; they are empty afterwards.

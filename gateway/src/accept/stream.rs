@@ -13,7 +13,7 @@ use std::{
 };
 
 use fulmar_protocol::{
-    limit::{DATAGRAM_BYTES_MAX, LANES_MAX},
+    limit::DATAGRAM_BYTES_MAX,
     version::{ALPN, WEBSOCKET_PATH, WEBSOCKET_PROTOCOL},
 };
 use fulmar_transport::{
@@ -141,8 +141,8 @@ async fn shake_hands(
 
 /// The bounds QUIC has, for streams over TLS.
 fn stream_config(transport: &TransportConfig) -> Config {
-    let streams = usize::from(LANES_MAX.min(transport.lanes)) + 2;
-    let send_buffer = usize::try_from(transport.send_window_bytes).unwrap_or(usize::MAX) / streams;
+    // The system's buffer holds what a long road needs.
+    let send_buffer = usize::try_from(transport.send_window_least_bytes).unwrap_or(usize::MAX) / 2;
     Config {
         streams_bidi: transport.bidi_streams.into(),
         streams_uni: transport.uni_streams.into(),

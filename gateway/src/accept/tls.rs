@@ -236,7 +236,7 @@ pub fn transport_config(transport: &TransportConfig) -> quinn::TransportConfig {
         .max_idle_timeout(Some(VarInt::from_u32(transport.idle_timeout_ms).into()))
         .stream_receive_window(VarInt::from_u32(transport.stream_window_bytes))
         .receive_window(VarInt::from_u32(transport.connection_window_bytes))
-        .send_window(transport.send_window_bytes)
+        .send_window(transport.send_window_least_bytes)
         .send_fairness(false)
         .keep_alive_interval(None)
         .datagram_receive_buffer_size(Some(transport.datagram_receive_bytes))

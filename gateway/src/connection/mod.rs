@@ -8,6 +8,7 @@
 //!
 //! Not here: what a send does (`conversation`), who is owed what (`fanout`).
 
+mod allowance;
 mod copies;
 mod dispatch;
 pub mod driver;

@@ -11,7 +11,7 @@ use fulmar_protocol::{
     close::{CloseCode, RefusalCode},
     frame::{Channel, Frame, Heads, Pull, Receipts},
     id::{ConversationId, RequestId, Seq},
-    limit::DATAGRAM_BYTES_MAX,
+    limit::{BLOCK_BYTES_MAX, DATAGRAM_BYTES_MAX},
     version::Features,
 };
 use tokio::time::{Instant, Sleep};
@@ -34,6 +34,9 @@ use crate::{
 /// Bytes of the control stream's buffer that are kept from one write to the next: acks fit. A WELCOME or the answer to a call is
 /// nothing to be kept by whoever is idle from then on.
 const CONTROL_KEPT: usize = 128;
+
+/// Room for a stream's header and a frame's type and length before a BLOCK.
+const BLOCK_HEAD_ROOM: usize = 32;
 
 /// Which lane a conversation uses: spread evenly, the same for the life of a connection.
 pub(super) fn lane_of(conversation: ConversationId, lanes: u8) -> u8 {
@@ -206,9 +209,45 @@ impl Connection {
                 lane.stream.insert(stream)
             }
         };
-        let written = stream.write_all_chunks(&mut lane.frames).await;
+        let written = self.hand_over(stream, &mut lane.frames).await;
         lane.frames.clear();
         Ok(written?)
+    }
+
+    /// Hands chunks to the transport, as much at a time as the client is allowed to leave unacknowledged.
+    async fn hand_over(
+        &self,
+        stream: &mut fulmar_transport::SendStream,
+        mut chunks: &mut [Bytes],
+    ) -> Result<(), fulmar_transport::WriteError> {
+        let allow = |window: Option<u64>| {
+            if let Some(window) = window {
+                self.transport.set_send_window(window);
+            }
+        };
+        let begun = {
+            let (mut allowance, bounds) = self.allowance();
+            allowance.begin(bounds, self.now())
+        };
+        allow(begun);
+        loop {
+            let written = chunks.iter().take_while(|chunk| chunk.is_empty()).count();
+            chunks = std::mem::take(&mut chunks).get_mut(written..).unwrap_or_default();
+            if chunks.is_empty() {
+                return Ok(());
+            }
+            let bytes = stream.write_chunks(chunks).await?;
+            let handed = {
+                let (mut allowance, bounds) = self.allowance();
+                allowance.handed(bounds, bytes, self.now())
+            };
+            allow(handed);
+        }
+    }
+
+    /// Bytes of the next BLOCK: what a stuck reader leaves here is no more than a part of what it may leave in the transport.
+    fn block_bytes(&self) -> usize {
+        usize::try_from(self.allowance().0.window() / 2).unwrap_or(BLOCK_BYTES_MAX)
     }
 
     pub(super) async fn write_backlog(self: &Arc<Self>) -> Result<Infallible, End> {
@@ -318,7 +357,7 @@ impl Connection {
         let peer = self.peer().map_err(|_| Refusal::new(RefusalCode::Draining))?;
         let reader = self.context.conversation(conversation)?.reader.clone();
         let (app, user) = (peer.app, peer.producer.user);
-        let request = BlockRequest { pull, conversation, user, from, to };
+        let request = BlockRequest { pull, conversation, user, from, to, bytes: self.block_bytes() };
         let read = blocking(move || match reader.meta(conversation)? {
             Some(meta) if meta.app == app => catchup::block(&reader, request),
             _ => Ok(None),
@@ -338,7 +377,8 @@ impl Connection {
         stream: &mut Option<fulmar_transport::SendStream>,
         frame: Frame,
     ) -> Result<(), End> {
-        let mut out = BytesMut::with_capacity(frame.encoded_len() + 2);
+        // With the room encoding asks for: a block that moves takes twice its size, and keeps it until the last byte is acknowledged.
+        let mut out = BytesMut::with_capacity(frame.encoded_len() + BLOCK_HEAD_ROOM);
         let stream = match stream {
             Some(stream) => stream,
             None => {
@@ -351,9 +391,11 @@ impl Connection {
             }
         };
         frame.encode(&mut out);
+        // A reader that is stuck keeps the bytes, not the records as well.
+        drop(frame);
         self.context.metrics.bytes_out(out.len() as u64);
         let size = out.len();
-        match stream.write_chunk(out.freeze()).await {
+        match self.hand_over(stream, &mut [out.freeze()]).await {
             Ok(()) => {
                 let now = self.now();
                 self.copies().left(size, now);

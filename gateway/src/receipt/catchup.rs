@@ -31,6 +31,8 @@ pub struct BlockRequest {
     pub from: Seq,
     /// The last record wanted.
     pub to: Seq,
+    /// Bytes the block may have, at most [`BLOCK_BYTES_MAX`]; the first record comes anyway.
+    pub bytes: usize,
 }
 
 /// Reads one block, and says where the next one begins; `None` when the asker is no member (any more).
@@ -44,7 +46,8 @@ pub fn block(reader: &ShardReader, request: BlockRequest) -> Result<Option<(Bloc
     let Some(head) = reader.head(request.conversation)? else { return Ok(None) };
     let from = request.from.max(low(&head, &member));
     let to = request.to.min(head.seq);
-    let limits = Limits { records: BLOCK_RECORDS_MAX, bytes: BLOCK_BYTES_MAX - Block::HEADER_LEN_MAX };
+    let bytes = request.bytes.min(BLOCK_BYTES_MAX).saturating_sub(Block::HEADER_LEN_MAX);
+    let limits = Limits { records: BLOCK_RECORDS_MAX, bytes };
     let records =
         if from <= to { reader.records(request.conversation, from, to, limits)? } else { Vec::new() };
     // Retention may have taken what was still there when the head was read. Read again after the records, it says of
@@ -55,7 +58,8 @@ pub fn block(reader: &ShardReader, request: BlockRequest) -> Result<Option<(Bloc
 
 /// A block of `records`, which are what is left of the range that was asked for.
 fn assemble(request: BlockRequest, head: Seq, low: Seq, records: Vec<Record>) -> (Block, Seq) {
-    let BlockRequest { pull, conversation, user, from, to } = request;
+    let BlockRequest { pull, conversation, user, from, to, bytes: most } = request;
+    let most = most.min(BLOCK_BYTES_MAX);
     let first = records.first().map_or_else(|| from.max(low), |first| first.seq);
     // What is in the block is there for its reader, even if it went from the log after it was read.
     let low = low.min(first);
@@ -65,9 +69,7 @@ fn assemble(request: BlockRequest, head: Seq, low: Seq, records: Vec<Record>) ->
     for record in records {
         let wire = wire(conversation, user, &record);
         let len = Block::record_len_max(&wire);
-        if !block.records.is_empty() && bytes + len > BLOCK_BYTES_MAX
-            || block.records.len() >= BLOCK_RECORDS_MAX
-        {
+        if !block.records.is_empty() && bytes + len > most || block.records.len() >= BLOCK_RECORDS_MAX {
             break;
         }
         bytes += len;
@@ -125,6 +127,7 @@ mod tests {
             user: UserId::new(257).unwrap(),
             from: seq(5),
             to: seq(10),
+            bytes: BLOCK_BYTES_MAX,
         };
         let count = records.clone().count();
         let (block, next) = assemble(request, seq(20), seq(low), records.map(record).collect());
