@@ -79,13 +79,18 @@ impl Receivers {
 }
 
 async fn attend(incoming: quinn::Incoming, receivers: &Receivers) -> anyhow::Result<()> {
-    let connection = incoming.await?;
+    // As the gateway does: what comes early is answered at once.
+    let connection = match incoming.accept()?.into_0rtt() {
+        Ok((connection, _)) => connection,
+        Err(connecting) => connecting.await?,
+    };
     let (mut send, mut recv) = connection.accept_bi().await?;
     let mut role = [0];
     recv.read_exact(&mut role).await?;
     match role {
         [b'e'] => {
-            while let Some(chunk) = recv.read_chunk(usize::MAX, true).await? {
+            // Until the client has left, one way or the other.
+            while let Ok(Some(chunk)) = recv.read_chunk(usize::MAX, true).await {
                 send.write_chunk(chunk.bytes).await?;
             }
         }
@@ -154,16 +159,25 @@ pub fn client_endpoint_at(folder: &Path, local: Ipv4Addr) -> anyhow::Result<quin
     client_endpoint_with(tls, local)
 }
 
-/// An endpoint for clients with the gateway's transport settings and this TLS, whatever the server is.
+/// Settings of a client with the gateway's transport settings and this TLS, whatever the server is.
 ///
 /// # Errors
-/// There is no socket, or QUIC can't have this TLS.
-pub fn client_endpoint_with(tls: rustls::ClientConfig, local: Ipv4Addr) -> anyhow::Result<quinn::Endpoint> {
+/// QUIC can't have this TLS.
+pub fn client_config(tls: rustls::ClientConfig) -> anyhow::Result<quinn::ClientConfig> {
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
     let mut transport = transport_config(&Config::in_folder(Path::new("")).transport);
     // The gateway opens up to sixteen lanes and the backlog.
     transport.max_concurrent_uni_streams(32u8.into());
     config.transport_config(Arc::new(transport));
+    Ok(config)
+}
+
+/// An endpoint for clients with [`client_config`].
+///
+/// # Errors
+/// There is no socket, or QUIC can't have this TLS.
+pub fn client_endpoint_with(tls: rustls::ClientConfig, local: Ipv4Addr) -> anyhow::Result<quinn::Endpoint> {
+    let config = client_config(tls)?;
     let socket = std::net::UdpSocket::bind(SocketAddr::from((local, 0)))?;
     // Many phones share it: what comes for all of them at once must find room.
     let _ = socket2::SockRef::from(&socket).set_recv_buffer_size(RECEIVE_BYTES);

@@ -92,6 +92,47 @@ pub enum Seen {
     Other(Box<Output>),
 }
 
+/// How a server is reached.
+#[derive(Debug)]
+pub struct Road<'a> {
+    /// From here.
+    pub endpoint: &'a quinn::Endpoint,
+    /// To there.
+    pub server: SocketAddr,
+    /// With TLS of its own, sessions included; the endpoint's unless given.
+    pub config: Option<quinn::ClientConfig>,
+    /// What is said first leaves as early data; there must be a TLS session.
+    pub early: bool,
+}
+
+impl<'a> Road<'a> {
+    /// With what the endpoint has, nothing early.
+    #[must_use]
+    pub const fn to(endpoint: &'a quinn::Endpoint, server: SocketAddr) -> Self {
+        Self { endpoint, server, config: None, early: false }
+    }
+
+    /// A connection; where it may speak before the end of the handshake, also what waits for that, and says whether early data was
+    /// taken.
+    ///
+    /// # Errors
+    /// There is none, or early data was to be sent and there is no session for it.
+    pub async fn open(self) -> anyhow::Result<(quinn::Connection, Option<quinn::ZeroRttAccepted>)> {
+        let Self { endpoint, server, config, early } = self;
+        let connecting = match config {
+            Some(config) => endpoint.connect_with(config, server, "localhost")?,
+            None => endpoint.connect(server, "localhost")?,
+        };
+        if !early {
+            return Ok((connecting.await?, None));
+        }
+        match connecting.into_0rtt() {
+            Ok((connection, accepted)) => Ok((connection, Some(accepted))),
+            Err(_) => bail!("no TLS session that allows early data"),
+        }
+    }
+}
+
 struct Incoming {
     channel: Option<Channel>,
     kind: Option<u64>,
@@ -154,9 +195,17 @@ impl Phone {
         token: String,
         uid: u128,
     ) -> anyhow::Result<Self> {
+        Self::connect_by(Road::to(endpoint, gateway), token, uid).await
+    }
+
+    /// The same by a road of its own.
+    ///
+    /// # Errors
+    /// It was not let in.
+    pub async fn connect_by(road: Road<'_>, token: String, uid: u128) -> anyhow::Result<Self> {
         let config = ClientConfig::new(DeviceUid(uid.to_be_bytes()), DeviceClass::Phone);
         let half = Client::new(config, Restored::default());
-        let begun = Self::begin(half, Instant::now(), AuthProof::Token(token), endpoint, gateway).await;
+        let begun = Self::begin(half, Instant::now(), AuthProof::Token(token), road).await;
         begun.map_err(|(_, error)| error)
     }
 
@@ -164,15 +213,14 @@ impl Phone {
         mut half: Client,
         begin: Instant,
         auth: AuthProof,
-        endpoint: &quinn::Endpoint,
-        gateway: SocketAddr,
+        road: Road<'_>,
     ) -> Result<Self, (Box<Client>, anyhow::Error)> {
         let opening = async {
-            let connection = endpoint.connect(gateway, "localhost")?.await?;
+            let (connection, completed) = road.open().await?;
             let streams = connection.open_bi().await?;
-            anyhow::Ok((connection, streams))
+            anyhow::Ok((connection, completed, streams))
         };
-        let (connection, (send, recv)) = match opening.await {
+        let (connection, completed, (send, recv)) = match opening.await {
             Ok(opened) => opened,
             Err(error) => return Err((Box::new(half), error)),
         };
@@ -203,7 +251,14 @@ impl Phone {
             Output::Welcomed(welcome) => Some(welcome.ticket.clone()),
             _ => None,
         });
-        match welcomed.await.context("no WELCOME") {
+        let mut welcomed = welcomed.await.context("no WELCOME");
+        if let Some(completed) = completed
+            && !completed.await
+            && welcomed.is_ok()
+        {
+            welcomed = Err(anyhow::anyhow!("early data was not taken"));
+        }
+        match welcomed {
             Ok(ticket) => {
                 phone.ticket = ticket;
                 Ok(phone)
@@ -512,8 +567,16 @@ impl Away {
         endpoint: &quinn::Endpoint,
         gateway: SocketAddr,
     ) -> Result<Phone, (Self, anyhow::Error)> {
+        self.reconnect_by(Road::to(endpoint, gateway)).await
+    }
+
+    /// The same by a road of its own.
+    ///
+    /// # Errors
+    /// It was not let in; it may try again.
+    pub async fn reconnect_by(self, road: Road<'_>) -> Result<Phone, (Self, anyhow::Error)> {
         let Self { half, begin, lanes, newest, ticket } = self;
-        match Phone::begin(half, begin, AuthProof::Ticket(ticket.clone()), endpoint, gateway).await {
+        match Phone::begin(half, begin, AuthProof::Ticket(ticket.clone()), road).await {
             Ok(next) => Ok(Phone { lanes, newest, ..next }),
             Err((half, error)) => Err((Self { half: *half, begin, lanes, newest, ticket }, error)),
         }
