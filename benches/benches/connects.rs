@@ -28,6 +28,10 @@ use fulmar_benches::{
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use rustls::client::Resumption;
 
+/// The `fulmar` binary's, for the floor as well.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Connects under way at the same time.
 const AT_ONCE: usize = 32;
 

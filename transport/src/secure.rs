@@ -8,7 +8,7 @@ use std::{future::Future, io, pin::Pin, sync::Arc};
 
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_rustls::{TlsAcceptor, TlsConnector};
+use tokio_rustls::{LazyConfigAcceptor, TlsConnector};
 
 use crate::{
     connection::{Connection, Kind, Setup},
@@ -27,6 +27,9 @@ pub enum HandshakeError {
     /// TLS failed, or the stream did.
     #[error("{0}")]
     Tls(#[from] io::Error),
+    /// The client's turn did not come.
+    #[error("its turn did not come")]
+    NoTurn,
     /// The other end speaks something else.
     #[error("no protocol in common")]
     Alpn,
@@ -40,11 +43,14 @@ pub enum HandshakeError {
 
 /// Lets a client in: directly with ALPN `alpn`, by WebSocket with [`ALPN_HTTP`]. `config` offers both.
 ///
+/// `turn` is waited for when the client has said what it wants, and before anything is computed for it; `false` ends it there.
+///
 /// # Errors
 /// See [`HandshakeError`].
 pub async fn accept<S>(
     stream: S,
     config: Arc<rustls::ServerConfig>,
+    turn: impl Future<Output = bool>,
     alpn: &[u8],
     names: Names,
     setup: Setup,
@@ -53,8 +59,11 @@ pub async fn accept<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let accepting =
-        TlsAcceptor::from(config).accept_with(stream, |tls| tls.set_buffer_limit(Some(TLS_BUFFER)));
+    let asked = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream).await?;
+    if !turn.await {
+        return Err(HandshakeError::NoTurn);
+    }
+    let accepting = asked.into_stream_with(config, |tls| tls.set_buffer_limit(Some(TLS_BUFFER)));
     let stream = accepting.await?;
     match stream.get_ref().1.alpn_protocol() {
         Some(agreed) if agreed == alpn => Ok(Connection::over(stream, Kind::Tls, setup, spawn)),

@@ -78,6 +78,11 @@ fn certificates() -> Certificates {
     Certificates { server: Arc::new(server), client }
 }
 
+/// Everybody's turn is now.
+async fn at_once() -> bool {
+    true
+}
+
 /// A server and a client that have connected by `kind` over loopback.
 async fn connected(kind: Kind) -> (Connection, Connection) {
     let certificates = certificates();
@@ -90,7 +95,7 @@ async fn connected(kind: Kind) -> (Connection, Connection) {
         let (stream, remote) = listener.accept().await.unwrap();
         tcp::tune(&stream).unwrap();
         let setup = Setup { remote, ..setup(Side::Server) };
-        secure::accept(stream, certificates.server, ALPN, NAMES, setup, on_tokio).await.unwrap()
+        secure::accept(stream, certificates.server, at_once(), ALPN, NAMES, setup, on_tokio).await.unwrap()
     });
     let stream = TcpStream::connect(address).await.unwrap();
     tcp::tune(&stream).unwrap();
@@ -434,6 +439,43 @@ async fn a_stuck_stream_leaves_its_task_alone() {
 }
 
 #[tokio::test]
+async fn nothing_is_answered_before_its_turn() {
+    use tokio::{io::AsyncReadExt as _, sync::oneshot};
+    for let_in in [true, false] {
+        let certificates = certificates();
+        let (here, mut there) = duplex(1 << 16);
+        let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
+        let mut client = rustls::ClientConnection::new(Arc::new(certificates.client), name).unwrap();
+        let mut hello = Vec::new();
+        client.write_tls(&mut hello).unwrap();
+        let (asked, is_asked) = oneshot::channel();
+        let (give, given) = oneshot::channel();
+        let turn = async move {
+            asked.send(()).unwrap();
+            given.await.unwrap()
+        };
+        let setup = setup(Side::Server);
+        let accepting =
+            tokio::spawn(secure::accept(here, certificates.server, turn, ALPN, NAMES, setup, on_tokio));
+        there.write_all(hello.get(..hello.len() / 2).unwrap()).await.unwrap();
+        tokio::task::yield_now().await;
+        there.write_all(hello.get(hello.len() / 2..).unwrap()).await.unwrap();
+        // It asks for its turn once all of the first words are there, and does nothing else.
+        is_asked.await.unwrap();
+        let mut answer = [0; 1];
+        let silent = tokio::time::timeout(Duration::from_millis(20), there.read(&mut answer)).await;
+        assert!(silent.is_err(), "{silent:?}");
+        give.send(let_in).unwrap();
+        let read = there.read(&mut answer).await.unwrap();
+        assert_eq!(read, usize::from(let_in), "an answer, or the end");
+        if !let_in {
+            let refused = accepting.await.unwrap();
+            assert!(matches!(refused, Err(secure::HandshakeError::NoTurn)), "{refused:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn who_speaks_something_else_is_refused() {
     let certificates = certificates();
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
@@ -442,8 +484,16 @@ async fn who_speaks_something_else_is_refused() {
     tokio::spawn(async move {
         loop {
             let (stream, _) = listener.accept().await.unwrap();
-            let accepted =
-                secure::accept(stream, Arc::clone(&server), ALPN, NAMES, setup(Side::Server), on_tokio).await;
+            let accepted = secure::accept(
+                stream,
+                Arc::clone(&server),
+                at_once(),
+                ALPN,
+                NAMES,
+                setup(Side::Server),
+                on_tokio,
+            )
+            .await;
             assert!(accepted.is_err(), "{accepted:?}");
         }
     });

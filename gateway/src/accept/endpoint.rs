@@ -22,7 +22,7 @@ use super::{
     book::Book,
     resets::first_id,
     stream::{Streams, next_stream},
-    waiting::{Turn, Waiting},
+    waiting::{Asked, Turn, Turns, Waiting},
 };
 use crate::{
     connection::serve,
@@ -159,6 +159,8 @@ pub async fn accept(
     };
     let mut connections = JoinSet::new();
     let mut waiting: Waiting<Attempt> = Waiting::new();
+    // Each is counted as a handshake, so there is room for all of them.
+    let (turns, mut asked) = Turns::new(context.config.limits.handshakes);
     let mut taken = 0;
     loop {
         here.set(i64::try_from(connections.len()).unwrap_or(i64::MAX));
@@ -181,9 +183,10 @@ pub async fn accept(
             },
             Some((stream, from)) = next_stream(&mut listener, context) => {
                 if let Some(tls) = &tls {
-                    super::stream::attempt(stream, from, tls, context, counts, &mut connections);
+                    super::stream::attempt(stream, from, tls, context, counts, &turns, &mut connections);
                 }
             }
+            Some(turn) = asked.recv() => waiting.push(Attempt::Stream(turn), crate::ground::now()),
             turn = waiting.turn(crate::ground::now), if taken > 0 || !waiting.is_empty() => {
                 taken = 0;
                 match turn {
@@ -194,7 +197,8 @@ pub async fn accept(
             }
         }
     }
-    // Whoever has not begun is told to go elsewhere.
+    // Whoever has not begun is told to go elsewhere, and who asks from now on as well.
+    drop(asked);
     while let Some(Turn::Begin(attempt) | Turn::Late(attempt)) = waiting.next(crate::ground::now()) {
         attempt.refuse(Refused::Draining.label(), context);
     }
@@ -234,6 +238,13 @@ impl<'a> Handshake<'a> {
         Self { metrics, going_on: true, connected: None }
     }
 
+    /// It never began: the attempt was refused before.
+    pub(super) fn turned_away(mut self) {
+        if std::mem::take(&mut self.going_on) {
+            self.metrics.handshakes.dec();
+        }
+    }
+
     /// It ended, with a connection or without.
     pub(super) fn end(&mut self, up: Option<Kind>) {
         if !std::mem::take(&mut self.going_on) {
@@ -260,9 +271,10 @@ impl Drop for Handshake<'_> {
 
 /// An attempt that was let in. Its handshake has not begun.
 #[derive(Debug)]
-struct Attempt {
-    incoming: Box<quinn::Incoming>,
-    counted: Counted,
+enum Attempt {
+    Quic(Box<quinn::Incoming>, Counted),
+    /// The task that counts it and goes on with it.
+    Stream(Asked),
 }
 
 /// Judges an attempt.
@@ -271,9 +283,7 @@ fn attempt(incoming: quinn::Incoming, context: &Context, counts: &Arc<Mutex<Coun
     let draining = context.drain.is_draining();
     let load = load(counts, address, incoming.remote_address_validated(), draining);
     match admit(&context.config.limits, load) {
-        Verdict::Accept => {
-            Some(Attempt { incoming: Box::new(incoming), counted: Counted::new(counts, address) })
-        }
+        Verdict::Accept => Some(Attempt::Quic(Box::new(incoming), Counted::new(counts, address))),
         Verdict::Retry => {
             context.metrics.turned_away("retry");
             if incoming.may_retry() {
@@ -292,61 +302,84 @@ fn attempt(incoming: quinn::Incoming, context: &Context, counts: &Arc<Mutex<Coun
 }
 
 fn refuse(incoming: quinn::Incoming, why: &'static str, context: &Context) {
+    turned_away(why, context);
+    incoming.refuse();
+}
+
+/// Counts a refusal and says so now and then.
+pub(super) fn turned_away(why: &'static str, context: &Context) {
     context.metrics.turned_away(why);
     if let Some(suppressed) = context.complaints.due(why, crate::ground::now()) {
         warn!(why, suppressed, "connection attempts are refused");
     }
-    incoming.refuse();
 }
 
 impl Attempt {
     fn refuse(self, why: &'static str, context: &Context) {
-        refuse(*self.incoming, why, context);
+        match self {
+            Self::Quic(incoming, _) => refuse(*incoming, why, context),
+            Self::Stream(_) => turned_away(why, context),
+        }
     }
 
-    /// Begins the handshake, in a task of its own: a panic there ends nobody else's connection.
     fn begin(self, context: &Arc<Context>, book: &Arc<Book>, connections: &mut JoinSet<()>) {
-        let Self { incoming, mut counted } = self;
-        let (context, book) = (Arc::clone(context), Arc::clone(book));
-        let timeout = Duration::from_millis(context.config.limits.hello_timeout_ms);
-        let task = async move {
-            // A server always has the keys for its half of a round trip: what comes in early data is served at once.
-            let (accepted, id) = first_id(|| incoming.accept());
-            let early = match accepted.map(quinn::Connecting::into_0rtt) {
-                Ok(Ok(early)) => early,
-                Ok(Err(_)) => return,
-                Err(error) => {
-                    context.metrics.handshakes_failed.inc();
-                    debug!(%error, "a handshake failed");
-                    return;
-                }
-            };
-            let (quic, completed) = early;
-            let metrics = context.metrics.clone();
-            let mut handshake = Handshake::begin(&metrics);
-            let watched = quic.clone();
-            // As long as this task.
-            let mut noted = None;
-            let confirmed = async {
-                let completed = tokio::time::timeout(timeout, completed).await;
-                // What is resolved says whether early data was taken, not whether there is a connection.
-                let up = completed.is_ok() && watched.close_reason().is_none();
-                if up {
-                    noted = id.and_then(|id| book.note(&watched, id));
-                }
-                drop(watched);
-                handshake.end(up.then_some(Kind::Quic));
-                if up {
-                    counted.connected();
-                } else {
-                    debug!(in_time = completed.is_ok(), "a handshake failed");
-                }
-                up
-            };
-            // Boxed, as `incoming` is: what the handshake needs is gone when it is over, the task stays.
-            serve(quic.into(), Box::pin(confirmed), context).await;
-            drop(noted);
-        };
-        connections.spawn(task.in_current_span());
+        match self {
+            Self::Quic(incoming, counted) => begin_quic(incoming, counted, context, book, connections),
+            Self::Stream(turn) => {
+                // Gone, if its client went away.
+                let _ = turn.send(());
+            }
+        }
     }
+}
+
+/// Begins the handshake, in a task of its own: a panic there ends nobody else's connection.
+fn begin_quic(
+    incoming: Box<quinn::Incoming>,
+    mut counted: Counted,
+    context: &Arc<Context>,
+    book: &Arc<Book>,
+    connections: &mut JoinSet<()>,
+) {
+    let (context, book) = (Arc::clone(context), Arc::clone(book));
+    let timeout = Duration::from_millis(context.config.limits.hello_timeout_ms);
+    let task = async move {
+        // A server always has the keys for its half of a round trip: what comes in early data is served at once.
+        let (accepted, id) = first_id(|| incoming.accept());
+        let early = match accepted.map(quinn::Connecting::into_0rtt) {
+            Ok(Ok(early)) => early,
+            Ok(Err(_)) => return,
+            Err(error) => {
+                context.metrics.handshakes_failed.inc();
+                debug!(%error, "a handshake failed");
+                return;
+            }
+        };
+        let (quic, completed) = early;
+        let metrics = context.metrics.clone();
+        let mut handshake = Handshake::begin(&metrics);
+        let watched = quic.clone();
+        // As long as this task.
+        let mut noted = None;
+        let confirmed = async {
+            let completed = tokio::time::timeout(timeout, completed).await;
+            // What is resolved says whether early data was taken, not whether there is a connection.
+            let up = completed.is_ok() && watched.close_reason().is_none();
+            if up {
+                noted = id.and_then(|id| book.note(&watched, id));
+            }
+            drop(watched);
+            handshake.end(up.then_some(Kind::Quic));
+            if up {
+                counted.connected();
+            } else {
+                debug!(in_time = completed.is_ok(), "a handshake failed");
+            }
+            up
+        };
+        // Boxed, as `incoming` is: what the handshake needs is gone when it is over, the task stays.
+        serve(quic.into(), Box::pin(confirmed), context).await;
+        drop(noted);
+    };
+    connections.spawn(task.in_current_span());
 }

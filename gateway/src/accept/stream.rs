@@ -1,7 +1,8 @@
 //! Those who can't use UDP: byte streams that come in by TCP, and become connections by TLS or by WebSocket.
 //!
 //! - An attempt is counted and judged as one by QUIC is. Its address has proven itself: TCP's handshake is over.
-//! - All of it, TLS and the request for a WebSocket, has one limit of time; whoever sends a byte now and then does not
+//! - Nothing is computed for it before its turn, which it has in the same line as attempts by QUIC ([`super::waiting`]).
+//! - All of it, waiting, TLS and the request for a WebSocket, has one limit of time; whoever sends a byte now and then does not
 //!   move it.
 //! - A connection and what reads and writes for it are one task: both end together, and with the gateway.
 
@@ -19,7 +20,7 @@ use fulmar_protocol::{
 use fulmar_transport::{
     Setup,
     qmux::{Config, Side},
-    secure,
+    secure::{self, HandshakeError},
     tcp::{ByteStream, Listen},
     websocket::Names,
 };
@@ -28,7 +29,8 @@ use tracing::{Instrument, debug, warn};
 
 use super::{
     admission::{Verdict, admit},
-    endpoint::{Counted, Counts, Handshake, load},
+    endpoint::{Counted, Counts, Handshake, load, turned_away},
+    waiting::Turns,
 };
 use crate::{config::TransportConfig, connection::serve, context::Context};
 
@@ -77,6 +79,7 @@ pub(super) fn attempt(
     tls: &Arc<rustls::ServerConfig>,
     context: &Arc<Context>,
     counts: &Arc<Mutex<Counts>>,
+    turns: &Turns,
     connections: &mut JoinSet<()>,
 ) {
     let load = load(counts, from.ip(), true, context.drain.is_draining());
@@ -87,14 +90,11 @@ pub(super) fn attempt(
         Verdict::Refuse(why) => Some(why.label()),
     };
     if let Some(why) = why {
-        context.metrics.turned_away(why);
-        if let Some(suppressed) = context.complaints.due(why, crate::ground::now()) {
-            warn!(why, suppressed, "connection attempts are refused");
-        }
+        turned_away(why, context);
         return;
     }
     let counted = Counted::new(counts, from.ip());
-    let task = shake_hands(stream, from, Arc::clone(tls), Arc::clone(context), counted);
+    let task = shake_hands(stream, from, Arc::clone(tls), Arc::clone(context), turns.clone(), counted);
     connections.spawn(task.in_current_span());
 }
 
@@ -103,6 +103,7 @@ async fn shake_hands(
     from: SocketAddr,
     tls: Arc<rustls::ServerConfig>,
     context: Arc<Context>,
+    turns: Turns,
     mut counted: Counted,
 ) {
     let metrics = context.metrics.clone();
@@ -117,9 +118,14 @@ async fn shake_hands(
     };
     let names = Names { path: WEBSOCKET_PATH, protocol: WEBSOCKET_PROTOCOL };
     let mut driver = None;
-    let accepting = secure::accept(stream, tls, ALPN, names, setup, |task| driver = Some(task));
+    let accepting = secure::accept(stream, tls, turns.wait(), ALPN, names, setup, |task| driver = Some(task));
     let connection = match tokio::time::timeout(timeout, accepting).await {
         Ok(Ok(connection)) => connection,
+        Ok(Err(HandshakeError::NoTurn)) => {
+            // Whoever refused it has counted that.
+            handshake.turned_away();
+            return;
+        }
         Ok(Err(error)) => {
             debug!(%error, "a handshake failed");
             return;

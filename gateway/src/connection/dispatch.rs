@@ -313,7 +313,7 @@ impl Connection {
 
     async fn welcome(self: &Arc<Self>, hello: &Hello, proven: Proven, login: LoggedIn) -> Result<(), End> {
         let context = &self.context;
-        let LoggedIn { user, device, epoch, class_epoch, fresh, digest } = login;
+        let LoggedIn { user, device, epoch, class_epoch, fresh, new_user, digest } = login;
         let mut features = Features(hello.features).and(Features::OURS);
         if self.transport.quic().is_none() {
             // On a byte stream nothing is lost alone, and a copy would come after what it is a copy of.
@@ -429,10 +429,25 @@ impl Connection {
                             cursors
                         }
                     };
-                    self.resume(cursors).await
+                    if new_user { self.resume_new(&cursors) } else { self.resume(cursors).await }
                 }
             },
         }
+    }
+
+    /// The same as [`Self::resume`] for a user that has just come into being: there is next to nothing to be read, and it is where
+    /// the user was written a moment ago. So no other thread is asked and waited for.
+    fn resume_new(&self, cursors: &HashMap<ConversationId, Seq>) -> Result<(), End> {
+        let user = self.peer()?.producer.user;
+        let found = match self.context.user(user) {
+            Ok(shard) => {
+                let shard_of =
+                    |conversation| Some(self.context.conversation(conversation).ok()?.reader.clone());
+                resume::missed(&shard.reader, shard_of, user, cursors)
+            }
+            Err(_) => Ok(Looked::default()),
+        };
+        self.owe("full", found)
     }
 
     /// All that is known of the device's receive cursors; their digest is kept from then on.

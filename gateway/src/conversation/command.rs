@@ -78,6 +78,8 @@ pub struct LoggedIn {
     pub class_epoch: ClassEpoch,
     /// The device was not known before, or had lost its state.
     pub fresh: bool,
+    /// The user came into being by this.
+    pub new_user: bool,
     /// The digest over what the gateway knows of the device's receive cursors, those it says have changed being as it says.
     /// `None`: it is to be made from all of them ([`Command::KnownCursors`]).
     pub digest: Option<CursorDigest>,

@@ -26,7 +26,9 @@ use crate::{
 impl Shard {
     pub(super) fn login(&mut self, request: &LoginRequest) -> Result<LoggedIn, Refusal> {
         let now = unix_now();
+        let before = self.batch.ops.len();
         let user = self.user(request.app, &request.name, true)?;
+        let new_user = self.batch.ops.len() > before;
         let known = self.directory.device(user, request.uid);
         let known = self.read(known)?;
         let class_epoch = self.reader.class_epoch(user, request.class);
@@ -76,7 +78,7 @@ impl Shard {
             }
             digest = Some(known);
         }
-        Ok(LoggedIn { user, device, epoch: row.epoch, class_epoch, fresh, digest })
+        Ok(LoggedIn { user, device, epoch: row.epoch, class_epoch, fresh, new_user, digest })
     }
 
     pub(super) fn user(&mut self, app: AppId, name: &str, create: bool) -> Result<UserId, Refusal> {
