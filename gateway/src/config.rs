@@ -283,8 +283,9 @@ section! {
         /// Seconds a session ticket is good for after it was issued. Resuming renews it; it never outlives the
         /// token it was issued for.
         ticket_lifetime_s: u64 = 604_800, 60..=7_776_000;
-        /// Verified tokens that are remembered, so that a reconnect costs no signature check.
-        token_cache: u64 = 65_536, 0..=16_777_216;
+        /// Verified tokens that are remembered, so that attempts which race each other cost one signature check. Who comes back
+        /// later has a ticket.
+        token_cache: u64 = 4_096, 0..=16_777_216;
     }
 }
 

@@ -324,7 +324,11 @@ impl Attempt {
 
     fn begin(self, context: &Arc<Context>, book: &Arc<Book>, connections: &mut JoinSet<()>) {
         match self {
-            Self::Quic(incoming, counted) => begin_quic(incoming, counted, context, book, connections),
+            // In a task of its own: a panic there ends nobody else's connection.
+            Self::Quic(incoming, counted) => {
+                let attending = attend(incoming, counted, Arc::clone(context), Arc::clone(book));
+                connections.spawn(attending.in_current_span());
+            }
             Self::Stream(turn) => {
                 // Gone, if its client went away.
                 let _ = turn.send(());
@@ -333,53 +337,66 @@ impl Attempt {
     }
 }
 
-/// Begins the handshake, in a task of its own: a panic there ends nobody else's connection.
-fn begin_quic(
+/// Begins the handshake and goes on with what comes of it.
+async fn attend(
     incoming: Box<quinn::Incoming>,
     mut counted: Counted,
-    context: &Arc<Context>,
-    book: &Arc<Book>,
-    connections: &mut JoinSet<()>,
+    context: Arc<Context>,
+    book: Arc<Book>,
 ) {
-    let (context, book) = (Arc::clone(context), Arc::clone(book));
     let timeout = Duration::from_millis(context.config.limits.hello_timeout_ms);
-    let task = async move {
-        // A server always has the keys for its half of a round trip: what comes in early data is served at once.
-        let (accepted, id) = first_id(|| incoming.accept());
-        let early = match accepted.map(quinn::Connecting::into_0rtt) {
-            Ok(Ok(early)) => early,
-            Ok(Err(_)) => return,
-            Err(error) => {
-                context.metrics.handshakes_failed.inc();
-                debug!(%error, "a handshake failed");
-                return;
-            }
-        };
-        let (quic, completed) = early;
-        let metrics = context.metrics.clone();
-        let mut handshake = Handshake::begin(&metrics);
-        let watched = quic.clone();
-        // As long as this task.
-        let mut noted = None;
-        let confirmed = async {
-            let completed = tokio::time::timeout(timeout, completed).await;
-            // What is resolved says whether early data was taken, not whether there is a connection.
-            let up = completed.is_ok() && watched.close_reason().is_none();
-            if up {
-                noted = id.and_then(|id| book.note(&watched, id));
-            }
-            drop(watched);
-            handshake.end(up.then_some(Kind::Quic));
-            if up {
-                counted.connected();
-            } else {
-                debug!(in_time = completed.is_ok(), "a handshake failed");
-            }
-            up
-        };
-        // Boxed, as `incoming` is: what the handshake needs is gone when it is over, the task stays.
-        serve(quic.into(), Box::pin(confirmed), context).await;
-        drop(noted);
+    // A server always has the keys for its half of a round trip: what comes in early data is served at once.
+    let (accepted, id) = first_id(|| incoming.accept());
+    let early = match accepted.map(quinn::Connecting::into_0rtt) {
+        Ok(Ok(early)) => early,
+        Ok(Err(_)) => return,
+        Err(error) => {
+            context.metrics.handshakes_failed.inc();
+            debug!(%error, "a handshake failed");
+            return;
+        }
     };
-    connections.spawn(task.in_current_span());
+    let (quic, completed) = early;
+    // Not the metrics themselves: they are some ninety pointers, and would be in each connection's task.
+    let counting = Arc::clone(&context);
+    let mut handshake = Handshake::begin(&counting.metrics);
+    let watched = quic.clone();
+    // As long as this task.
+    let mut noted = None;
+    let confirmed = async {
+        let completed = tokio::time::timeout(timeout, completed).await;
+        // What is resolved says whether early data was taken, not whether there is a connection.
+        let up = completed.is_ok() && watched.close_reason().is_none();
+        if up {
+            noted = id.and_then(|id| book.note(&watched, id));
+        }
+        drop(watched);
+        handshake.end(up.then_some(Kind::Quic));
+        if up {
+            counted.connected();
+        } else {
+            debug!(in_time = completed.is_ok(), "a handshake failed");
+        }
+        up
+    };
+    // Boxed, as `incoming` is: what the handshake needs is gone when it is over, the task stays.
+    serve(quic.into(), Box::pin(confirmed), context).await;
+    drop(noted);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes of the future a function gives.
+    const fn size_of_future<A, B, C, D, F>(_: &impl FnOnce(A, B, C, D) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn the_task_of_a_connection_takes_little() {
+        // With what tokio has before and behind it, it fits into 5 KiB, which allocators have a size for.
+        let task = size_of_future(&attend);
+        assert!(task <= 5 * 1_024 - 256, "{task} bytes");
+    }
 }

@@ -106,8 +106,8 @@ async fn shake_hands(
     turns: Turns,
     mut counted: Counted,
 ) {
-    let metrics = context.metrics.clone();
-    let mut handshake = Handshake::begin(&metrics);
+    let counting = Arc::clone(&context);
+    let mut handshake = Handshake::begin(&counting.metrics);
     let timeout = Duration::from_millis(context.config.limits.hello_timeout_ms);
     let transport = &context.config.transport;
     let setup = Setup {

@@ -145,7 +145,8 @@ impl Gateway {
             sends_void: false,
             acks: PendingAcks::default(),
             copies: VecDeque::new(),
-            outputs: VecDeque::new(),
+            // One is what there is at a time as a rule; more would be kept for as long as the session.
+            outputs: VecDeque::with_capacity(1),
             pongs: 0,
             timers,
             clock: None,
