@@ -372,6 +372,16 @@ impl Client {
         self.conversation_by_name(OpenTarget::Group(checked(name)?)).await
     }
 
+    /// The broadcast of this name, which everybody of the app reads; works offline, like [`Client::direct`]. Its messages come
+    /// without asking for it. Only users whom the app's configuration names may send there, for others a send is refused with
+    /// [`RefusalCode::NotAllowed`](fulmar_protocol::close::RefusalCode::NotAllowed).
+    ///
+    /// # Errors
+    /// [`Error::BadName`], or when the database fails.
+    pub async fn broadcast(&self, name: &str) -> Result<Conversation, Error> {
+        self.conversation_by_name(OpenTarget::Broadcast(checked(name)?)).await
+    }
+
     async fn conversation_by_name(&self, target: OpenTarget) -> Result<Conversation, Error> {
         let wanted = target.clone();
         let known = self.shared.db.run(false, move |store| store.lookup(&wanted)).await?;

@@ -27,7 +27,7 @@ const TYPING_TTL: Duration = Duration::from_secs(5);
 /// Members [`Conversation::members`] lists at the most.
 const MEMBERS_MAX: usize = 1_000;
 
-/// A conversation, direct or group; cheap to clone.
+/// A conversation: direct, group or broadcast; cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Conversation {
     client: Client,
@@ -86,18 +86,20 @@ impl Conversation {
         Ok(opened.conversation)
     }
 
-    /// The group's name, or the other user's name; empty when this client does not know it yet.
+    /// The group's or broadcast's name, or the other user's name; empty when this client does not know it yet.
     ///
     /// # Errors
     /// When the database fails.
     pub async fn name(&self) -> Result<String, Error> {
         match (&self.target, self.number()) {
-            (OpenTarget::Direct(name) | OpenTarget::Group(name), _) => Ok(name.clone()),
+            (OpenTarget::Direct(name) | OpenTarget::Group(name) | OpenTarget::Broadcast(name), _) => {
+                Ok(name.clone())
+            }
             (OpenTarget::Number(number), _) => {
                 let number = *number;
                 let known =
                     self.client.shared.db.run(false, move |store| store.conversation_name(number)).await?;
-                Ok(known.map(|(_, name)| name).unwrap_or_default())
+                Ok(known.unwrap_or_default())
             }
         }
     }

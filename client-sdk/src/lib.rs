@@ -54,7 +54,7 @@ mod transport;
 pub use bytes::Bytes;
 pub use fulmar_protocol::{
     close::RefusalCode,
-    frame::{NetworkHint, NetworkKind, Receipt},
+    frame::{ConversationClass, NetworkHint, NetworkKind, Receipt},
     id::{ConversationId, DeviceClass, DeviceId, DeviceUid, Seq, ServiceId, UnixMillis, UserId},
     service::{DeviceEntry, MemberEntry, MemberPage, MembersChanged, Role},
 };

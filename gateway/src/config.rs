@@ -38,6 +38,9 @@ pub const DEMO_APP: &str = "demo";
 /// The issuer of tokens made by `fulmar token`, unless the app names another.
 pub const DEV_ISSUER: &str = "fulmar-dev";
 
+/// Broadcasts an app may have: everybody of the app reads each.
+pub const BROADCASTS_MAX: usize = 16;
+
 /// What serves connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cores {
@@ -193,6 +196,41 @@ impl Setting for Vec<KeyFile> {
     }
 }
 
+/// A broadcast of an app: everybody of the app reads it, some write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BroadcastConfig {
+    /// Its name. It names the broadcast's data for good.
+    pub name: String,
+    /// Users who may send there.
+    pub senders: Vec<String>,
+}
+
+impl Setting for Vec<BroadcastConfig> {
+    fn read(value: &Value) -> Option<Self> {
+        let broadcast = |entry: &Value| {
+            let table = entry.as_table()?;
+            let name = table.get("name")?.as_str()?;
+            let senders =
+                table.get("senders")?.as_array()?.iter().map(|name| Some(name.as_str()?.to_owned()));
+            let senders = senders.collect::<Option<Vec<_>>>()?;
+            let known = table.len() == 2 && is_name(name) && senders.iter().all(|name| is_name(name));
+            known.then(|| BroadcastConfig { name: name.to_owned(), senders })
+        };
+        value.as_array()?.iter().map(broadcast).collect()
+    }
+
+    fn write(&self) -> Value {
+        let broadcast = |broadcast: &BroadcastConfig| {
+            let mut table = toml::Table::new();
+            table.insert("name".to_owned(), Value::String(broadcast.name.clone()));
+            let senders = broadcast.senders.iter().cloned().map(Value::String).collect();
+            table.insert("senders".to_owned(), Value::Array(senders));
+            Value::Table(table)
+        };
+        Value::Array(self.iter().map(broadcast).collect())
+    }
+}
+
 section! {
     /// An app (tenant). Write `[[app]]`, once per app; without any there is one called "demo" that accepts the tokens
     /// of `fulmar token`.
@@ -211,6 +249,11 @@ section! {
         dev_key: bool = false, "true or false";
         /// Whether anybody with a valid token is a user. If false, only users that were named before are let in.
         open_users: bool = true, "true or false";
+        /// What everybody of the app reads, whoever is here at once and the others when they come: names, and the users who
+        /// may send there: [{ name = "news", senders = ["newsroom"] }]. One that is taken out is no longer served; its
+        /// records stay.
+        broadcasts: Vec<BroadcastConfig> = Vec::new(),
+            "a list such as [{ name = \"news\", senders = [\"newsroom\"] }]";
         /// How long this app's records are kept, instead of retention.age.
         retention_age: KeepAge = Keep::Inherit, KeepAge::EXPECTED;
         /// Bytes of records this app's conversations keep each, instead of retention.bytes.
@@ -678,6 +721,20 @@ impl Config {
             if let Some(twice) = app.keys.iter().find(|key| !kids.insert(&key.kid)) {
                 let place = format!("{place}.keys");
                 return fail(&place, format!("has kid {:?} twice: every key needs its own", twice.kid));
+            }
+            let place = format!("{place}.broadcasts");
+            let mut broadcasts = HashSet::new();
+            if let Some(twice) = app.broadcasts.iter().find(|broadcast| !broadcasts.insert(&broadcast.name)) {
+                return fail(&place, format!("has {:?} twice: list its senders in one entry", twice.name));
+            }
+            if let Some(mute) = app.broadcasts.iter().find(|broadcast| broadcast.senders.is_empty()) {
+                return fail(&place, format!("lets nobody send to {:?}: name its senders", mute.name));
+            }
+            if app.broadcasts.len() > BROADCASTS_MAX {
+                return fail(
+                    &place,
+                    format!("are more than {BROADCASTS_MAX}: use groups for what not all read"),
+                );
             }
         }
         let transport = &self.transport;

@@ -4,7 +4,10 @@
 //!
 //! Not here: anything of one connection.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
 
 use fulmar_protocol::{
     close::RefusalCode,
@@ -14,6 +17,7 @@ use fulmar_protocol::{
 use tokio::sync::Semaphore;
 
 use crate::{
+    broadcasts::Broadcasts,
     config::Config,
     conversation::{
         Refusal,
@@ -38,6 +42,8 @@ pub struct Context {
     pub shards: Vec<ShardHandle>,
     /// Which shard owns what.
     pub route: Route,
+    /// What everybody of an app reads.
+    pub broadcasts: Arc<Broadcasts>,
     /// Checks tokens.
     pub verifier: Verifier,
     /// Seals and opens tickets.
@@ -84,6 +90,14 @@ impl Context {
     pub fn user(&self, user: UserId) -> Result<&ShardHandle, Refusal> {
         let shard = self.route.user(user).and_then(|shard| self.shards.get(shard));
         shard.ok_or(Refusal::new(RefusalCode::UnknownUser))
+    }
+
+    /// The broadcast of this name.
+    ///
+    /// # Errors
+    /// [`RefusalCode::UnknownConversation`].
+    pub fn broadcast(&self, app: AppId, name: &str) -> Result<ConversationId, Refusal> {
+        self.broadcasts.named(app, name).ok_or(Refusal::new(RefusalCode::UnknownConversation))
     }
 
     /// The shard that owns a name.

@@ -38,7 +38,9 @@ use crate::{
     context::{Context, LOOKS_AT_ONCE},
     conversation::{
         route::Route,
-        shard::{self, CommitLog, IntakeLimits, ShardHandle, ShardLimits, Worker, repair_links},
+        shard::{
+            self, CommitLog, IntakeLimits, ShardHandle, ShardLimits, Worker, open_broadcasts, repair_links,
+        },
     },
     cores::{Cores, GOODBYE, Post},
     data_folder::{DataFolder, FolderLock},
@@ -358,6 +360,7 @@ impl Gateway {
         let reload = config.tls.reload_s;
         let repeat = Duration::from_secs(config.log.repeat_s);
         let context = Arc::new(Context {
+            broadcasts: open_broadcasts(&config.apps, &shards, route).await,
             route,
             verifier,
             tickets: Tickets::new(&folder.ticket_key),

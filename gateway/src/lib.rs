@@ -15,6 +15,7 @@
 //! Not here: what the bytes mean (`fulmar_protocol`), how they are kept (`fulmar_store`).
 
 pub mod accept;
+pub mod broadcasts;
 pub mod cli;
 pub mod config;
 pub mod connection;

@@ -4,7 +4,7 @@ use fulmar_protocol::{
     frame::{self, Deliver, Origin, WireTime},
     id::{ConversationId, Pseq},
 };
-use fulmar_store::{Record, RecordKind};
+use fulmar_store::{ConversationClass, Record, RecordKind};
 
 /// A record as it travels: without its origin, but for pieces of bodies, which nobody could put together without it.
 #[must_use]
@@ -31,6 +31,16 @@ pub fn to_wire(conversation: ConversationId, record: &Record, time: WireTime) ->
         continues: record.continues,
         silent: record.silent,
         payload: record.payload.clone(),
+    }
+}
+
+/// What kind of conversation it is, as that travels.
+#[must_use]
+pub const fn class(class: ConversationClass) -> frame::ConversationClass {
+    match class {
+        ConversationClass::Direct => frame::ConversationClass::Direct,
+        ConversationClass::Group => frame::ConversationClass::Group,
+        ConversationClass::Broadcast => frame::ConversationClass::Broadcast,
     }
 }
 

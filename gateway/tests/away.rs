@@ -394,7 +394,7 @@ impl World {
             }
         };
         let shard_of = |conversation| self.reader_of(conversation);
-        let full = resume::missed(&shard.reader, shard_of, login.user, &cursors).unwrap();
+        let full = resume::missed(&shard.reader, shard_of, login.user, &[], &cursors).unwrap();
         let agreed = known == digest && !fresh;
         // The gateway is told what has changed, or everything if the digests differ.
         let entries = if agreed { changed.clone() } else { cursors.clone().into_iter().collect() };
@@ -410,7 +410,7 @@ impl World {
                 let ask = |answer| Command::KnownCursors { user: login.user, device: number, of, answer };
                 let mut known: HashMap<_, _> = shard.ask(ask).await.unwrap().cursors.into_iter().collect();
                 known.extend(changed);
-                let kept = resume::missed_among(among, shard_of, login.user, &known).unwrap();
+                let kept = resume::missed_among(among, shard_of, login.user, &[], &known).unwrap();
                 assert_eq!(kept.missed, full.missed, "{name}'s device {device}");
                 self.kept += 1;
                 kept

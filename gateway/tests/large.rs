@@ -8,33 +8,27 @@
     reason = "a test that finds something wrong stops there"
 )]
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+#[path = "support/shard.rs"]
+mod lone_shard;
 
-use bytes::Bytes;
+use std::{collections::HashMap, sync::Arc};
+
 use fulmar_gateway::{
-    conversation::{
-        Command, GroupRequest, MembersRequest,
-        shard::{self, IntakeLimits, ShardHandle, ShardLimits, Worker},
-    },
-    fanout::{owed::Owed, ring::RingLimits, roster::AwayLimits},
+    conversation::{Command, MembersRequest, shard::ShardLimits},
+    fanout::owed::Owed,
     ground::unix_now,
-    metrics::Metrics,
 };
-use fulmar_protocol::{
-    frame::{RecordKind, Send},
-    id::{AppId, ConversationId, DeviceId, Epoch, Producer, Pseq, Seq, ShardId, UserId},
-};
-use fulmar_store::{EngineKind, MemoryDisk, Store, StoreOptions};
+use fulmar_protocol::id::{AppId, ConversationId, DeviceId, Seq, UserId};
+use lone_shard::LoneShard;
 
 const INLINE_MAX: usize = 10;
 
 struct World {
-    shard: ShardHandle,
-    worker: Worker,
+    shard: LoneShard,
+    owner: Arc<Owed>,
     users: Vec<(UserId, String)>,
     conversation: ConversationId,
-    pseq: Pseq,
-    _store: Store,
+    pseq: u64,
 }
 
 fn app() -> AppId {
@@ -44,41 +38,16 @@ fn app() -> AppId {
 impl World {
     /// A group of the first so many of 20 users.
     async fn of(members: usize) -> Self {
-        let options = StoreOptions {
-            shards: 1,
-            engine: EngineKind::Memory,
-            memory: Some(MemoryDisk::default()),
-            ..StoreOptions::default()
-        };
-        let store = Store::open("", &options).unwrap();
-        let (writer, reader) = store.shard(ShardId::new(0).unwrap()).unwrap();
-        let limits = ShardLimits {
-            ring: RingLimits { records: 64, bytes: 65_536 },
-            loaded_max: 1_000,
-            members_max: 100,
-            inline_members_max: INLINE_MAX,
-            receipts_members_max: 2,
-            away: AwayLimits { lasts: Duration::from_secs(60), bytes: 1 << 20, marks: 10, members: 10 },
-            intake: IntakeLimits::waiting_for(Duration::from_secs(3_600)),
-            cursor_delay: Duration::from_secs(3_600),
-        };
-        let (shard, worker) =
-            shard::start(ShardId::new(0).unwrap(), writer, reader, limits, Metrics::default()).unwrap();
+        let limits = ShardLimits { inline_members_max: INLINE_MAX, ..lone_shard::limits() };
+        let shard = LoneShard::start(limits, |writer| writer);
         let mut users = Vec::new();
         for number in 0..20 {
             let name = format!("user-{number}");
-            let asked = name.clone();
-            let user = shard
-                .ask(|answer| Command::User { app: app(), name: asked, create: true, answer })
-                .await
-                .unwrap();
-            users.push((user, name));
+            users.push((shard.user(app(), &name).await, name));
         }
-        let mut all = users.iter().take(members).cloned();
-        let owner = all.next().unwrap();
-        let request = GroupRequest { app: app(), name: "large".to_owned(), owner, members: all.collect() };
-        let (conversation, _) = shard.ask(|answer| Command::Group(request, answer)).await.unwrap();
-        Self { shard, worker, users, conversation, pseq: Pseq::ZERO, _store: store }
+        let conversation = shard.group(app(), "large", users.iter().take(members).cloned()).await;
+        let owner = Arc::new(Owed::new(users.first().unwrap().0, DeviceId::FIRST, 0, 1_000));
+        Self { shard, owner, users, conversation, pseq: 0 }
     }
 
     fn user(&self, number: usize) -> (UserId, String) {
@@ -86,11 +55,7 @@ impl World {
     }
 
     async fn online(&self, number: usize) -> Arc<Owed> {
-        let (user, _) = self.user(number);
-        let session = Arc::new(Owed::new(user, DeviceId::FIRST, number as u64, 1_000));
-        let arriving = Arc::clone(&session);
-        let _ = self.shard.tell(|answer| Command::Arrive(arriving, answer)).await.unwrap();
-        session
+        self.shard.arrive(app(), self.user(number).0, number as u64).await
     }
 
     async fn change(&self, add: &[usize], remove: &[usize]) {
@@ -101,38 +66,22 @@ impl World {
             add: add.iter().map(|number| self.user(*number)).collect(),
             remove: remove.iter().map(|number| self.user(*number)).collect(),
         };
-        self.shard.ask(|answer| Command::Members(request, answer)).await.unwrap();
+        self.shard.handle.ask(|answer| Command::Members(request, answer)).await.unwrap();
         self.settle().await;
     }
 
     async fn settle(&self) {
-        self.shard.ask(Command::Flush).await.unwrap();
+        self.shard.handle.ask(Command::Flush).await.unwrap();
     }
 
     /// The owner sends so many; answers the head.
     async fn send(&mut self, times: usize) -> Seq {
         for _ in 0..times {
-            self.pseq = self.pseq.next().unwrap();
-            let user = self.user(0).0;
-            let send = Send {
-                kind: RecordKind::Message,
-                conversation: self.conversation,
-                pseq: self.pseq,
-                seen: Seq::ZERO,
-                reference: None,
-                ttl: None,
-                more: false,
-                continues: false,
-                silent: false,
-                cancel: false,
-                payload: Bytes::from_static(b"hi"),
-            };
-            let producer = Producer { user, device: DeviceId::FIRST, epoch: Epoch::FIRST };
-            let session = Arc::new(Owed::new(user, DeviceId::FIRST, 0, 1_000));
-            self.shard.send(Command::Send { session, app: app(), producer, send }).await.unwrap();
+            self.pseq += 1;
+            self.shard.send(&self.owner, app(), self.conversation, self.pseq, "hi").await;
         }
         self.settle().await;
-        self.shard.reader.head(self.conversation).unwrap().unwrap().seq
+        self.shard.handle.reader.head(self.conversation).unwrap().unwrap().seq
     }
 }
 
@@ -194,7 +143,7 @@ async fn whoever_has_a_large_conversation_open_gets_everything_the_others_its_he
     world.change(&[10], &[]).await;
     assert_eq!((live(&opened), live(&other)), (1, 0), "11");
 
-    let World { shard, worker, .. } = world;
-    drop(shard);
+    let LoneShard { handle, worker, .. } = world.shard;
+    drop(handle);
     assert!(worker.ended().await);
 }

@@ -9,6 +9,9 @@
     reason = "a test that finds something wrong stops there"
 )]
 
+#[path = "support/shard.rs"]
+mod lone_shard;
+
 use std::{
     sync::{
         Arc,
@@ -17,25 +20,20 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use fulmar_gateway::{
-    conversation::{
-        Command, GroupRequest,
-        shard::{self, CommitLog, IntakeLimits, ShardHandle, ShardLimits, Worker},
-    },
+    conversation::shard::{CommitLog, ShardLimits},
     fanout::{
         owed::{Owed, Settled},
         ring::RingLimits,
-        roster::AwayLimits,
     },
-    metrics::Metrics,
 };
 use fulmar_protocol::{
     close::RefusalCode,
-    frame::{RecordKind, Send, SendRefused},
-    id::{AppId, ConversationId, DeviceId, Epoch, Producer, Pseq, Seq, ShardId},
+    frame::SendRefused,
+    id::{AppId, ConversationId, DeviceId, Pseq, Seq},
 };
-use fulmar_store::{CommitError, EngineKind, Limits, MemoryDisk, Op, ShardWriter, Store, StoreOptions};
+use fulmar_store::{CommitError, Limits, Op, ShardWriter};
+use lone_shard::LoneShard;
 use tokio::sync::Semaphore;
 
 /// A disk that writes a batch when it is let.
@@ -54,12 +52,9 @@ impl CommitLog for Gate {
 }
 
 struct World {
-    shard: ShardHandle,
-    worker: Worker,
-    metrics: Metrics,
+    shard: LoneShard,
     open: Arc<Semaphore>,
     begun: Arc<AtomicUsize>,
-    _store: Store,
 }
 
 /// A user of an app with a group of its own, and so many devices that send to it.
@@ -71,7 +66,6 @@ struct Crowd {
 
 struct Sender {
     session: Arc<Owed>,
-    producer: Producer,
     last: u64,
     acked: Vec<u64>,
     refused: Vec<SendRefused>,
@@ -100,72 +94,28 @@ impl Crowd {
 
 impl World {
     fn new() -> Self {
-        let options = StoreOptions {
-            shards: 1,
-            engine: EngineKind::Memory,
-            memory: Some(MemoryDisk::default()),
-            ..StoreOptions::default()
-        };
-        let store = Store::open("", &options).unwrap();
-        let (writer, reader) = store.shard(ShardId::new(0).unwrap()).unwrap();
-        let limits = ShardLimits {
-            ring: RingLimits { records: 16, bytes: 65_536 },
-            loaded_max: 1_000,
-            members_max: 100,
-            inline_members_max: 100,
-            receipts_members_max: 2,
-            away: AwayLimits { lasts: Duration::from_secs(60), bytes: 1 << 20, marks: 10, members: 10 },
-            // This is about who gets the room there is; how long somebody may wait is a test of the intake.
-            intake: IntakeLimits::waiting_for(Duration::from_secs(3_600)),
-            cursor_delay: Duration::from_secs(3_600),
-        };
+        let limits = ShardLimits { ring: RingLimits { records: 16, bytes: 65_536 }, ..lone_shard::limits() };
         let (open, begun) = (Arc::new(Semaphore::new(1_000)), Arc::new(AtomicUsize::new(0)));
-        let gate = Gate { writer, open: Arc::clone(&open), begun: Arc::clone(&begun) };
-        let metrics = Metrics::default();
-        let (shard, worker) =
-            shard::start(ShardId::new(0).unwrap(), gate, reader, limits, metrics.clone()).unwrap();
-        Self { shard, worker, metrics, open, begun, _store: store }
+        let (let_in, counted) = (Arc::clone(&open), Arc::clone(&begun));
+        let shard = LoneShard::start(limits, |writer| Gate { writer, open: let_in, begun: counted });
+        Self { shard, open, begun }
     }
 
     async fn crowd(&self, app: &str, devices: u64) -> Crowd {
         let (app, name) = (AppId::of(app), "somebody".to_owned());
-        let user = self
-            .shard
-            .ask(|answer| Command::User { app, name: name.clone(), create: true, answer })
-            .await
-            .unwrap();
-        let request = GroupRequest { app, name: "group".to_owned(), owner: (user, name), members: vec![] };
-        let (conversation, _) = self.shard.ask(|answer| Command::Group(request, answer)).await.unwrap();
+        let user = self.shard.user(app, &name).await;
+        let conversation = self.shard.group(app, "group", std::iter::once((user, name))).await;
         let devices = (1..=devices).map(|device| {
-            let device = DeviceId::new(device).unwrap();
-            Sender {
-                session: Arc::new(Owed::new(user, device, device.get(), 1_000)),
-                producer: Producer { user, device, epoch: Epoch::FIRST },
-                last: 0,
-                acked: Vec::new(),
-                refused: Vec::new(),
-            }
+            let session =
+                Arc::new(Owed::new(user, DeviceId::new(device).unwrap(), device, 1_000).of_app(app));
+            Sender { session, last: 0, acked: Vec::new(), refused: Vec::new() }
         });
         Crowd { app, conversation, devices: devices.collect() }
     }
 
     async fn send(&self, crowd: &Crowd, device: usize, pseq: u64) {
-        let sender = &crowd.devices[device];
-        let send = Send {
-            kind: RecordKind::Message,
-            conversation: crowd.conversation,
-            pseq: Pseq::new(pseq).unwrap(),
-            seen: Seq::ZERO,
-            reference: None,
-            ttl: None,
-            more: false,
-            continues: false,
-            silent: false,
-            cancel: false,
-            payload: Bytes::copy_from_slice(format!("{device} {pseq}").as_bytes()),
-        };
-        let (session, producer) = (Arc::clone(&sender.session), sender.producer);
-        self.shard.send(Command::Send { session, app: crowd.app, producer, send }).await.unwrap();
+        let (session, text) = (&crowd.devices[device].session, format!("{device} {pseq}"));
+        self.shard.send(session, crowd.app, crowd.conversation, pseq, text).await;
     }
 
     /// Every device sends the next so many.
@@ -185,7 +135,7 @@ impl World {
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        panic!("{what}: {} wait, {} commits", self.shard.queued(), self.begun.load(Ordering::SeqCst));
+        panic!("{what}: {} wait, {} commits", self.shard.handle.queued(), self.begun.load(Ordering::SeqCst));
     }
 
     /// So many more batches are written, and the next one is on its way.
@@ -202,6 +152,7 @@ impl World {
         loop {
             let page = self
                 .shard
+                .handle
                 .reader
                 .records(crowd.conversation, from, Seq::new(1 << 40).unwrap(), limits)
                 .unwrap();
@@ -233,7 +184,7 @@ async fn a_flood_of_one_app_takes_nothing_of_another_and_what_is_refused_leaves_
         .until("the flood is refused", || {
             refused = flood.listen().1;
             // The intake is full, and nothing is on its way to it.
-            refused > 1_000 && world.shard.queued() == 8_192
+            refused > 1_000 && world.shard.handle.queued() == 8_192
         })
         .await;
     assert!(world.log(&flood).is_empty(), "nothing is written, and nobody waits in silence");
@@ -272,7 +223,7 @@ async fn a_flood_of_one_app_takes_nothing_of_another_and_what_is_refused_leaves_
         assert_eq!(written, device.acked);
     }
     assert!(
-        world.metrics.encode().contains("fulmar_sends_turned_away_total{reason=\"full\"}"),
+        world.shard.metrics.encode().contains("fulmar_sends_turned_away_total{reason=\"full\"}"),
         "it is counted"
     );
 
@@ -283,7 +234,7 @@ async fn a_flood_of_one_app_takes_nothing_of_another_and_what_is_refused_leaves_
         let first = flood.devices[device].acked.len() as u64 + 1;
         for pseq in first..=flood.devices[device].last {
             world.send(&flood, device, pseq).await;
-            while world.shard.queued() > 1_000 {
+            while world.shard.handle.queued() > 1_000 {
                 tokio::task::yield_now().await;
             }
         }
@@ -294,7 +245,7 @@ async fn a_flood_of_one_app_takes_nothing_of_another_and_what_is_refused_leaves_
         assert!(device.refused.is_empty(), "{:?}", device.refused);
     }
     assert_eq!(world.log(&flood).len(), sent);
-    let World { shard, worker, .. } = world;
-    drop(shard);
+    let LoneShard { handle, worker, .. } = world.shard;
+    drop(handle);
     assert!(worker.ended().await);
 }

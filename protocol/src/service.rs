@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
+    frame::ConversationClass,
     id::{ConversationId, DeviceClass, DeviceId, Seq, ServiceId, UnixMillis, UserId},
     limit::CALL_BODY_BYTES_MAX,
 };
@@ -166,11 +167,11 @@ pub struct ListConversations {
 pub struct ConversationEntry {
     /// The conversation.
     pub conversation: ConversationId,
-    /// Whether it is a direct one.
-    pub direct: bool,
-    /// The group's or the other user's name.
+    /// What kind it is.
+    pub class: ConversationClass,
+    /// The group's, the broadcast's or the other user's name.
     pub name: String,
-    /// The other user of a direct conversation; 0 for groups.
+    /// The other user of a direct conversation; 0 for others.
     pub peer: UserId,
     /// The newest seq.
     pub head: Seq,

@@ -6,10 +6,10 @@ use bytes::Bytes;
 use fulmar_protocol::{
     close::{CloseCode, RefusalCode, Retry},
     frame::{
-        Ack, AckRun, Auth, AuthProof, Block, Bytes8, Call, CallStatus, Channel, Cursors, Decoder, Deliver,
-        Error, Event, EventKind, Frame, Goaway, Head, Heads, Hello, Kicked, Limits, Mark, NetworkHint,
-        NetworkKind, Open, OpenTarget, Opened, Origin, Ping, Pong, Pull, Receipt, Receipts, RecordKind,
-        Reply, Resumption, Send, SendAck, SendRefused, Welcome, WireTime,
+        Ack, AckRun, Auth, AuthProof, Block, Bytes8, Call, CallStatus, Channel, ConversationClass, Cursors,
+        Decoder, Deliver, Error, Event, EventKind, Frame, Goaway, Head, Heads, Hello, Kicked, Limits, Mark,
+        NetworkHint, NetworkKind, Open, OpenTarget, Opened, Origin, Ping, Pong, Pull, Receipt, Receipts,
+        RecordKind, Reply, Resumption, Send, SendAck, SendRefused, Welcome, WireTime,
     },
     id::{DeviceClass, DeviceUid, FolderId, UnixMillis},
 };
@@ -133,11 +133,20 @@ fn golden() -> Vec<(&'static str, Frame, &'static str)> {
             "08 0a 01 01 03 626f62 01",
         ),
         (
+            "length | type | id 2 | broadcast | \"news\" | not on screen",
+            Frame::Open(Open {
+                id: n(2),
+                target: OpenTarget::Broadcast("news".to_owned()),
+                on_screen: false,
+            }),
+            "09 0a 02 03 04 6e657773 00",
+        ),
+        (
             "length | type | id 1 | conversation 300 | direct | \"bob\" | peer 770 | head 42 | count 40 | low 1 | joined 1 | read 41 | last pseq 7",
             Frame::Opened(Opened {
                 id: n(1),
                 conversation: n(300),
-                direct: true,
+                class: ConversationClass::Direct,
                 name: "bob".to_owned(),
                 peer: n(770),
                 head: n(42),

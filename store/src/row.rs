@@ -24,6 +24,8 @@ pub enum ConversationClass {
     Direct = 1,
     /// Of any number of users.
     Group = 2,
+    /// Of everybody in its app, without rows that say so.
+    Broadcast = 3,
 }
 
 /// What a conversation is; set once when it begins, replaced as a whole when it changes.
@@ -31,7 +33,7 @@ pub enum ConversationClass {
 pub struct ConversationMeta {
     /// The app it belongs to.
     pub app: AppId,
-    /// Direct or group.
+    /// Of what kind it is.
     pub class: ConversationClass,
     /// Its name at the edge, unique within (app, class); at most `NAME_BYTES_MAX`.
     pub name: String,

@@ -11,7 +11,7 @@
 use bytes::Bytes;
 use fulmar_protocol::{
     close::RefusalCode,
-    frame::{OpenTarget, Opened, RecordKind, Send},
+    frame::{ConversationClass, OpenTarget, Opened, RecordKind, Send},
     id::{ConversationId, Epoch, Pseq, Seq},
 };
 use rusqlite::{OptionalExtension, Row, params};
@@ -30,6 +30,26 @@ const EXPIRED: i64 = 3;
 
 pub(super) const DIRECT: i64 = 1;
 pub(super) const GROUP: i64 = 2;
+pub(super) const BROADCAST: i64 = 3;
+
+/// The number of a class in the database.
+pub(super) const fn kind_of(class: ConversationClass) -> i64 {
+    match class {
+        ConversationClass::Direct => DIRECT,
+        ConversationClass::Group => GROUP,
+        ConversationClass::Broadcast => BROADCAST,
+    }
+}
+
+/// Kind and name of a target that is named.
+fn named(target: &OpenTarget) -> Option<(i64, &String)> {
+    match target {
+        OpenTarget::Number(_) => None,
+        OpenTarget::Direct(name) => Some((DIRECT, name)),
+        OpenTarget::Group(name) => Some((GROUP, name)),
+        OpenTarget::Broadcast(name) => Some((BROADCAST, name)),
+    }
+}
 
 /// A message to be stored.
 #[derive(Clone, Debug)]
@@ -114,11 +134,10 @@ pub(crate) struct Unsettled {
 impl Store {
     /// The number behind a name, if this database knows it.
     pub(crate) fn lookup(&self, target: &OpenTarget) -> Result<Option<ConversationId>, Error> {
-        let (kind, name) = match target {
-            OpenTarget::Number(conversation) => return Ok(Some(*conversation)),
-            OpenTarget::Direct(name) => (DIRECT, name),
-            OpenTarget::Group(name) => (GROUP, name),
-        };
+        if let OpenTarget::Number(conversation) = target {
+            return Ok(Some(*conversation));
+        }
+        let Some((kind, name)) = named(target) else { return Ok(None) };
         let mut select =
             self.sql.prepare_cached("SELECT number FROM conversations WHERE kind = ?1 AND name = ?2")?;
         Ok(select.query_row(params![kind, name], |row| number(row, 0)).optional()?)
@@ -143,11 +162,7 @@ impl Store {
             None => None,
         };
         let mut pseq = lane.map(|(last, _)| int(last));
-        let (target_kind, target_name) = match (&draft.target, conversation) {
-            (OpenTarget::Direct(name), None) => (Some(DIRECT), Some(name)),
-            (OpenTarget::Group(name), None) => (Some(GROUP), Some(name)),
-            _ => (None, None),
-        };
+        let (target_kind, target_name) = named(&draft.target).filter(|_| conversation.is_none()).unzip();
         let mut insert = self.sql.prepare_cached(
             "INSERT INTO outbox (body, conversation, target_kind, target_name, pseq, kind, flags, reference, ttl,
                  created, payload) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
@@ -208,7 +223,7 @@ impl Store {
     /// A name got its number: what waits for it is numbered, in the order in which it was queued.
     pub(crate) fn resolved(&self, target: &OpenTarget, opened: &Opened) -> Result<(), Error> {
         self.know(opened.conversation)?;
-        let kind = if opened.direct { DIRECT } else { GROUP };
+        let kind = kind_of(opened.class);
         // A name that moved to another conversation (a group was made anew) leaves the old one nameless.
         self.sql.execute(
             "UPDATE conversations SET name = NULL WHERE kind = ?1 AND name = ?2 AND number <> ?3",
@@ -228,14 +243,10 @@ impl Store {
                 int(opened.low),
                 int(opened.read),
             ])?;
-        if opened.direct && opened.peer.get() != 0 {
+        if opened.class == ConversationClass::Direct && opened.peer.get() != 0 {
             self.name_user(opened.peer, &opened.name)?;
         }
-        let (kind, name) = match target {
-            OpenTarget::Number(_) => return Ok(()),
-            OpenTarget::Direct(name) => (DIRECT, name),
-            OpenTarget::Group(name) => (GROUP, name),
-        };
+        let Some((kind, name)) = named(target) else { return Ok(()) };
         let mut select = self.sql.prepare_cached(
             "SELECT id FROM outbox WHERE state = 0 AND conversation IS NULL AND target_kind = ?1 AND target_name = ?2
                  ORDER BY id",
@@ -258,11 +269,7 @@ impl Store {
 
     /// A name will not get a number: what waits for it is refused.
     pub(crate) fn unresolvable(&self, target: &OpenTarget, code: RefusalCode) -> Result<Vec<Settled>, Error> {
-        let (kind, name) = match target {
-            OpenTarget::Number(_) => return Ok(Vec::new()),
-            OpenTarget::Direct(name) => (DIRECT, name),
-            OpenTarget::Group(name) => (GROUP, name),
-        };
+        let Some((kind, name)) = named(target) else { return Ok(Vec::new()) };
         let mut update = self.sql.prepare_cached(
             "UPDATE outbox SET state = ?3, code = ?4, payload = NULL
                  WHERE state = 0 AND conversation IS NULL AND target_kind = ?1 AND target_name = ?2
@@ -578,6 +585,7 @@ fn target(row: &Row<'_>, kind: usize, name: usize) -> rusqlite::Result<OpenTarge
     match row.get::<_, i64>(kind)? {
         DIRECT => Ok(OpenTarget::Direct(text)),
         GROUP => Ok(OpenTarget::Group(text)),
+        BROADCAST => Ok(OpenTarget::Broadcast(text)),
         other => Err(rusqlite::Error::IntegralValueOutOfRange(kind, other)),
     }
 }

@@ -1,14 +1,14 @@
 //! Who this device is, and what it knows of conversations, users and their receipts.
 
 use fulmar_protocol::{
-    frame::{Head, Receipt},
+    frame::{ConversationClass, Head, Receipt},
     id::{ConversationId, DeviceId, DeviceUid, Epoch, FolderId, Seq, UnixMillis, UserId},
     service::{ConversationEntry, UNREAD_MAX},
 };
 use rusqlite::{OptionalExtension, params};
 
 use super::{
-    outbox::{DIRECT, GROUP},
+    outbox::{BROADCAST, DIRECT, kind_of},
     store::{Store, int, maybe, number},
 };
 use crate::error::Error;
@@ -41,9 +41,9 @@ pub(crate) struct Restore {
 pub struct ConversationSummary {
     /// Its number.
     pub conversation: ConversationId,
-    /// Whether it is a direct one.
-    pub direct: bool,
-    /// The group's name, or the other user's name; empty when not known yet.
+    /// What kind it is; a group, while that is not known yet.
+    pub class: ConversationClass,
+    /// The group's or broadcast's name, or the other user's name; empty when not known yet.
     pub name: String,
     /// The other user of a direct conversation.
     pub peer: Option<UserId>,
@@ -185,7 +185,7 @@ impl Store {
     /// Takes in what the gateway says of a conversation.
     pub(crate) fn list_entry(&self, entry: &ConversationEntry) -> Result<(), Error> {
         self.know(entry.conversation)?;
-        let kind = if entry.direct { DIRECT } else { GROUP };
+        let kind = kind_of(entry.class);
         let name = (!entry.name.is_empty()).then_some(&entry.name);
         self.sql
             .prepare_cached(
@@ -207,7 +207,7 @@ impl Store {
                 int(entry.time),
             ])?;
         self.read_known(entry.conversation, entry.read)?;
-        if entry.direct && entry.peer.get() != 0 && !entry.name.is_empty() {
+        if entry.class == ConversationClass::Direct && entry.peer.get() != 0 && !entry.name.is_empty() {
             self.name_user(entry.peer, &entry.name)?;
         }
         Ok(())
@@ -223,7 +223,7 @@ impl Store {
             let peer: UserId = number(row, 3)?;
             Ok(ConversationSummary {
                 conversation: number(row, 0)?,
-                direct: row.get::<_, i64>(1)? == DIRECT,
+                class: class_of(row.get(1)?),
                 name: row.get::<_, Option<String>>(2)?.unwrap_or_default(),
                 peer: (peer.get() != 0).then_some(peer),
                 head: number(row, 4)?,
@@ -264,18 +264,21 @@ impl Store {
         Ok(())
     }
 
-    /// What a conversation is called and whether it is direct.
-    pub(crate) fn conversation_name(
-        &self,
-        conversation: ConversationId,
-    ) -> Result<Option<(bool, String)>, Error> {
+    /// What a conversation is called.
+    pub(crate) fn conversation_name(&self, conversation: ConversationId) -> Result<Option<String>, Error> {
         let mut select = self.sql.prepare_cached(
-            "SELECT kind, name FROM conversations WHERE number = ?1 AND name IS NOT NULL AND kind > 0",
+            "SELECT name FROM conversations WHERE number = ?1 AND name IS NOT NULL AND kind > 0",
         )?;
-        let row = select
-            .query_row([int(conversation)], |row| Ok((row.get::<_, i64>(0)? == DIRECT, row.get(1)?)))
-            .optional()?;
-        Ok(row)
+        Ok(select.query_row([int(conversation)], |row| row.get(0)).optional()?)
+    }
+}
+
+/// What a number of the database says; what it does not know yet counts as a group.
+const fn class_of(kind: i64) -> ConversationClass {
+    match kind {
+        DIRECT => ConversationClass::Direct,
+        BROADCAST => ConversationClass::Broadcast,
+        _ => ConversationClass::Group,
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use fulmar_protocol::{
     close::RefusalCode,
-    frame::{Deliver, OpenTarget, Opened, Origin, Receipt, RecordKind, WireTime},
+    frame::{ConversationClass, Deliver, OpenTarget, Opened, Origin, Receipt, RecordKind, WireTime},
     id::{ConversationId, DeviceId, Epoch, FolderId, Pseq, RequestId, Seq, UnixMillis, UserId},
     service::Roster,
 };
@@ -98,7 +98,7 @@ fn opened(conversation: u64) -> Opened {
     Opened {
         id: RequestId::FIRST,
         conversation: c(conversation),
-        direct: true,
+        class: ConversationClass::Direct,
         name: "bob".to_owned(),
         peer: user(2),
         head: Seq::ZERO,

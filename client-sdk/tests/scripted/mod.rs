@@ -17,9 +17,9 @@ use fulmar_client::Trust;
 use fulmar_protocol::{
     close::{CloseCode, RefusalCode},
     frame::{
-        AuthProof, Block, Bytes8, CallStatus, Channel, Decoder, Deliver, Error, Frame, Goaway, Hello, Limits,
-        OpenTarget, Opened, Origin, Receipt, Receipts, Reply, Resumption, SendRefused, StreamHeader, Welcome,
-        WireTime,
+        AuthProof, Block, Bytes8, CallStatus, Channel, ConversationClass, Decoder, Deliver, Error, Frame,
+        Goaway, Hello, Limits, OpenTarget, Opened, Origin, Receipt, Receipts, Reply, Resumption, SendRefused,
+        StreamHeader, Welcome, WireTime,
     },
     id::{
         ClassEpoch, ConversationId, DeviceId, DeviceUid, Epoch, FolderId, Pseq, RequestId, Seq, SessionId,
@@ -498,7 +498,7 @@ impl Session {
                     number
                 }))
             }
-            OpenTarget::Group(_) => None,
+            OpenTarget::Group(_) | OpenTarget::Broadcast(_) => None,
         };
         let Some((number, log)) = found.and_then(|number| Some((number, world.logs.get(&number)?))) else {
             drop(world);
@@ -508,7 +508,7 @@ impl Session {
         let opened = Opened {
             id,
             conversation: number,
-            direct: true,
+            class: ConversationClass::Direct,
             name: world.name(peer),
             peer,
             head: Seq::new(log.records.len() as u64).unwrap(),

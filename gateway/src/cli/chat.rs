@@ -19,7 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use fulmar_client::{Client, DeviceClass, Error, Options, Trust};
+use fulmar_client::{Client, ConversationClass, DeviceClass, Error, Options, Trust};
 use fulmar_protocol::id::UnixMillis;
 
 use self::core::Core;
@@ -116,8 +116,8 @@ async fn chat(args: &ChatArgs, options: Options) -> anyhow::Result<ExitCode> {
     };
     let mut core = Core::new(client, &args.name);
     match (&args.with, &args.group) {
-        (Some(user), _) => core.open(user, true).await?,
-        (None, Some(group)) => core.open(group, false).await?,
+        (Some(user), _) => core.open(user, ConversationClass::Direct).await?,
+        (None, Some(group)) => core.open(group, ConversationClass::Group).await?,
         (None, None) => {}
     }
     let terminal = io::stdin().is_terminal() && io::stdout().is_terminal();

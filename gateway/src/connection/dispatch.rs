@@ -35,7 +35,7 @@ use crate::{
         ReadError, catchup,
         resume::{self, Looked},
     },
-    service,
+    record, service,
 };
 
 /// Records a device may be behind in one conversation and still be served by the gateway's own doing; further back
@@ -320,6 +320,7 @@ impl Connection {
             features = features.without(Features::HEDGE);
         }
         let owed = Owed::new(user, device, context.number(), BACKLOG_RECORDS_MAX)
+            .of_app(proven.app)
             .acks_are_echoes(features.has(Features::ACKS_ARE_ECHOES));
         let owed = Arc::new(owed);
         Span::current().record("user", user.get());
@@ -483,7 +484,8 @@ impl Connection {
         changed: HashMap<ConversationId, Seq>,
     ) -> Result<(), End> {
         let failed = |text: String| End::Close(CloseCode::Internal, format!("resume failed: {text}"));
-        let Producer { user, device, .. } = self.peer()?.producer;
+        let peer = self.peer()?;
+        let (app, Producer { user, device, .. }) = (peer.app, peer.producer);
         let mut among = lacks;
         among.extend(changed.keys());
         among.sort_unstable();
@@ -501,21 +503,22 @@ impl Connection {
         let context = Arc::clone(&self.context);
         let found = blocking(move || {
             let shard_of = |conversation| Some(context.conversation(conversation).ok()?.reader.clone());
-            resume::missed_among(among, shard_of, user, &cursors)
+            resume::missed_among(among, shard_of, user, context.broadcasts.of(app), &cursors)
         });
         self.owe("kept", found.await.map_err(|error| failed(error.to_string()))?)
     }
 
     /// Owes the device what it missed in any conversation of its user, and lets the writers start.
     async fn resume(self: &Arc<Self>, cursors: HashMap<ConversationId, Seq>) -> Result<(), End> {
-        let user = self.peer()?.producer.user;
+        let peer = self.peer()?;
+        let (app, user) = (peer.app, peer.producer.user);
         let context = Arc::clone(&self.context);
         // After a restart everybody comes at once: only so many are looked after at a time.
         let _turn = self.context.looks.acquire().await;
         let found = blocking(move || {
             let Ok(shard) = context.user(user) else { return Ok(Looked::default()) };
             let shard_of = |conversation| Some(context.conversation(conversation).ok()?.reader.clone());
-            resume::missed(&shard.reader, shard_of, user, &cursors)
+            resume::missed(&shard.reader, shard_of, user, context.broadcasts.of(app), &cursors)
         });
         let found = found.await;
         self.owe(
@@ -654,6 +657,10 @@ impl Connection {
                 let shard = self.context.named(app, Named::Group, &name)?;
                 shard.ask(|answer| Command::GroupByName { app, name, answer }).await?
             }
+            OpenTarget::Broadcast(name) => {
+                service::check_name(&name)?;
+                self.context.broadcast(app, &name)?
+            }
             OpenTarget::Direct(name) => {
                 service::check_name(&name)?;
                 let with = service::user(&self.context, app, &name).await?;
@@ -675,8 +682,7 @@ impl Connection {
             peer.owed.prefer(conversation);
         }
         let Found { meta, head, member, read, last_pseq, progress, .. } = found;
-        let direct = meta.class == ConversationClass::Direct;
-        let with = direct_peer(&meta.name, me).filter(|_| direct);
+        let with = direct_peer(&meta.name, me).filter(|_| meta.class == ConversationClass::Direct);
         let name = match with {
             Some(with) => service::name_of(&self.context, app, with).unwrap_or_default(),
             None => meta.name.clone(),
@@ -684,7 +690,7 @@ impl Connection {
         let opened = Opened {
             id: open.id,
             conversation,
-            direct,
+            class: record::class(meta.class),
             name,
             peer: with.unwrap_or_default(),
             head: head.seq,

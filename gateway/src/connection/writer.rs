@@ -357,7 +357,9 @@ impl Connection {
         let peer = self.peer().map_err(|_| Refusal::new(RefusalCode::Draining))?;
         let reader = self.context.conversation(conversation)?.reader.clone();
         let (app, user) = (peer.app, peer.producer.user);
-        let request = BlockRequest { pull, conversation, user, from, to, bytes: self.block_bytes() };
+        let open_to_all = self.context.broadcasts.has(app, conversation);
+        let bytes = self.block_bytes();
+        let request = BlockRequest { pull, conversation, user, open_to_all, from, to, bytes };
         let read = blocking(move || match reader.meta(conversation)? {
             Some(meta) if meta.app == app => catchup::block(&reader, request),
             _ => Ok(None),

@@ -14,7 +14,7 @@ use fulmar_protocol::{
 use fulmar_store::{ConversationMeta, Head, Member, PendingLink};
 use tokio::sync::oneshot;
 
-use crate::fanout::owed::Owed;
+use crate::{broadcasts::Broadcasts, fanout::owed::Owed};
 
 /// A request that was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -190,6 +190,19 @@ pub enum Command {
         /// Its number.
         answer: Answer<ConversationId>,
     },
+    /// Looks up a broadcast by name, or makes it (its name's shard).
+    Broadcast {
+        /// The app.
+        app: AppId,
+        /// Its name.
+        name: String,
+        /// Who counts as its maker.
+        owner: UserId,
+        /// Its number.
+        answer: Answer<ConversationId>,
+    },
+    /// All broadcasts of the gateway.
+    Broadcasts(Arc<Broadcasts>),
     /// Makes a group, or finds the one the owner made before (its name's shard).
     Group(GroupRequest, Answer<(ConversationId, Vec<PendingLink>)>),
     /// Adds or removes members (conversation's shard): how many changed, the record's seq, and what is owed to the users' shards.

@@ -2,7 +2,7 @@
 
 use fulmar_protocol::id::{AppId, ConversationId, ShardId, UserId};
 
-/// What kind of name is placed; keeps users, direct conversations and groups of the same name apart.
+/// What kind of name is placed; keeps users and conversations of each kind apart, whatever they are called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Named {
@@ -12,6 +12,8 @@ pub enum Named {
     Direct = 1,
     /// A group.
     Group = 2,
+    /// A broadcast.
+    Broadcast = 3,
 }
 
 /// The shards of this data folder.

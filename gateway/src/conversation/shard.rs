@@ -11,6 +11,7 @@
 //!
 //! Not here: what is decided (`state`, `directory`), how it is stored (`fulmar_store`).
 
+mod broadcasting;
 mod cursors;
 mod entrance;
 mod epochs;
@@ -19,7 +20,10 @@ mod links;
 mod parking;
 mod people;
 
-pub use self::links::{carry_link, repair_links};
+pub use self::{
+    broadcasting::open_broadcasts,
+    links::{carry_link, repair_links},
+};
 pub use super::intake::IntakeLimits;
 
 use std::{
@@ -55,7 +59,9 @@ use super::{
     storage::Storage,
 };
 use crate::{
+    broadcasts::Broadcasts,
     fanout::{
+        broadcast::Broadcasting,
         owed::{Ending, Owed, Settled},
         push,
         ring::{Ring, RingLimits},
@@ -236,6 +242,8 @@ pub fn start<W: CommitLog>(
         metrics,
         loaded: HashMap::new(),
         roster: Roster::new(shard, limits.away),
+        broadcasts: Arc::default(),
+        broadcasting: Broadcasting::default(),
         batch: Batch::default(),
         cursors: WaitingCursors::default(),
         reads: HashMap::new(),
@@ -306,6 +314,10 @@ struct Shard {
     metrics: Metrics,
     loaded: HashMap<ConversationId, Loaded>,
     roster: Roster,
+    /// All broadcasts there are.
+    broadcasts: Arc<Broadcasts>,
+    /// Those of this shard, and who is told of them.
+    broadcasting: Broadcasting,
     batch: Batch,
     /// Receive cursors that wait for a commit.
     cursors: WaitingCursors,
@@ -354,6 +366,7 @@ impl Shard {
                 }
             }
             let parked = self.parking.next_expiry();
+            let telling = self.broadcasting.due().map(|due| due.saturating_sub(self.clock()));
             tokio::select! {
                 biased;
                 done = async { match in_flight.as_mut() { Some(commit) => commit.await, None => std::future::pending().await } },
@@ -364,6 +377,10 @@ impl Shard {
                         None => idle_writer = Some(writer),
                         Some(rest) => in_flight = Some(self.commit(writer, rest)),
                     }
+                }
+                () = sleep(telling.unwrap_or_default()), if open && telling.is_some() => {
+                    let clock = self.clock();
+                    self.metrics.deliveries.inc_by(self.broadcasting.tell(clock) as u64);
                 }
                 command = queue.recv(), if open && self.has_room() => match command {
                     Some(command) => {
@@ -449,7 +466,10 @@ impl Shard {
                 }
                 if let Some(loaded) = self.loaded.get_mut(&conversation) {
                     loaded.state.sent(record.sender, record.seq);
-                    let sessions = self.roster.present(conversation);
+                    // Of a broadcast only the sender's own devices are told at once.
+                    let everybody = self.broadcasting.published(conversation, record.seq, &loaded.ring);
+                    let own = self.roster.sessions(record.sender).filter(|_| everybody);
+                    let sessions = self.roster.present(conversation).chain(own);
                     let wire = record::to_wire(conversation, &record, WireTime::short(record.time));
                     let (members, max) = (loaded.state.member_count(), self.limits.inline_members_max);
                     loaded.inline = push::goes_inline(loaded.inline, members, max);
@@ -519,6 +539,15 @@ impl Shard {
                     Some(Box::new(move |answer| Command::GroupByName { app, name, answer }));
                 self.answer_when_committed(None, answer, result, again);
             }
+            Command::Broadcast { app, name, owner, answer } => {
+                let before = self.batch.ops.len();
+                let result = self.broadcast(app, &name, owner);
+                let about = result.as_ref().ok().copied();
+                let again =
+                    self.asks_only(before, move |answer| Command::Broadcast { app, name, owner, answer });
+                self.answer_when_committed(about, answer, result, again);
+            }
+            Command::Broadcasts(broadcasts) => self.broadcasts(broadcasts),
             Command::Group(request, answer) => {
                 let before = self.batch.ops.len();
                 let result = self.group(&request);
@@ -560,12 +589,18 @@ impl Shard {
                 self.answer_when_committed(Some(conversation), answer, result, None);
             }
             Command::Arrive(session, answer) => {
-                let _ = answer.send(self.roster.arrive(&session));
+                let mut lacks = self.roster.arrive(&session);
+                if let Some(lacks) = &mut lacks {
+                    lacks.extend(self.broadcasting.of(session.app));
+                }
+                self.broadcasting.arrive(&session);
+                let _ = answer.send(lacks);
             }
             Command::Confirm(session) => self.take_over(&session),
             Command::Depart(session) => {
                 let clock = self.clock();
                 self.roster.depart(&session, clock);
+                self.broadcasting.depart(&session);
             }
             Command::KnownCursors { user, device, of, answer } => {
                 let _ = answer.send(self.known_cursors(user, device, of));
@@ -691,6 +726,11 @@ impl Shard {
             if meta.app != app {
                 return Err(RefusalCode::UnknownConversation.into());
             }
+            let writers = self.broadcasts.get(conversation).map(|broadcast| broadcast.writers.clone());
+            if meta.class == ConversationClass::Broadcast && writers.is_none() {
+                // It is no longer configured.
+                return Err(RefusalCode::UnknownConversation.into());
+            }
             let head = self.reader.head(conversation);
             let head = self.read(head)?.unwrap_or_default();
             let mut members = Vec::new();
@@ -712,6 +752,9 @@ impl Shard {
             // Nothing can fail from here on: what is in the roster is loaded.
             self.roster.load(conversation, members.iter().map(|(user, _)| *user));
             let mut state = State::load(conversation, meta, head, members);
+            if let Some(writers) = writers {
+                state.open_to_all(writers);
+            }
             for (user, read) in reads {
                 state.restore_progress(user, Progress { recv: read, read });
             }
@@ -881,6 +924,13 @@ impl Shard {
                 session.event(event.clone());
             }
         }
+    }
+}
+
+/// Waits so long; not at all, for nothing.
+async fn sleep(wait: Duration) {
+    if !wait.is_zero() {
+        tokio::time::sleep(wait).await;
     }
 }
 

@@ -6,7 +6,7 @@
 //! - Seqs are contiguous, times never go back, `count` counts what a person would count as unread.
 //! - A refusal by policy uses its pseq up, so that it can't block what follows.
 
-use std::collections::{HashMap, hash_map::Entry};
+use std::collections::{HashMap, HashSet, hash_map::Entry};
 
 use bytes::Bytes;
 use fulmar_protocol::{
@@ -21,6 +21,8 @@ use fulmar_store::{
     RecordKind, Role,
 };
 
+use crate::broadcasts::{READER, WRITER};
+
 /// A loaded conversation.
 #[derive(Debug)]
 pub struct State {
@@ -28,6 +30,8 @@ pub struct State {
     meta: ConversationMeta,
     head: Head,
     members: HashMap<UserId, Member>,
+    /// Who writes, where everybody of the app reads.
+    writers: Option<HashSet<UserId>>,
     lanes: HashMap<(UserId, DeviceId), Lane>,
     /// How far members have read and received; only kept for conversations with receipts.
     progress: HashMap<UserId, Progress>,
@@ -104,7 +108,18 @@ impl State {
         members: impl IntoIterator<Item = (UserId, Member)>,
     ) -> Self {
         let members = members.into_iter().collect();
-        Self { id, meta, head, members, lanes: HashMap::new(), progress: HashMap::new() }
+        Self { id, meta, head, members, writers: None, lanes: HashMap::new(), progress: HashMap::new() }
+    }
+
+    /// Everybody of its app reads it, and these write: it is a broadcast.
+    pub fn open_to_all(&mut self, writers: HashSet<UserId>) {
+        self.writers = Some(writers);
+    }
+
+    /// Whether everybody of its app reads it.
+    #[must_use]
+    pub const fn is_open_to_all(&self) -> bool {
+        self.writers.is_some()
     }
 
     /// A new conversation made by `owner`, with its first members (the owner among them).
@@ -145,16 +160,20 @@ impl State {
         self.members.keys().copied()
     }
 
-    /// How many are in it.
+    /// How many are in it; of a broadcast nobody knows.
     #[must_use]
     pub fn member_count(&self) -> usize {
-        self.members.len()
+        if self.is_open_to_all() { usize::MAX } else { self.members.len() }
     }
 
-    /// The membership of `user`.
+    /// The membership of `user`, who is of the conversation's app.
     #[must_use]
     pub fn member(&self, user: UserId) -> Option<&Member> {
-        self.members.get(&user)
+        match &self.writers {
+            None => self.members.get(&user),
+            Some(writers) if writers.contains(&user) => Some(&WRITER),
+            Some(_) => Some(&READER),
+        }
     }
 
     /// Whether the lane of a device is known; if not, [`Self::restore_lane`] it before [`Self::send`].
@@ -264,7 +283,10 @@ impl State {
         send: &frame::Send,
         referred: Result<Option<&Record>, RefusalCode>,
     ) -> Result<(), RefusalCode> {
-        let member = self.members.get(&user).ok_or(RefusalCode::NotAMember)?;
+        let member = self.member(user).ok_or(RefusalCode::NotAMember)?;
+        if self.writers.as_ref().is_some_and(|writers| !writers.contains(&user)) {
+            return Err(RefusalCode::NotAllowed);
+        }
         if send.cancel {
             return Err(RefusalCode::Cancelled);
         }
@@ -305,9 +327,9 @@ impl State {
         members_max: usize,
         now: UnixMillis,
     ) -> Result<Option<MembersChange>, RefusalCode> {
-        let member = self.members.get(&by).ok_or(RefusalCode::NotAMember)?;
+        let member = *self.member(by).ok_or(RefusalCode::NotAMember)?;
         let only_self = add.is_empty() && remove.iter().all(|(user, _)| *user == by);
-        if self.meta.class == ConversationClass::Direct || (member.role < Role::Admin && !only_self) {
+        if self.meta.class != ConversationClass::Group || (member.role < Role::Admin && !only_self) {
             return Err(RefusalCode::NotAllowed);
         }
         let add = distinct(add, |user| !self.members.contains_key(user));
@@ -434,7 +456,7 @@ impl State {
 
     /// A member has come further: returns its progress when that is news. Never beyond the head, never back.
     pub fn progressed(&mut self, user: UserId, recv: Seq, read: Seq) -> Option<Progress> {
-        if !self.members.contains_key(&user) {
+        if self.member(user).is_none() {
             return None;
         }
         let (recv, read) = (recv.min(self.head.seq), read.min(self.head.seq));

@@ -7,6 +7,7 @@
 //!
 //! Not here: connections (they take from [`owed`]), the log (whoever falls behind the ring reads it in `receipt`).
 
+pub mod broadcast;
 pub mod desk;
 pub mod owed;
 pub mod push;

@@ -25,7 +25,7 @@ use super::{
 use fulmar_protocol::{
     close::CloseCode,
     frame::{Event, EventKind, Goaway, Head, Receipt, SendRefused},
-    id::{ConversationId, DeviceId, Pseq, Seq, ShardId, UnixMillis, UserId},
+    id::{AppId, ConversationId, DeviceId, Pseq, Seq, ShardId, UnixMillis, UserId},
 };
 
 /// Events that wait for one connection; beyond it the oldest is dropped and counted.
@@ -126,6 +126,8 @@ struct Inner {
 /// See the module's text. Shared by the connection and the shards.
 #[derive(Debug)]
 pub struct Owed {
+    /// The app of its user.
+    pub app: AppId,
     /// The connection's user.
     pub user: UserId,
     /// The connection's device.
@@ -172,6 +174,7 @@ impl Owed {
     #[must_use]
     pub fn new(user: UserId, device: DeviceId, connection: u64, backlog_max: u64) -> Self {
         Self {
+            app: AppId::default(),
             user,
             device,
             connection,
@@ -181,6 +184,13 @@ impl Owed {
             bells: Bells::new(),
             backlog_max,
         }
+    }
+
+    /// Of a user of this app.
+    #[must_use]
+    pub const fn of_app(mut self, app: AppId) -> Self {
+        self.app = app;
+        self
     }
 
     /// A client that makes its own records from what it sent and the ack is not owed them.
@@ -230,10 +240,26 @@ impl Owed {
     ///
     /// The record whose ack was settled just before, and which the connection wants next, is not owed: the ack stands for it.
     pub fn publish(&self, conversation: ConversationId, seq: Seq, ring: &Arc<Ring>, inline: bool) {
+        self.publish_all(conversation, (seq, seq), ring, inline);
+    }
+
+    /// The same for the records from `first` to `seq`, which were committed while the connection was here, and of which it may
+    /// have been told some.
+    pub fn publish_from(&self, conversation: ConversationId, first: Seq, seq: Seq, ring: &Arc<Ring>) {
+        self.publish_all(conversation, (first, seq), ring, true);
+    }
+
+    fn publish_all(
+        &self,
+        conversation: ConversationId,
+        (first, seq): (Seq, Seq),
+        ring: &Arc<Ring>,
+        inline: bool,
+    ) {
         let mut guard = self.lock();
         let inner = &mut *guard;
         let lag = inner.lags.entry(conversation).or_insert_with(|| Lag {
-            next: seq,
+            next: first,
             head: seq,
             acked: Seq::ZERO,
             mode: Mode::Live,

@@ -10,12 +10,31 @@ use fulmar_protocol::{
 };
 use fulmar_store::{Head, Limits, Member, ReadError, Record, ShardReader};
 
-use crate::record::{origin, to_wire};
+use crate::{
+    broadcasts::READER,
+    record::{origin, to_wire},
+};
 
 /// The oldest record `member` may see, [`Seq::FIRST`] at least.
 #[must_use]
 pub fn low(head: &Head, member: &Member) -> Seq {
     head.low.saturating_add(1).max(member.joined).max(Seq::FIRST)
+}
+
+/// The membership of a user, as the log knows it. `open_to_all`: everybody is a reader.
+///
+/// # Errors
+/// The log can't be read there.
+pub fn member(
+    reader: &ShardReader,
+    conversation: ConversationId,
+    user: UserId,
+    open_to_all: bool,
+) -> Result<Option<Member>, ReadError> {
+    if open_to_all {
+        return Ok(Some(READER));
+    }
+    reader.member(conversation, user)
 }
 
 /// What a block is asked for.
@@ -27,6 +46,8 @@ pub struct BlockRequest {
     pub conversation: ConversationId,
     /// Who asks.
     pub user: UserId,
+    /// Whether everybody reads it who may ask.
+    pub open_to_all: bool,
     /// The first record wanted.
     pub from: Seq,
     /// The last record wanted.
@@ -42,7 +63,8 @@ pub struct BlockRequest {
 /// # Errors
 /// The log can't be read there.
 pub fn block(reader: &ShardReader, request: BlockRequest) -> Result<Option<(Block, Seq)>, ReadError> {
-    let Some(member) = reader.member(request.conversation, request.user)? else { return Ok(None) };
+    let BlockRequest { conversation, user, open_to_all, .. } = request;
+    let Some(member) = member(reader, conversation, user, open_to_all)? else { return Ok(None) };
     let Some(head) = reader.head(request.conversation)? else { return Ok(None) };
     let from = request.from.max(low(&head, &member));
     let to = request.to.min(head.seq);
@@ -58,7 +80,7 @@ pub fn block(reader: &ShardReader, request: BlockRequest) -> Result<Option<(Bloc
 
 /// A block of `records`, which are what is left of the range that was asked for.
 fn assemble(request: BlockRequest, head: Seq, low: Seq, records: Vec<Record>) -> (Block, Seq) {
-    let BlockRequest { pull, conversation, user, from, to, bytes: most } = request;
+    let BlockRequest { pull, conversation, user, from, to, open_to_all: _, bytes: most } = request;
     let most = most.min(BLOCK_BYTES_MAX);
     let first = records.first().map_or_else(|| from.max(low), |first| first.seq);
     // What is in the block is there for its reader, even if it went from the log after it was read.
@@ -125,6 +147,7 @@ mod tests {
             pull: RequestId::ZERO,
             conversation: ConversationId::new(256).unwrap(),
             user: UserId::new(257).unwrap(),
+            open_to_all: false,
             from: seq(5),
             to: seq(10),
             bytes: BLOCK_BYTES_MAX,

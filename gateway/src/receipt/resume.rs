@@ -13,7 +13,7 @@ use fulmar_protocol::{
 };
 use fulmar_store::{ReadError, ShardReader};
 
-use super::catchup::low;
+use super::catchup::{low, member};
 use crate::fanout::owed::Owed;
 
 /// One conversation in which the device lacks something.
@@ -41,7 +41,7 @@ impl Looked {
         &mut self,
         reader: &ShardReader,
         conversation: ConversationId,
-        user: UserId,
+        (user, open_to_all): (UserId, bool),
         cursor: Seq,
     ) -> Result<(), ReadError> {
         self.heads += 1;
@@ -49,7 +49,7 @@ impl Looked {
         if cursor >= head.seq {
             return Ok(());
         }
-        let Some(member) = reader.member(conversation, user)? else { return Ok(()) };
+        let Some(member) = member(reader, conversation, user, open_to_all)? else { return Ok(()) };
         let low = low(&head, &member);
         let next = cursor.saturating_add(1).max(low);
         let head = frame::Head { conversation, head: head.seq, count: head.count, low };
@@ -64,8 +64,8 @@ impl Looked {
     }
 }
 
-/// Finds out what is missed in all conversations of a user. `shard_of` gives the reader of a conversation's shard. Blocks
-/// while it reads.
+/// Finds out what is missed in all conversations of a user, and in those everybody of the user's app reads (`broadcasts`). `shard_of`
+/// gives the reader of a conversation's shard. Blocks while it reads.
 ///
 /// # Errors
 /// A list or a head can't be read.
@@ -73,9 +73,15 @@ pub fn missed(
     user_reader: &ShardReader,
     shard_of: impl Fn(ConversationId) -> Option<ShardReader>,
     user: UserId,
+    broadcasts: &[ConversationId],
     cursors: &HashMap<ConversationId, Seq>,
 ) -> Result<Looked, ReadError> {
     let mut looked = Looked::default();
+    let cursor = |conversation| cursors.get(&conversation).copied().unwrap_or_default();
+    for conversation in broadcasts {
+        let Some(reader) = shard_of(*conversation) else { continue };
+        looked.at(&reader, *conversation, (user, true), cursor(*conversation))?;
+    }
     let mut after = None;
     loop {
         let page = user_reader.user_conversations(user, after, 1_024)?;
@@ -83,8 +89,7 @@ pub fn missed(
         after = Some(*last);
         for (conversation, _) in &page {
             let Some(reader) = shard_of(*conversation) else { continue };
-            let cursor = cursors.get(conversation).copied().unwrap_or_default();
-            looked.at(&reader, *conversation, user, cursor)?;
+            looked.at(&reader, *conversation, (user, false), cursor(*conversation))?;
         }
     }
     Ok(looked.sorted())
@@ -100,13 +105,14 @@ pub fn missed_among(
     conversations: impl IntoIterator<Item = ConversationId>,
     shard_of: impl Fn(ConversationId) -> Option<ShardReader>,
     user: UserId,
+    broadcasts: &[ConversationId],
     cursors: &HashMap<ConversationId, Seq>,
 ) -> Result<Looked, ReadError> {
     let mut looked = Looked::default();
     for conversation in conversations {
         let Some(reader) = shard_of(conversation) else { continue };
         let cursor = cursors.get(&conversation).copied().unwrap_or_default();
-        looked.at(&reader, conversation, user, cursor)?;
+        looked.at(&reader, conversation, (user, broadcasts.contains(&conversation)), cursor)?;
     }
     Ok(looked.sorted())
 }

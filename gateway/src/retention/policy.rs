@@ -55,7 +55,9 @@ impl Policy {
                 let (age, bytes) = class_wide(config, class);
                 let (app_age, app_bytes) = match class {
                     ConversationClass::Direct => (app.retention_direct_age, app.retention_direct_bytes),
-                    ConversationClass::Group => (app.retention_group_age, app.retention_group_bytes),
+                    ConversationClass::Group | ConversationClass::Broadcast => {
+                        (app.retention_group_age, app.retention_group_bytes)
+                    }
                 };
                 Kept {
                     age_ms: first(&[app_age, app.retention_age, age, config.age]),
@@ -73,7 +75,7 @@ impl Policy {
         let [direct, group] = self.of_app.get(&app).unwrap_or(&self.of_all);
         match class {
             ConversationClass::Direct => *direct,
-            ConversationClass::Group => *group,
+            ConversationClass::Group | ConversationClass::Broadcast => *group,
         }
     }
 
@@ -87,7 +89,7 @@ impl Policy {
 const fn class_wide(config: &RetentionConfig, class: ConversationClass) -> (KeepAge, KeepBytes) {
     match class {
         ConversationClass::Direct => (config.direct_age, config.direct_bytes),
-        ConversationClass::Group => (config.group_age, config.group_bytes),
+        ConversationClass::Group | ConversationClass::Broadcast => (config.group_age, config.group_bytes),
     }
 }
 

@@ -26,6 +26,7 @@ use crate::{
     },
     ground,
     receipt::{catchup, refusal_code, unread::unread},
+    record,
 };
 
 /// Bytes a page may grow to: the rest of the frame is for what surrounds the entries.
@@ -130,6 +131,10 @@ async fn list_members(
     request: ListMembers,
 ) -> Result<MemberPage, Refusal> {
     let conversation = request.conversation;
+    if context.broadcasts.has(caller.app, conversation) {
+        // Everybody of the app reads it, and nobody is a member.
+        return Err(RefusalCode::NotAllowed.into());
+    }
     let reader = context.conversation(conversation)?.reader.clone();
     let (app, me) = (caller.app, caller.producer.user);
     let after = (request.after != UserId::default()).then_some(request.after);
@@ -183,10 +188,15 @@ async fn list_conversations(
     let reader = context.user(me)?.reader.clone();
     let after = (request.after != ConversationId::default()).then_some(request.after);
     let listed = blocking(move || reader.user_conversations(me, after, PAGE_MAX + 1)).await?;
+    let mut listed: Vec<ConversationId> = listed.into_iter().map(|(conversation, _)| conversation).collect();
+    // What everybody reads is on nobody's list.
+    let broadcasts = context.broadcasts.of(caller.app).iter().copied();
+    listed.extend(broadcasts.filter(|conversation| after.is_none_or(|after| *conversation > after)));
+    listed.sort_unstable();
     let more = listed.len() > PAGE_MAX;
     let mut page = ConversationPage { conversations: Vec::new(), more };
     let mut bytes = 0;
-    for (conversation, _) in listed.into_iter().take(PAGE_MAX) {
+    for conversation in listed.into_iter().take(PAGE_MAX) {
         let shard = context.conversation(conversation)?;
         let app = caller.app;
         let producer = caller.producer;
@@ -213,7 +223,7 @@ async fn list_conversations(
         }
         page.conversations.push(ConversationEntry {
             conversation,
-            direct: found.meta.class == ConversationClass::Direct,
+            class: record::class(found.meta.class),
             name,
             peer: peer.unwrap_or_default(),
             head: found.head.seq,

@@ -321,6 +321,11 @@ impl Phone {
         self
     }
 
+    /// From now on its gateway is at another address.
+    pub const fn meet(&mut self, server: SocketAddr) {
+        self.server = server;
+    }
+
     pub fn now(&self) -> Duration {
         self.started.elapsed()
     }

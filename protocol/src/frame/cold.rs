@@ -334,6 +334,18 @@ impl core::fmt::Debug for Auth {
     }
 }
 
+/// What kind of conversation it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ConversationClass {
+    /// Of members who were added.
+    #[default]
+    Group,
+    /// Between two users.
+    Direct,
+    /// Read by everybody of the app, written by those whom the app's configuration names.
+    Broadcast,
+}
+
 /// Which conversation an OPEN means.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum OpenTarget {
@@ -343,13 +355,15 @@ pub enum OpenTarget {
     Direct(String),
     /// The group of this name.
     Group(String),
+    /// The broadcast of this name, which everybody of the app reads.
+    Broadcast(String),
 }
 
 impl OpenTarget {
     fn len_ok(&self) -> bool {
         match self {
             Self::Number(_) => true,
-            Self::Direct(name) | Self::Group(name) => name.len() <= NAME_BYTES_MAX,
+            Self::Direct(name) | Self::Group(name) | Self::Broadcast(name) => name.len() <= NAME_BYTES_MAX,
         }
     }
 }
@@ -372,11 +386,11 @@ pub struct Opened {
     pub id: RequestId,
     /// The conversation's number, from now on its name.
     pub conversation: ConversationId,
-    /// Whether it is a direct one.
-    pub direct: bool,
-    /// The group's name, or the other user's name.
+    /// What kind it is.
+    pub class: ConversationClass,
+    /// The group's or broadcast's name, or the other user's name.
     pub name: String,
-    /// The other user of a direct conversation; 0 for groups.
+    /// The other user of a direct conversation; 0 for others.
     pub peer: UserId,
     /// The newest seq.
     pub head: Seq,

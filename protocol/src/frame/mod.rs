@@ -23,8 +23,8 @@ pub use self::{
     call::{Call, CallStatus, Reply},
     codec::{Decoder, peek_varint, put_varint, varint_len},
     cold::{
-        Auth, AuthProof, Bytes8, Error, Goaway, Hello, Kicked, Limits, NetworkHint, NetworkKind, Open,
-        OpenTarget, Opened, Resumption, SendRefused, Welcome,
+        Auth, AuthProof, Bytes8, ConversationClass, Error, Goaway, Hello, Kicked, Limits, NetworkHint,
+        NetworkKind, Open, OpenTarget, Opened, Resumption, SendRefused, Welcome,
     },
     cursor::{Ack, Cursors, Head, Heads, Mark, Pull, Receipt, Receipts},
     deliver::{Block, Deliver, Origin, RecordKind, WireTime},

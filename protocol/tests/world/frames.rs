@@ -3,10 +3,10 @@
 use fulmar_protocol::{
     close::{CloseCode, RefusalCode, Retry},
     frame::{
-        Ack, AckRun, Auth, AuthProof, Block, Bytes8, Call, CallStatus, Channel, Cursors, Deliver, Error,
-        Event, EventKind, Frame, Goaway, Head, Heads, Hello, Kicked, Limits, Mark, NetworkHint, NetworkKind,
-        Open, OpenTarget, Opened, Origin, Ping, Pong, Pull, Receipt, Receipts, RecordKind, Reply, Resumption,
-        Send, SendAck, SendRefused, Side, Welcome, WireTime,
+        Ack, AckRun, Auth, AuthProof, Block, Bytes8, Call, CallStatus, Channel, ConversationClass, Cursors,
+        Deliver, Error, Event, EventKind, Frame, Goaway, Head, Heads, Hello, Kicked, Limits, Mark,
+        NetworkHint, NetworkKind, Open, OpenTarget, Opened, Origin, Ping, Pong, Pull, Receipt, Receipts,
+        RecordKind, Reply, Resumption, Send, SendAck, SendRefused, Side, Welcome, WireTime,
     },
     id::{DeviceClass, DeviceUid, FolderId, Pseq, Seq, UnixMillis},
     limit::{EVENT_PAYLOAD_BYTES_MAX, LANES_MAX, SEND_PAYLOAD_BYTES_MAX},
@@ -31,7 +31,7 @@ pub(crate) fn numbered(number: u64, s: &mut Source<'_>) -> Frame {
         0x0c => Frame::Opened(Opened {
             id: s.id(),
             conversation: s.id(),
-            direct: s.flag(),
+            class: class(s),
             name: s.text(128),
             peer: s.id(),
             head: s.id(),
@@ -204,10 +204,19 @@ pub(crate) fn welcome(s: &mut Source<'_>) -> Welcome {
     }
 }
 
-fn target(s: &mut Source<'_>) -> OpenTarget {
+fn class(s: &mut Source<'_>) -> ConversationClass {
     match s.below(3) {
+        0 => ConversationClass::Group,
+        1 => ConversationClass::Direct,
+        _ => ConversationClass::Broadcast,
+    }
+}
+
+fn target(s: &mut Source<'_>) -> OpenTarget {
+    match s.below(4) {
         0 => OpenTarget::Number(s.id()),
         1 => OpenTarget::Direct(s.text(128)),
+        2 => OpenTarget::Broadcast(s.text(128)),
         _ => OpenTarget::Group(s.text(128)),
     }
 }

@@ -18,9 +18,9 @@ use bytes::{Bytes, BytesMut};
 use fulmar_protocol::{
     close::{CloseCode, RefusalCode},
     frame::{
-        AuthProof, Block, CallStatus, Channel, Decoder, Deliver, Error, Event, EventKind, Frame, Goaway,
-        Head, Heads, Limits, NetworkHint, OpenTarget, Opened, Origin, Pull, RecordKind, Reply, Resumption,
-        Send, SendRefused, Side, StreamHeader, Welcome, WireTime,
+        AuthProof, Block, CallStatus, Channel, ConversationClass, Decoder, Deliver, Error, Event, EventKind,
+        Frame, Goaway, Head, Heads, Limits, NetworkHint, OpenTarget, Opened, Origin, Pull, RecordKind, Reply,
+        Resumption, Send, SendRefused, Side, StreamHeader, Welcome, WireTime,
     },
     id::{
         ClassEpoch, ConversationId, DeviceClass, DeviceId, DeviceUid, Epoch, Pseq, Seq, ServiceId, SessionId,
@@ -820,7 +820,7 @@ impl World {
                 let opened = Opened {
                     id: open.id,
                     conversation,
-                    direct: false,
+                    class: ConversationClass::Group,
                     name: "g".to_owned(),
                     peer: UserId::default(),
                     head: seq(log.head()),

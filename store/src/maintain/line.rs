@@ -249,7 +249,7 @@ macro_rules! words {
 
 words! {
     /// Of a conversation.
-    Class of ConversationClass { Direct, Group }
+    Class of ConversationClass { Direct, Group, Broadcast }
 }
 
 words! {

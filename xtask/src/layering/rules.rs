@@ -214,10 +214,10 @@ pub(crate) const SOURCES: &[SourceRule] = &[
         because: "config is read by everybody and knows nobody",
     },
     SourceRule {
-        within: &["gateway/src/identity/", "gateway/src/record.rs"],
+        within: &["gateway/src/identity/", "gateway/src/record.rs", "gateway/src/broadcasts.rs"],
         forbids: &[ABOVE_THE_STAGES, STAGES, &["crate::context"]],
         but: &[],
-        because: "proofs and the form of a record are told to the stages and know none of them",
+        because: "proofs, the form of a record and what everybody reads are told to the stages and know none of them",
     },
     SourceRule {
         within: &["gateway/src/context.rs"],

@@ -11,6 +11,8 @@ pub(super) enum Command {
     With(String),
     /// Open a group.
     Group(String),
+    /// Open a broadcast.
+    Broadcast(String),
     /// Make a group with these members.
     New(String, Vec<String>),
     /// Add users to the open group.
@@ -33,6 +35,7 @@ pub(super) enum Command {
 pub(super) const HELP: &[&str] = &[
     "/with NAME            talk with a user",
     "/group NAME           open a group you are in",
+    "/broadcast NAME       open what everybody reads (marked with ! in the list)",
     "/new NAME USER ...    make a group",
     "/add USER ...         add users to the open group",
     "/remove USER ...      remove users from it",
@@ -67,6 +70,8 @@ pub(super) fn read(line: &str) -> Result<Option<Command>, String> {
         ("with" | "w" | "msg", _) => return usage("/with NAME"),
         ("group" | "g", 1) => Command::Group(rest.remove(0)),
         ("group" | "g", _) => return usage("/group NAME"),
+        ("broadcast" | "b", 1) => Command::Broadcast(rest.remove(0)),
+        ("broadcast" | "b", _) => return usage("/broadcast NAME"),
         ("new", 1..) => Command::New(rest.remove(0), rest),
         ("new", _) => return usage("/new NAME USER ..."),
         ("add", 1..) => Command::Add(rest),

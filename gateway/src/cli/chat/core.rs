@@ -9,8 +9,9 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use fulmar_client::{
-    Client, ClientEvent, ConnectionState, Conversation, ConversationId, ConversationSummary, Error,
-    EventKind, Events, Messages, Receipt, Received, RecordKind, SendStatus, Seq, States, UserId,
+    Client, ClientEvent, ConnectionState, Conversation, ConversationClass, ConversationId,
+    ConversationSummary, Error, EventKind, Events, Messages, Receipt, Received, RecordKind, SendStatus, Seq,
+    States, UserId,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -38,7 +39,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 enum Note {
     Listed(Vec<ConversationSummary>),
-    Resolved { name: String, direct: bool, number: ConversationId },
+    Resolved { name: String, class: ConversationClass, number: ConversationId },
     History { number: ConversationId, messages: Vec<Received>, asked: usize },
     Receipts(ConversationId, Vec<Receipt>),
     Status(u64, SendStatus),
@@ -207,8 +208,8 @@ impl Core {
                 }
                 self.model.sort();
             }
-            Note::Resolved { name, direct, number } => {
-                self.model.resolved(&name, direct, number);
+            Note::Resolved { name, class, number } => {
+                self.model.resolved(&name, class, number);
                 self.load(number, None);
                 if self.model.room().is_some_and(|room| room.number == Some(number)) {
                     self.show(number);
@@ -272,13 +273,13 @@ impl Core {
         let name = summary.name.clone();
         if !name.is_empty() {
             // A conversation that was opened by its name before its number was known is the same one.
-            self.model.resolved(&name, summary.direct, summary.conversation);
+            self.model.resolved(&name, summary.class, summary.conversation);
         }
         let at = self.model.at(summary.conversation);
         let open = self.model.open == Some(at);
         if let Some(room) = self.model.rooms.get_mut(at) {
             room.name = name;
-            room.direct = summary.direct;
+            room.class = summary.class;
             room.unread = if open { 0 } else { summary.unread };
             room.time = room.time.max(summary.time.get());
         }
@@ -296,8 +297,13 @@ impl Core {
             Command::Help => HELP.iter().for_each(|line| self.model.notice(*line)),
             Command::Say(text) => self.send(text).await?,
             Command::With(name) if name == self.model.me => self.model.notice("that is you"),
-            Command::With(name) => self.open(&name, true).await?,
-            Command::Group(name) => self.open(name.trim_start_matches('#'), false).await?,
+            Command::With(name) => self.open(&name, ConversationClass::Direct).await?,
+            Command::Group(name) => {
+                self.open(name.trim_start_matches('#'), ConversationClass::Group).await?;
+            }
+            Command::Broadcast(name) => {
+                self.open(name.trim_start_matches('!'), ConversationClass::Broadcast).await?;
+            }
             Command::List => self.list_aloud(),
             Command::Older => self.older(),
             Command::New(name, members) => self.create(name.trim_start_matches('#').to_owned(), members),
@@ -309,14 +315,12 @@ impl Core {
         Ok(true)
     }
 
-    /// Opens the conversation with this user or group.
+    /// Opens the conversation with this user, group or broadcast.
     ///
     /// # Errors
     /// The name can't be one, or the database failed.
-    pub(super) async fn open(&mut self, name: &str, direct: bool) -> Result<(), Error> {
-        let conversation =
-            if direct { self.client.direct(name).await } else { self.client.group(name).await };
-        let conversation = match conversation {
+    pub(super) async fn open(&mut self, name: &str, class: ConversationClass) -> Result<(), Error> {
+        let conversation = match self.called(name, class).await {
             Ok(conversation) => conversation,
             Err(error @ Error::BadName) => {
                 self.model.notice(error.to_string());
@@ -324,15 +328,23 @@ impl Core {
             }
             Err(error) => return Err(error),
         };
-        let at = self.model.named(name, direct);
+        let at = self.model.named(name, class);
         match self.model.rooms.get(at).and_then(|room| room.number) {
             Some(_) => self.go_to(at),
             None => {
                 self.model.open = Some(at);
-                self.resolve(name.to_owned(), direct, conversation);
+                self.resolve(name.to_owned(), class, conversation);
             }
         }
         Ok(())
+    }
+
+    async fn called(&self, name: &str, class: ConversationClass) -> Result<Conversation, Error> {
+        match class {
+            ConversationClass::Direct => self.client.direct(name).await,
+            ConversationClass::Group => self.client.group(name).await,
+            ConversationClass::Broadcast => self.client.broadcast(name).await,
+        }
     }
 
     /// Opens the conversation at this place of the list.
@@ -409,11 +421,10 @@ impl Core {
             self.model.notice("to whom? /with NAME or /group NAME opens a conversation");
             return Ok(());
         };
-        let (number, name, direct) = (room.number, room.name.clone(), room.direct);
-        let conversation = match (number, direct) {
-            (Some(number), _) => self.client.conversation(number),
-            (None, true) => self.client.direct(&name).await?,
-            (None, false) => self.client.group(&name).await?,
+        let (number, name, class) = (room.number, room.name.clone(), room.class);
+        let conversation = match number {
+            Some(number) => self.client.conversation(number),
+            None => self.called(&name, class).await?,
         };
         let handle = match conversation.send(text.clone()).await {
             Ok(handle) => handle,
@@ -468,13 +479,13 @@ impl Core {
         });
     }
 
-    fn resolve(&mut self, name: String, direct: bool, conversation: Conversation) {
+    fn resolve(&mut self, name: String, class: ConversationClass, conversation: Conversation) {
         let note = self.note.clone();
         self.tasks.spawn(async move {
             loop {
                 match conversation.resolved().await {
                     Ok(number) => {
-                        let _ = note.send(Note::Resolved { name, direct, number }).await;
+                        let _ = note.send(Note::Resolved { name, class, number }).await;
                         return;
                     }
                     Err(Error::TimedOut | Error::TooMany) => sleep(ASK_AGAIN).await,
@@ -551,14 +562,14 @@ impl Core {
     }
 
     fn create(&mut self, name: String, members: Vec<String>) {
-        let at = self.model.named(&name, false);
+        let at = self.model.named(&name, ConversationClass::Group);
         self.model.open = Some(at);
         let (client, note) = (self.client.clone(), self.note.clone());
         self.tasks.spawn(async move {
             let members: Vec<&str> = members.iter().map(String::as_str).collect();
             let answer = match client.create_group(&name, &members).await {
                 Ok(group) => match group.number() {
-                    Some(number) => Note::Resolved { name, direct: false, number },
+                    Some(number) => Note::Resolved { name, class: ConversationClass::Group, number },
                     None => Note::Say(format!("#{name} was made")),
                 },
                 Err(error) => Note::Say(format!("#{name} can't be made: {error}")),
@@ -568,7 +579,11 @@ impl Core {
     }
 
     fn group(&mut self) -> Option<ConversationId> {
-        let number = self.model.room().filter(|room| !room.direct).and_then(|room| room.number);
+        let number = self
+            .model
+            .room()
+            .filter(|room| room.class == ConversationClass::Group)
+            .and_then(|room| room.number);
         if number.is_none() {
             self.model.notice("no group is open: /group NAME");
         }

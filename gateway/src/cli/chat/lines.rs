@@ -7,7 +7,7 @@ use std::io::{self, BufRead as _, Write as _};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use fulmar_client::Received;
+use fulmar_client::{ConversationClass, Received};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout_at};
 
@@ -106,7 +106,7 @@ fn print(core: &Core, message: &Received) -> io::Result<()> {
     let title = room.map(|room| room.title()).unwrap_or_default();
     let who = entry.sender.map(|sender| core.model.name_of(sender));
     // Before the list has come, the name of a new conversation is not known; mostly it is a direct one.
-    let direct = room.is_some_and(|room| room.direct || room.name.is_empty());
+    let direct = room.is_some_and(|room| room.class == ConversationClass::Direct || room.name.is_empty());
     if entry.created && direct {
         return Ok(());
     }

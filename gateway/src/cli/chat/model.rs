@@ -10,7 +10,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use fulmar_client::{
-    ConnectionState, ConversationId, OfflineReason, Received, RecordKind, SendStatus, Seq, UserId,
+    ConnectionState, ConversationClass, ConversationId, OfflineReason, Received, RecordKind, SendStatus, Seq,
+    UserId,
 };
 
 /// How long a typing notice is shown.
@@ -43,8 +44,8 @@ pub(super) struct Room {
     pub(super) number: Option<ConversationId>,
     /// The other user, or the group; empty while it is not known.
     pub(super) name: String,
-    /// Whether it is a direct one.
-    pub(super) direct: bool,
+    /// What kind it is.
+    pub(super) class: ConversationClass,
     /// Messages not seen yet.
     pub(super) unread: u32,
     /// By position.
@@ -149,11 +150,11 @@ pub(super) const fn mark_of(status: SendStatus) -> Mark {
 
 impl Room {
     /// One of which only the name is known.
-    pub(super) fn named(name: &str, direct: bool) -> Self {
+    pub(super) fn named(name: &str, class: ConversationClass) -> Self {
         Self {
             number: None,
             name: name.to_owned(),
-            direct,
+            class,
             unread: 0,
             entries: BTreeMap::new(),
             pending: Vec::new(),
@@ -167,16 +168,17 @@ impl Room {
 
     /// One of which only the number is known.
     pub(super) fn numbered(number: ConversationId) -> Self {
-        Self { number: Some(number), ..Self::named("", false) }
+        Self { number: Some(number), ..Self::named("", ConversationClass::Group) }
     }
 
     /// What it is called on the screen.
     pub(super) fn title(&self) -> String {
-        match (self.name.as_str(), self.number, self.direct) {
+        match (self.name.as_str(), self.number, self.class) {
             ("", Some(number), _) => format!("conversation {}", number.get()),
             ("", None, _) => "?".to_owned(),
-            (name, _, true) => printable(name),
-            (name, _, false) => format!("#{}", printable(name)),
+            (name, _, ConversationClass::Direct) => printable(name),
+            (name, _, ConversationClass::Group) => format!("#{}", printable(name)),
+            (name, _, ConversationClass::Broadcast) => format!("!{}", printable(name)),
         }
     }
 
@@ -328,23 +330,23 @@ impl Model {
     }
 
     /// The index of the conversation with this name; it is made when there is none.
-    pub(super) fn named(&mut self, name: &str, direct: bool) -> usize {
-        match self.rooms.iter().position(|room| room.name == name && room.direct == direct) {
+    pub(super) fn named(&mut self, name: &str, class: ConversationClass) -> usize {
+        match self.rooms.iter().position(|room| room.name == name && room.class == class) {
             Some(at) => at,
             None => {
-                self.rooms.push(Room::named(name, direct));
+                self.rooms.push(Room::named(name, class));
                 self.rooms.len() - 1
             }
         }
     }
 
     /// The number of a named conversation is known now. What was two is one from now on.
-    pub(super) fn resolved(&mut self, name: &str, direct: bool, number: ConversationId) {
-        let open = self.room().map(|room| (room.number, room.name.clone(), room.direct));
+    pub(super) fn resolved(&mut self, name: &str, class: ConversationClass, number: ConversationId) {
+        let open = self.room().map(|room| (room.number, room.name.clone(), room.class));
         let named = self
             .rooms
             .iter()
-            .position(|room| room.name == name && room.direct == direct && room.number.is_none());
+            .position(|room| room.name == name && room.class == class && room.number.is_none());
         let numbered = self.rooms.iter().position(|room| room.number == Some(number));
         match (named, numbered) {
             (Some(named), Some(numbered)) => {
@@ -352,17 +354,17 @@ impl Model {
                 let numbered = if numbered > named { numbered - 1 } else { numbered };
                 if let Some(room) = self.rooms.get_mut(numbered) {
                     room.name = old.name;
-                    room.direct = old.direct;
+                    room.class = old.class;
                     room.pending.splice(0..0, old.pending);
                     room.notices.splice(0..0, old.notices);
                 }
                 self.open = match open {
                     None => None,
-                    Some((None, open_name, open_direct)) if open_name == name && open_direct == direct => {
+                    Some((None, open_name, open_class)) if open_name == name && open_class == class => {
                         Some(numbered)
                     }
-                    Some((open_number, open_name, open_direct)) => self.rooms.iter().position(|room| {
-                        room.number == open_number && room.name == open_name && room.direct == open_direct
+                    Some((open_number, open_name, open_class)) => self.rooms.iter().position(|room| {
+                        room.number == open_number && room.name == open_name && room.class == open_class
                             || open_number.is_some() && room.number == open_number
                     }),
                 };
@@ -375,7 +377,7 @@ impl Model {
             (None, Some(numbered)) => {
                 if let Some(room) = self.rooms.get_mut(numbered) {
                     name.clone_into(&mut room.name);
-                    room.direct = direct;
+                    room.class = class;
                 }
             }
             (None, None) => {}
@@ -601,7 +603,7 @@ mod tests {
 
     #[test]
     fn marks_follow_receipts_and_never_go_back() {
-        let mut room = Room::named("bob", true);
+        let mut room = Room::named("bob", ConversationClass::Direct);
         assert_eq!(room.mark(seq(5)), Mark::Acked);
         room.receipt(user(2), seq(5), seq(3));
         assert_eq!(
@@ -615,20 +617,20 @@ mod tests {
     #[test]
     fn a_name_that_turns_out_to_be_a_known_number_is_one_conversation() {
         let mut model = Model::new("user-1");
-        let other = model.named("carol", true);
-        let bob = model.named("bob", true);
+        let other = model.named("carol", ConversationClass::Direct);
+        let bob = model.named("bob", ConversationClass::Direct);
         model.open = Some(bob);
         model.rooms[bob].pending.push(Pending { id: 9, text: "hi".to_owned(), status: SendStatus::Queued });
         model.take(&message(7, 1, 2, "hello"));
         assert_eq!(model.rooms.len(), 3);
-        model.resolved("bob", true, conversation(7));
+        model.resolved("bob", ConversationClass::Direct, conversation(7));
         assert_eq!(model.rooms.len(), 2);
         let room = model.room().unwrap();
         assert_eq!(
             (room.name.as_str(), room.number, room.pending.len(), room.entries.len()),
             ("bob", Some(conversation(7)), 1, 1)
         );
-        model.resolved("carol", true, conversation(8));
+        model.resolved("carol", ConversationClass::Direct, conversation(8));
         assert_eq!(model.rooms[other].number, Some(conversation(8)));
         assert_eq!(model.room().unwrap().name, "bob", "the open one stays open");
         model.sort();

@@ -11,6 +11,7 @@ use crossterm::event::{
     self, DisableBracketedPaste, EnableBracketedPaste, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers,
 };
 use crossterm::execute;
+use fulmar_client::ConversationClass;
 use ratatui::layout::{Constraint, Layout, Position, Rect};
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
@@ -344,7 +345,9 @@ fn room_lines(model: &Model, room: &Room, width: usize, offset_minutes: i64) -> 
     if room.at_start && !room.entries.is_empty() {
         lines.push(Line::styled("the beginning", dim()).centered());
     }
-    for (seq, entry) in room.entries.iter().filter(|(_, entry)| !(entry.created && room.direct)) {
+    for (seq, entry) in
+        room.entries.iter().filter(|(_, entry)| !(entry.created && room.class == ConversationClass::Direct))
+    {
         while let Some((_, text)) = notices.next_if(|(after, _)| after.is_none_or(|after| after < *seq)) {
             notice_lines(text, &mut lines);
         }
@@ -383,8 +386,11 @@ fn entry_lines(
         true => ("you".to_owned(), own_style()),
         false => {
             let colour = usize::try_from(sender.get() % 6).ok().and_then(|at| COLOURS.get(at)).copied();
-            let name =
-                if room.direct && !room.name.is_empty() { room.title() } else { model.name_of(sender) };
+            let name = if room.class == ConversationClass::Direct && !room.name.is_empty() {
+                room.title()
+            } else {
+                model.name_of(sender)
+            };
             (name, Style::new().fg(colour.unwrap_or_default()).add_modifier(Modifier::BOLD))
         }
     };
@@ -728,8 +734,8 @@ mod tests {
     fn a_screen_has_it_all_and_fits_any_size() {
         let mut model = Model::new("alice");
         model.connection = Some(ConnectionState::Live);
-        let bob = model.named("bob", true);
-        let team = model.named("team", false);
+        let bob = model.named("bob", ConversationClass::Direct);
+        let team = model.named("team", ConversationClass::Group);
         model.open = Some(bob);
         model.rooms[team].unread = 3;
         model.rooms[bob].pending.push(Pending {

@@ -37,7 +37,7 @@ impl Numbers for OfTheGateway {
         map: &mut dyn FnMut(UserId) -> Option<UserId>,
     ) -> Option<String> {
         match class {
-            ConversationClass::Group => Some(name.to_owned()),
+            ConversationClass::Group | ConversationClass::Broadcast => Some(name.to_owned()),
             ConversationClass::Direct => {
                 let (a, b) = name.split_once(':')?;
                 let mut number = |text: &str| map(text.parse().ok().and_then(UserId::new)?);

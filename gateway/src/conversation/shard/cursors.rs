@@ -133,7 +133,8 @@ impl Shard {
             None => self.reader.recv_cursor(user, device, conversation),
         };
         let listed = |reader: &ShardReader| {
-            reader.user_conversation(user, conversation).is_ok_and(|listed| listed.is_some())
+            self.broadcasts.get(conversation).is_some()
+                || reader.user_conversation(user, conversation).is_ok_and(|listed| listed.is_some())
         };
         match known {
             Ok(known) if seq <= known => {}
