@@ -52,6 +52,12 @@ fn other_app(name: &str, gateway: &Running) -> Phone {
     phone
 }
 
+/// The phones leave before it does, so that it waits for nobody.
+async fn stop(gateway: Running, phones: &mut [&mut Phone]) {
+    phones.iter_mut().for_each(|phone| phone.disconnect());
+    gateway.stop().await;
+}
+
 async fn say(phone: &mut Phone, conversation: ConversationId, texts: &[&str]) {
     let before = phone.acked.len();
     for text in texts {
@@ -115,12 +121,10 @@ async fn everybody_of_the_app_reads_it_now_or_later_and_once() {
     assert_eq!(list(&mut eve).await.conversations, []);
 
     // Over a restart: cursors are known, and only what is new comes.
-    bob.disconnect();
     carol.work(Duration::from_millis(300)).await;
-    gateway.stop().await;
+    stop(gateway, &mut [&mut alice, &mut bob, &mut carol, &mut dave, &mut eve]).await;
     let gateway = Running::start(settings).await;
     for phone in [&mut alice, &mut bob, &mut carol] {
-        phone.disconnect();
         phone.meet(gateway.address);
     }
     alice.go_online().await;
@@ -135,7 +139,7 @@ async fn everybody_of_the_app_reads_it_now_or_later_and_once() {
         assert_eq!(seqs, [1, 2, 3, 4, 5, 6, 7], "{}: each once, in order", phone.name);
     }
     assert!(!eve.received.contains_key(&news) && eve.heads.is_empty(), "another app hears nothing");
-    gateway.stop().await;
+    stop(gateway, &mut [&mut alice, &mut bob, &mut carol]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -179,7 +183,7 @@ async fn who_is_not_named_only_reads_and_another_app_does_not_even_know() {
     eve.until(|eve| eve.refused.len() == 1).await;
     assert_eq!(eve.refused[0].code, RefusalCode::UnknownConversation);
     assert!(!eve.received.contains_key(&news));
-    gateway.stop().await;
+    stop(gateway, &mut [&mut alice, &mut bob, &mut eve]).await;
 
     // Taken out of the configuration it is served to nobody; put back, it is what it was.
     let gateway = Running::start(Config { apps: config(&settings.data.path).apps, ..settings.clone() }).await;
@@ -190,13 +194,12 @@ async fn who_is_not_named_only_reads_and_another_app_does_not_even_know() {
     late.until(|late| late.errors.len() == 1).await;
     late.work(Duration::from_millis(200)).await;
     assert!(!late.received.contains_key(&news));
-    gateway.stop().await;
+    stop(gateway, &mut [&mut late]).await;
     let gateway = Running::start(settings).await;
-    late.disconnect();
     late.meet(gateway.address);
     late.go_online().await;
     reads(&mut late, news, &["one"]).await;
-    gateway.stop().await;
+    stop(gateway, &mut [&mut late]).await;
 }
 
 #[tokio::test]

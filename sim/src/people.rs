@@ -107,6 +107,15 @@ struct Stage {
     talking: AtomicBool,
 }
 
+/// What everybody reads, in worlds that have it.
+pub(crate) const BROADCAST: &str = "news";
+
+/// The names of a plan's users.
+pub(crate) fn names(plan: &Plan) -> Vec<String> {
+    let users: BTreeSet<usize> = plan.phones.iter().copied().collect();
+    users.into_iter().map(name_of).collect()
+}
+
 fn name_of(user: usize) -> String {
     format!("user-{user}")
 }
@@ -583,6 +592,15 @@ async fn meet(sim: &Sim, stage: &Arc<Stage>) -> anyhow::Result<()> {
         rooms.push(Room { number, group: Some((owner, members.clone())), members: members.clone() });
     }
     let users: BTreeSet<usize> = stage.plan.phones.iter().copied().collect();
+    if stage.plan.broadcast {
+        let client = stage.client(0).context("a phone without a client")?;
+        let number = client.broadcast(BROADCAST).await?.resolved().await?;
+        for phone in 0..stage.phones.len() {
+            let conversation = Conversation(number.get());
+            stage.record(Event::Joined { client: who(phone), conversation, first: 1 });
+        }
+        rooms.push(Room { number, group: None, members: users.iter().copied().collect() });
+    }
     for one in &users {
         for two in users.range(one + 1..) {
             let client = stage.client(stage.phone_of(*one)).context("a phone without a client")?;

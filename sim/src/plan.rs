@@ -99,6 +99,8 @@ pub(crate) struct Plan {
     pub(crate) phones: Vec<usize>,
     /// Members of each group, by user; the first is its owner.
     pub(crate) groups: Vec<Vec<usize>>,
+    /// Whether there is a broadcast, to which everybody may send.
+    pub(crate) broadcast: bool,
     /// The network each phone is in once everybody knows everybody.
     pub(crate) paths: Vec<Path>,
     /// Phones whose sockets die with their network.
@@ -259,11 +261,13 @@ impl Plan {
         draw_later(&mut draw);
         let tokens = draw_sessions(&mut draw);
         let kept_for = draw.on().then(|| Duration::from_secs(draw.rng.between(4, 10)));
+        draw.rng = Rng::new(seed).fork(102);
+        let broadcast = draw.on();
         let mut deeds = draw.deeds;
         deeds.retain(|planned| planned.at <= length);
         // Stable, so that a beginning stays before its end.
         deeds.sort_by_key(|planned| planned.at);
-        Self { phones, groups, paths, sockets_die, pause, moves, kept_for, tokens, length, deeds }
+        Self { phones, groups, broadcast, paths, sockets_die, pause, moves, kept_for, tokens, length, deeds }
     }
 }
 

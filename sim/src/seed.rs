@@ -49,7 +49,11 @@ impl SeedReport {
 #[must_use]
 pub fn run_seed(seed: u64, keep_log: bool) -> SeedReport {
     let plan = Plan::of(seed);
-    let world = World::new(seed).path(calm_path()).keep_log(keep_log).limit(LIMIT).kept_for(plan.kept_for);
+    let mut world =
+        World::new(seed).path(calm_path()).keep_log(keep_log).limit(LIMIT).kept_for(plan.kept_for);
+    if plan.broadcast {
+        world = world.broadcast(people::BROADCAST, people::names(&plan));
+    }
     let ended = world.run(async move |sim| {
         let outcome = people::live(sim, seed, plan).await?;
         anyhow::ensure!(sim.gateway().failed().is_none(), "the gateway: {:?}", sim.gateway().failed());

@@ -23,7 +23,7 @@ use fulmar_badnet::net::Path;
 use fulmar_badnet::{Profile, Rng, SimTime};
 use fulmar_client::{Client, Durability, NetworkHint, NetworkKind, Options, Token, Trust};
 use fulmar_gateway::config::retention::KeepAge;
-use fulmar_gateway::config::{Config, Engine};
+use fulmar_gateway::config::{BroadcastConfig, Config, Engine};
 use fulmar_gateway::data_folder::DataFolder;
 use fulmar_gateway::drain::{Cause, DrainTrigger, drain};
 use fulmar_gateway::gateway::Sockets;
@@ -93,6 +93,7 @@ pub struct World {
     keep_log: bool,
     limit: Duration,
     kept_for: Option<Duration>,
+    broadcast: Option<BroadcastConfig>,
 }
 
 /// What is left of a world.
@@ -125,6 +126,7 @@ impl World {
             keep_log: false,
             limit: Duration::from_secs(3_600),
             kept_for: None,
+            broadcast: None,
         }
     }
 
@@ -152,6 +154,13 @@ impl World {
     #[must_use]
     pub fn kept_for(mut self, age: Option<Duration>) -> Self {
         self.kept_for = age;
+        self
+    }
+
+    /// Everybody reads the broadcast of this name, and these users write there.
+    #[must_use]
+    pub fn broadcast(mut self, name: &str, senders: Vec<String>) -> Self {
+        self.broadcast = Some(BroadcastConfig { name: name.to_owned(), senders });
         self
     }
 
@@ -295,6 +304,9 @@ impl Sim {
             config.retention.age = KeepAge::at(age.as_secs().max(1) * 1_000);
             config.retention.sweep_s = 1;
             config.retention.clock_settle_s = 1;
+        }
+        if let Some(app) = config.apps.first_mut() {
+            app.broadcasts.extend(world.broadcast.clone());
         }
         let keys = DataFolder::prepare(&data, &config.tls.names)?;
         let certificate = std::fs::read(keys.certificate())?;

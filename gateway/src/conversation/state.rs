@@ -456,9 +456,7 @@ impl State {
 
     /// A member has come further: returns its progress when that is news. Never beyond the head, never back.
     pub fn progressed(&mut self, user: UserId, recv: Seq, read: Seq) -> Option<Progress> {
-        if self.member(user).is_none() {
-            return None;
-        }
+        self.member(user)?;
         let (recv, read) = (recv.min(self.head.seq), read.min(self.head.seq));
         let known = self.progress.entry(user).or_default();
         let before = *known;
