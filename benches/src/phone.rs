@@ -354,8 +354,20 @@ impl Phone {
     /// # Errors
     /// It was refused.
     pub async fn open_direct(&mut self, with: &str) -> anyhow::Result<ConversationId> {
+        self.open(OpenTarget::Direct(with.to_owned())).await
+    }
+
+    /// The broadcast of this name.
+    ///
+    /// # Errors
+    /// It was refused.
+    pub async fn open_broadcast(&mut self, name: &str) -> anyhow::Result<ConversationId> {
+        self.open(OpenTarget::Broadcast(name.to_owned())).await
+    }
+
+    async fn open(&mut self, target: OpenTarget) -> anyhow::Result<ConversationId> {
         let now = self.now();
-        let id = self.half.open(OpenTarget::Direct(with.to_owned()), true, now);
+        let id = self.half.open(target, true, now);
         self.answer(|output| match output {
             Output::Opened(opened) if opened.id == id => Some(Ok(opened.conversation)),
             Output::RequestRefused(error) if error.refers == id => Some(Err(anyhow::anyhow!("{error:?}"))),

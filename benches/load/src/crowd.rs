@@ -35,7 +35,7 @@ use tokio::{
 };
 
 use crate::{
-    plan::{Bodies, Lengths, Shape, Stamp, Talk, absent_user, app_name, user},
+    plan::{BROADCAST, Bodies, Lengths, Shape, Stamp, Talk, absent_user, app_name, user},
     tally::{Lasts, Tally},
 };
 
@@ -91,6 +91,8 @@ pub(crate) struct Orders {
     pub(crate) talks: Vec<Talk>,
     /// Messages a second: of all, or of each app's senders.
     pub(crate) rates: Vec<f64>,
+    /// Time between two broadcasts, if there are any.
+    pub(crate) broadcast_every: Option<Duration>,
     /// From when to when it is how many times as many, after the beginning of measuring.
     pub(crate) surge: Option<(Duration, Duration, f64)>,
     /// Messages that may wait for one phone's window. What comes beyond is not sent, and counted as due.
@@ -327,7 +329,11 @@ impl Part {
             tokio::task::spawn_local(storm);
             let apps = 0..self.orders.rates.len();
             let conducting = apps.map(|app| self.conduct(&seats, app, first, from, until));
-            futures_util::future::join_all(conducting).await;
+            futures_util::future::join(
+                futures_util::future::join_all(conducting),
+                self.announce(&seats, from, until),
+            )
+            .await;
             self.reach(|phase| (phase == Phase::End).then_some(())).await;
         }
         Ok(())
@@ -368,6 +374,32 @@ impl Part {
                 seat.wake.notify_one();
             }
         }
+    }
+
+    /// Hands the broadcasts over that are due, to the phone that sends them.
+    async fn announce(&self, seats: &HashMap<u32, Rc<Seat>>, from: Duration, until: Duration) {
+        let Some(every) = self.orders.broadcast_every else { return };
+        let talk = self.orders.talks.iter().position(|talk| talk.broadcast);
+        let sender = talk.and_then(|talk| self.orders.talks.get(talk)?.members.first());
+        let (Some(talk), Some(seat)) = (talk, sender.and_then(|phone| seats.get(phone))) else { return };
+        let mut due = from;
+        while due < until {
+            self.until(due).await;
+            self.tally.note(|tally, _| tally.due += 1);
+            let number = self.common.number.fetch_add(1, Ordering::Relaxed);
+            seat.outbox.borrow_mut().push_back(Due { talk, at: due, number, waited: false });
+            seat.wake.notify_one();
+            due += every;
+        }
+    }
+
+    fn is_broadcast(&self, conversation: ConversationId) -> bool {
+        let talk = self
+            .orders
+            .broadcast_every
+            .and_then(|_| self.orders.talks.iter().position(|talk| talk.broadcast));
+        let made = self.conversations.get();
+        talk.is_some_and(|talk| made.and_then(|made| made.get(talk)) == Some(&conversation))
     }
 
     /// Hands over what is due to the senders of an app.
@@ -662,6 +694,7 @@ impl User {
                 let took = part.now().saturating_sub(due);
                 let counts = part.counts(due);
                 let stormy = part.common.away.load(Ordering::Relaxed) > 0;
+                let broadcast = part.is_broadcast(record.conversation);
                 let was_last = counts && !is_slow && part.common.lasts.reached(stamp.number);
                 let shape = &part.orders.shape;
                 let looking = (shape.open_percent > 0).then(|| shape.is_looking(self.phone));
@@ -672,6 +705,16 @@ impl User {
                         return;
                     }
                     recent.delivered += 1;
+                    if broadcast {
+                        if counts {
+                            tally.delivered += 1;
+                            tally.told.add(took);
+                        }
+                        if was_last {
+                            tally.told_last.add(took);
+                        }
+                        return;
+                    }
                     recent.delivery.add(took);
                     if counts {
                         tally.delivered += 1;
@@ -742,7 +785,9 @@ impl User {
     async fn make(&self, phone: &mut Phone, number: usize) -> anyhow::Result<()> {
         let part = &self.part;
         let talk = part.orders.talks.get(number).context("no such conversation in the plan")?;
-        let made = if part.orders.shape.groups == 0 {
+        let made = if talk.broadcast {
+            phone.open_broadcast(BROADCAST).await
+        } else if part.orders.shape.groups == 0 {
             let other = talk.members.get(1).context("a pair has two")?;
             phone.open_direct(&user(*other)).await
         } else {

@@ -94,6 +94,9 @@ struct Flags {
     /// and this rate
     #[arg(long, value_name = "PER SECOND,..", default_value = "20", value_delimiter = ',')]
     rate: Vec<f64>,
+    /// Seconds between two broadcasts to all phones (of the first app); 0: none
+    #[arg(long, value_name = "S", default_value_t = 0.0, conflicts_with = "to")]
+    broadcast_every: f64,
     /// For a while so many times as much is due
     #[arg(long, value_name = "FACTOR", requires = "surge_from")]
     surge: Option<f64>,
@@ -222,10 +225,15 @@ impl Flags {
         self.rate.iter().sum()
     }
 
+    fn broadcast_every(&self) -> anyhow::Result<Option<Duration>> {
+        let every = Duration::try_from_secs_f64(self.broadcast_every).context("--broadcast-every")?;
+        Ok((!every.is_zero()).then_some(every))
+    }
+
     fn work(&self, talks: usize) -> String {
         let mut work = format!("{} phones, ", self.phones);
         work += &match self.shape().groups {
-            0 => format!("{talks} pairs, "),
+            0 => format!("{} pairs, ", talks - usize::from(self.broadcast_every > 0.0)),
             1 => format!("one group of {} of them, ", self.shape().group_size),
             groups => format!("{groups} groups of {}, ", self.shape().group_size),
         };
@@ -244,6 +252,9 @@ impl Flags {
                 work += &format!("{rates} messages/s of {} bytes for {} s", self.payload, self.seconds);
             }
             _ => work += &format!("silent for {} s", self.seconds),
+        }
+        if self.broadcast_every > 0.0 {
+            work += &format!(", a broadcast to all every {} s", self.broadcast_every);
         }
         if let Some((factor, after)) = self.surge.zip(self.surge_from) {
             work += &format!("; {factor} times as many for {} s after {after} s", self.surge_for);
@@ -265,7 +276,11 @@ fn run(flags: &Flags) -> anyhow::Result<(Run, bool)> {
     );
     ensure!(flags.connect_rate.is_finite() && flags.connect_rate > 0.0, "--connect-rate must be above 0");
     let shape = flags.shape();
-    let talks = if flags.all() > 0.0 { shape.talks()? } else { Vec::new() };
+    let mut talks = if flags.all() > 0.0 { shape.talks()? } else { Vec::new() };
+    let broadcast_every = flags.broadcast_every()?;
+    if broadcast_every.is_some() {
+        talks.push(shape.broadcast());
+    }
     let work = flags.work(talks.len());
     let lengths = Lengths::parse(&flags.payload)?;
     for file in flags.json.iter().chain(&flags.html) {
@@ -293,6 +308,7 @@ fn run(flags: &Flags) -> anyhow::Result<(Run, bool)> {
         shape,
         talks,
         rates: flags.rate.clone(),
+        broadcast_every,
         surge: flags.surge.zip(flags.surge_from).map(|(factor, after)| {
             (Duration::from_secs(after), Duration::from_secs(after + flags.surge_for), factor)
         }),
@@ -331,7 +347,8 @@ fn run(flags: &Flags) -> anyhow::Result<(Run, bool)> {
 
 /// The configuration for a gateway that is started: with several apps, one that has them.
 fn config_for(flags: &Flags, scratch: &Path) -> anyhow::Result<Option<PathBuf>> {
-    if flags.rate.len() < 2 {
+    let broadcast = flags.broadcast_every > 0.0;
+    if flags.rate.len() < 2 && !broadcast {
         return Ok(flags.config.clone());
     }
     let mut text = match &flags.config {
@@ -340,9 +357,19 @@ fn config_for(flags: &Flags, scratch: &Path) -> anyhow::Result<Option<PathBuf>> 
         }
         None => String::new(),
     };
-    ensure!(!text.contains("[[app]]"), "several rates are several apps, which --config must not name");
+    ensure!(
+        !text.contains("[[app]]"),
+        "several rates are several apps, and broadcasts are of an app: --config must not name any"
+    );
     for app in 0..flags.rate.len() {
         text += &format!("\n[[app]]\nname = \"{}\"\ndev_key = true\n", plan::app_name(app));
+        if broadcast && app == 0 {
+            text += &format!(
+                "broadcasts = [{{ name = \"{}\", senders = [\"{}\"] }}]\n",
+                plan::BROADCAST,
+                plan::user(0)
+            );
+        }
     }
     let file = scratch.join("apps.toml");
     std::fs::write(&file, text)?;

@@ -52,7 +52,12 @@ pub(crate) struct Talk {
     pub(crate) readers: u32,
     /// Members that are never online.
     pub(crate) absent: u32,
+    /// It is the broadcast that all phones of the first app read.
+    pub(crate) broadcast: bool,
 }
+
+/// What the broadcast is called.
+pub(crate) const BROADCAST: &str = "load";
 
 impl Talk {
     /// Members besides the one who makes it.
@@ -132,6 +137,12 @@ impl Shape {
         Ok(talks)
     }
 
+    /// What all phones of the first app read and its first one writes, at a rate of its own: nobody is among its senders.
+    pub(crate) fn broadcast(&self) -> Talk {
+        let members = (0..self.phones).filter(|phone| self.app(*phone) == 0).collect();
+        Talk { broadcast: true, absent: 0, ..self.talk(members, Vec::new()) }
+    }
+
     fn is_of_one_app(&self, talk: &Talk) -> bool {
         let mut apps = talk.members.iter().map(|phone| self.app(*phone));
         let first = apps.next();
@@ -141,7 +152,8 @@ impl Shape {
     fn talk(&self, members: Vec<u32>, mut senders: Vec<u32>) -> Talk {
         senders.retain(|phone| !self.is_slow(*phone));
         let readers = members.iter().filter(|phone| !self.is_slow(**phone)).count();
-        Talk { readers: u32::try_from(readers).unwrap_or(u32::MAX), members, senders, absent: self.absent }
+        let readers = u32::try_from(readers).unwrap_or(u32::MAX);
+        Talk { readers, members, senders, absent: self.absent, broadcast: false }
     }
 }
 

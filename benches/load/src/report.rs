@@ -102,6 +102,8 @@ impl Run {
             ("… who has it open", &counts.looking),
             ("… who has not", &counts.elsewhere),
             ("send to the last recipient", &counts.last),
+            ("broadcast to each recipient", &counts.told),
+            ("broadcast to the last recipient", &counts.told_last),
             ("wish to connect to WELCOME", &counts.connect),
             ("lost in a storm to WELCOME", &counts.back),
             ("… deliveries meanwhile", &counts.stormy),

@@ -25,6 +25,8 @@ pub(crate) enum Scenario {
     Overload,
     /// An app alone, and beside another one that floods
     Fair,
+    /// Chat of pairs among 5 000 phones, without broadcasts and with one to all phones every second
+    Broadcast,
     /// What a join and a page of members cost in groups of 100, 10 000 and 99 000 members
     Members,
 }
@@ -39,6 +41,7 @@ fn next(scenario: Scenario, made: &[(&'static str, Run)]) -> Option<(&'static st
     let sends = "--phones 100 --groups 100 --group-size 1 --absent 99 --warm-up 3 --seconds 15";
     let large = "--phones 5000 --group-size 5000 --senders 50 --warm-up 5";
     let slow = "--phones 5000 --group-size 5000 --senders 50 --warm-up 5 --seconds 90 --rate 20";
+    let chat = "--phones 5000 --pairs 100 --rate 500 --warm-up 3 --seconds 20";
     let (name, flags) = match (scenario, made.len()) {
         (Scenario::Sends, 0) => ("saturated", format!("{sends} --rate 80000 --outbox 64")),
         (Scenario::Sends, 1) => ("half", format!("{sends} --rate {:.0}", acked(0) / 2.0)),
@@ -65,6 +68,8 @@ fn next(scenario: Scenario, made: &[(&'static str, Run)]) -> Option<(&'static st
             let surge = "--surge 4 --surge-from 10 --surge-for 10 --outbox 64";
             ("surge", format!("{sends} --seconds 40 --rate {rate:.0} {surge}"))
         }
+        (Scenario::Broadcast, 0) => ("chat", chat.to_owned()),
+        (Scenario::Broadcast, 1) => ("and broadcasts", format!("{chat} --broadcast-every 1")),
         (Scenario::Fair, 0) => ("peak", format!("{sends} --rate 80000 --outbox 64")),
         (Scenario::Fair, 1) => ("quiet", format!("{sends} --rate {:.0},1 --outbox 64", acked(0) / 5.0)),
         (Scenario::Fair, 2) => {
@@ -109,6 +114,16 @@ fn conclusion(scenario: Scenario, made: &Made) -> String {
                 run.counts.delivery.quantile(0.99).as_secs_f64()
                     / first.counts.delivery.quantile(0.99).as_secs_f64().max(1e-9),
                 more / 1024.0 / slow,
+            );
+        }
+        if scenario == Scenario::Broadcast {
+            let _ = writeln!(
+                text,
+                "  {name}: p99 of chat {:.2} ×; a broadcast reaches everybody in {} (p50), {} (p99)",
+                run.counts.delivery.quantile(0.99).as_secs_f64()
+                    / first.counts.delivery.quantile(0.99).as_secs_f64().max(1e-9),
+                spoken(run.counts.told_last.quantile(0.5)),
+                spoken(run.counts.told_last.quantile(0.99)),
             );
         }
         if scenario == Scenario::Overload {

@@ -81,6 +81,10 @@ pub(crate) struct Counts {
     pub(crate) elsewhere: Times,
     /// From due to the last recipient.
     pub(crate) last: Times,
+    /// From when a broadcast was due to each recipient; these are not among `delivery`.
+    pub(crate) told: Times,
+    /// From when a broadcast was due to its last recipient.
+    pub(crate) told_last: Times,
     /// How late this program was to hand a message over.
     pub(crate) late: Times,
     /// From the wish to connect to the WELCOME.
@@ -124,6 +128,8 @@ impl Counts {
         self.heads += other.heads;
         self.heads_early += other.heads_early;
         self.last.append(&other.last);
+        self.told.append(&other.told);
+        self.told_last.append(&other.told_last);
         self.late.append(&other.late);
         self.connect.append(&other.connect);
         self.back.append(&other.back);
