@@ -3,7 +3,7 @@
 //! - The configuration says it, not the log: nobody joins a broadcast and nobody leaves it, so a new user costs it nothing.
 //! - A broadcast that is no longer configured is served to nobody; its log stays.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use fulmar_protocol::id::{AppId, ConversationId, Seq, UnixMillis, UserId};
 use fulmar_store::{Member, Role};
@@ -35,7 +35,7 @@ pub struct Broadcast {
 /// See the module's text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Broadcasts {
-    all: HashMap<ConversationId, Broadcast>,
+    all: BTreeMap<ConversationId, Broadcast>,
     of_app: HashMap<AppId, Vec<ConversationId>>,
 }
 

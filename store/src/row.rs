@@ -301,6 +301,13 @@ mod tests {
         let member =
             Member { role: Role::Owner, joined: Seq::new(2).unwrap(), since: UnixMillis::new(5).unwrap() };
         assert_eq!(crate::hex(&member.to_row()), "01020205");
+        let classes = [ConversationClass::Direct, ConversationClass::Group, ConversationClass::Broadcast];
+        for (class, byte) in classes.into_iter().zip(["00", "01", "02"]) {
+            let (app, created) = (AppId::new(1).unwrap(), UnixMillis::new(5).unwrap());
+            let creator = UserId::new(300).unwrap();
+            let meta = ConversationMeta { app, class, name: "news".to_owned(), creator, created };
+            assert_eq!(crate::hex(&meta.to_row()), format!("0101{byte}046e657773ac0205"));
+        }
         let mut lane = LaneState::default();
         lane.note(Epoch::FIRST, Pseq::new(1).unwrap(), Seq::new(10).unwrap());
         lane.note(Epoch::FIRST, Pseq::new(2).unwrap(), Seq::ZERO);

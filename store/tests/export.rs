@@ -169,7 +169,8 @@ async fn made(path: &Path, options: &StoreOptions) -> ConversationId {
     let other = world.user("other", "alice").await;
     let mut last = ConversationId::default();
     for name in ["one", "two", "three", "four"] {
-        let group = world.conversation("acme", ConversationClass::Group, name, &users).await;
+        let class = if name == "four" { ConversationClass::Broadcast } else { ConversationClass::Group };
+        let group = world.conversation("acme", class, name, &users).await;
         for batch in 0..4u64 {
             let records = (1..=25u64).map(|i| {
                 let n = batch * 25 + i;
