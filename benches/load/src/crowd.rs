@@ -379,7 +379,7 @@ impl Part {
     /// Hands the broadcasts over that are due, to the phone that sends them.
     async fn announce(&self, seats: &HashMap<u32, Rc<Seat>>, from: Duration, until: Duration) {
         let Some(every) = self.orders.broadcast_every else { return };
-        let talk = self.orders.talks.iter().position(|talk| talk.broadcast);
+        let talk = self.orders.talks.len().checked_sub(1);
         let sender = talk.and_then(|talk| self.orders.talks.get(talk)?.members.first());
         let (Some(talk), Some(seat)) = (talk, sender.and_then(|phone| seats.get(phone))) else { return };
         let mut due = from;
@@ -394,12 +394,9 @@ impl Part {
     }
 
     fn is_broadcast(&self, conversation: ConversationId) -> bool {
-        let talk = self
-            .orders
-            .broadcast_every
-            .and_then(|_| self.orders.talks.iter().position(|talk| talk.broadcast));
-        let made = self.conversations.get();
-        talk.is_some_and(|talk| made.and_then(|made| made.get(talk)) == Some(&conversation))
+        // It is the last of them, if there is one.
+        self.orders.broadcast_every.is_some()
+            && self.conversations.get().and_then(|made| made.last()) == Some(&conversation)
     }
 
     /// Hands over what is due to the senders of an app.

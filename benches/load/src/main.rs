@@ -279,6 +279,7 @@ fn run(flags: &Flags) -> anyhow::Result<(Run, bool)> {
     let mut talks = if flags.all() > 0.0 { shape.talks()? } else { Vec::new() };
     let broadcast_every = flags.broadcast_every()?;
     if broadcast_every.is_some() {
+        // The last of them: that is how it is told from the others.
         talks.push(shape.broadcast());
     }
     let work = flags.work(talks.len());

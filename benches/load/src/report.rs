@@ -93,7 +93,7 @@ const SHARES: [(&str, f64); 5] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p
 
 impl Run {
     /// The kinds of times there are, with their names.
-    pub(crate) fn times(&self) -> [(&'static str, &Times); 11] {
+    pub(crate) fn times(&self) -> [(&'static str, &Times); 13] {
         let counts = &self.counts;
         [
             ("send to durable ack", &counts.ack),
