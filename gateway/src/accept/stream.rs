@@ -1,7 +1,7 @@
 //! Those who can't use UDP: byte streams that come in by TCP, and become connections by TLS or by WebSocket.
 //!
 //! - An attempt is counted and judged as one by QUIC is. Its address has proven itself: TCP's handshake is over.
-//! - Nothing is computed for it before its turn, which it has in the same line as attempts by QUIC ([`super::waiting`]).
+//! - Nothing is computed for it before its turn, which it has in the same line as attempts by QUIC (`waiting`).
 //! - All of it, waiting, TLS and the request for a WebSocket, has one limit of time; whoever sends a byte now and then does not
 //!   move it.
 //! - A connection and what reads and writes for it are one task: both end together, and with the gateway.
