@@ -5,6 +5,8 @@
 //! - No more fly on one connection than the window allows.
 //! - A refusal that may be retried holds its conversation back for a time, then what waits leaves again in order. Each
 //!   flying send has its own verdict coming, so one refusal causes one repetition.
+//! - After one it goes on with a single send, and with one more for each that is acked: a gateway that has too much to do is asked
+//!   whether it has time again, not given everything once more.
 //!
 //! Not here: whether a repetition is stored twice (`producer`; it is not).
 
@@ -40,11 +42,21 @@ struct SendLane {
     highest_left: Pseq,
     retry_at: Option<Duration>,
     failures: u32,
+    /// How many may fly after a refusal; `None`: as many as the window allows.
+    narrowed: Option<usize>,
 }
 
 impl SendLane {
     fn flying(&self) -> usize {
         self.entries.len() - self.waiting.len()
+    }
+
+    /// How many may fly. The one everything else waits for always may, whatever becomes of those behind it.
+    fn window(&self, room: Room) -> usize {
+        match self.narrowed {
+            Some(few) if self.entries.keys().next() != self.waiting.first() => few.min(room.per_conversation),
+            _ => room.per_conversation,
+        }
     }
 }
 
@@ -139,7 +151,7 @@ impl Inflight {
 
     fn refresh(&mut self, conversation: ConversationId) {
         let ready = self.lanes.get(&conversation).is_some_and(|lane| {
-            lane.retry_at.is_none() && !lane.waiting.is_empty() && lane.flying() < self.room.per_conversation
+            lane.retry_at.is_none() && !lane.waiting.is_empty() && lane.flying() < lane.window(self.room)
         });
         if ready {
             self.ready.insert(conversation);
@@ -237,6 +249,11 @@ impl Inflight {
         let settled: Vec<Settled> = named.collect();
         if let Some(lane) = self.lanes.get_mut(&conversation).filter(|_| !settled.is_empty()) {
             lane.failures = 0;
+            if let Some(few) = lane.narrowed {
+                let more = few + settled.len();
+                lane.narrowed = (more < self.room.per_conversation).then_some(more);
+            }
+            self.refresh(conversation);
         }
         settled
     }
@@ -294,6 +311,9 @@ impl Inflight {
         if lowest {
             lane.failures = lane.failures.saturating_add(1);
         }
+        if !after.is_zero() {
+            lane.narrowed = Some(1);
+        }
         let at = now + after.max(backoff);
         if let Some(before) = lane.retry_at {
             self.retries.remove(&(before, conversation));
@@ -329,6 +349,7 @@ impl Inflight {
         for lane in self.lanes.values_mut() {
             lane.retry_at = None;
             lane.failures = 0;
+            lane.narrowed = None;
             for (pseq, entry) in &mut lane.entries {
                 if core::mem::take(&mut entry.flying) {
                     lane.waiting.insert(*pseq);
@@ -455,9 +476,41 @@ mod tests {
         inflight.handle_timeout(at(1_199));
         assert_eq!(drain(&mut inflight), []);
         inflight.handle_timeout(at(1_200));
-        assert_eq!(drain(&mut inflight), [(1, 1), (1, 2)], "3 still flies");
+        assert_eq!(drain(&mut inflight), [(1, 1)], "it alone, though 3 still flies");
         assert_eq!(inflight.remove(c(1), p(3)).map(|send| send.pseq), Some(p(3)));
-        assert_eq!(drain(&mut inflight), [(1, 4)], "a final refusal does not block what follows");
+        assert_eq!(drain(&mut inflight), [], "whether there is time again is not known yet");
+        assert_eq!(inflight.named(c(1), &BTreeMap::from([(p(1), s(7))])).len(), 1);
+        assert_eq!(drain(&mut inflight), [(1, 2), (1, 4)], "a final refusal does not block what follows");
+    }
+
+    #[test]
+    fn after_a_refusal_the_window_opens_with_what_is_acked() {
+        let at = Duration::from_secs;
+        let mut inflight = Inflight::new();
+        inflight.set_room(Room { per_conversation: 8, in_all: 100, bytes: 100_000 });
+        for pseq in 1..=40 {
+            inflight.insert(send(1, pseq), false);
+        }
+        assert_eq!(drain(&mut inflight).len(), 8);
+        for pseq in 1..=8 {
+            inflight.postponed(c(1), p(pseq), at(1), at(1));
+        }
+        inflight.handle_timeout(at(2));
+        let mut flying = drain(&mut inflight);
+        assert_eq!(flying, [(1, 1)]);
+        let mut seen = vec![flying.len()];
+        while seen.len() < 6 {
+            let named = flying.iter().map(|(_, pseq)| (p(*pseq), s(100 + *pseq))).collect();
+            assert_eq!(inflight.named(c(1), &named).len(), flying.len());
+            flying = drain(&mut inflight);
+            seen.push(flying.len());
+        }
+        assert_eq!(seen, [1, 2, 4, 8, 8, 8]);
+        // A new connection knows nothing of it.
+        inflight.postponed(c(1), p(flying[0].1), at(1), at(3));
+        inflight.disconnected();
+        inflight.set_room(Room { per_conversation: 8, in_all: 100, bytes: 100_000 });
+        assert_eq!(drain(&mut inflight).len(), 8);
     }
 
     #[test]

@@ -73,6 +73,7 @@ const BARS: &[Bar] = &[
     ("wire-bytes", wire_bytes),
     ("idle-packets", idle_packets),
     ("live-during-pull", live_during_pull),
+    ("pull-long-roads", pull_over_long_roads),
 ];
 
 fn main() -> ExitCode {
@@ -810,4 +811,48 @@ fn live_during_pull(_: u64) -> Measured {
     let bar = idle.as_secs_f64() * 1_000.0 + 100.0;
     let name = format!("live p99 during a pull ({:.1} MB came meanwhile)", pulled as f64 / 1e6);
     Ok(vec![millis(&name, during, bar, 100)])
+}
+
+/// What is pulled over a long road.
+const LONG_ROAD_BYTES: u64 = 3_000_000;
+
+/// A history over 2 Mbit/s: it takes as long as the road needs for its bytes, and a few round trips.
+fn pull_over_long_roads(_: u64) -> Measured {
+    let mut figures = Vec::new();
+    for rtt in [ms(100), ms(300), ms(700)] {
+        let mut slow = plain(rtt);
+        for way in [&mut slow.up, &mut slow.down] {
+            way.rate = Some(fulmar_sim::net::Rate::kbit(2_000, 64_000));
+        }
+        let all = in_worlds(1, &plain(RTT), async move |sim, mut rng| {
+            let pair = Pair::meet(sim).await?;
+            // A fifth more than is waited for: the last of it need not fill the road.
+            for number in 0..LONG_ROAD_BYTES * 6 / 5 / 16_000 {
+                let mut payload = (3_000_000 + number).to_be_bytes().to_vec();
+                payload.extend((0..2_000).flat_map(|_| rng.next_u64().to_be_bytes()));
+                payload.truncate(16_000);
+                let handle = pair.to_alice.send(payload).await?;
+                if number % 32 == 31 {
+                    handle.acked().await?;
+                }
+            }
+            sim.sleep(Duration::from_secs(20)).await;
+            let tablet = sim.phone("alice");
+            tablet.set_path(slow.clone());
+            let client = tablet.connect().await?;
+            live(&client).await?;
+            let (began, before) = (Instant::now(), tablet.traffic().received_bytes);
+            while tablet.traffic().received_bytes < before + LONG_ROAD_BYTES {
+                anyhow::ensure!(began.elapsed() < Duration::from_secs(300), "the history does not come");
+                sim.sleep(ms(20)).await;
+            }
+            Ok(vec![began.elapsed()])
+        })?;
+        let got = all.first().copied().context("no figure")?;
+        let road = LONG_ROAD_BYTES as f64 * 8.0 / 2_000_000.0;
+        let name = format!("pull of 3 MB over 2 Mbit/s, {} ms", rtt.as_millis());
+        let bar = road * 1.1 + 12.0 * rtt.as_secs_f64();
+        figures.push(Figure { name, got: got.as_secs_f64(), unit: "s", bar, samples: 1 });
+    }
+    Ok(figures)
 }
