@@ -100,6 +100,12 @@ async fn everybody_of_the_app_reads_it_now_or_later_and_once() {
     let mut dave = phone("dave");
     dave.go_online().await;
     reads(&mut dave, news, &["one", "two", "three"]).await;
+    // He comes and goes without anything new first, so that nothing but the gateway knows that there may be something now.
+    for _ in 0..2 {
+        bob.disconnect();
+        bob.go_online().await;
+        bob.work(Duration::from_millis(300)).await;
+    }
     bob.disconnect();
     say(&mut alice, news, &["four", "five"]).await;
     bob.go_online().await;

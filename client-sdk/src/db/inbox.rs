@@ -6,7 +6,7 @@
 //! - The pieces of a large body stay separate rows and are put together when they are handed out: only pieces one device
 //!   sent one after the other, from the first to the last. Others are never shown.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use fulmar_protocol::{
@@ -53,7 +53,7 @@ pub(crate) struct Own {
 #[derive(Debug, Default)]
 pub(crate) struct Delivered {
     /// The cursors that moved.
-    pub(crate) cursors: HashMap<ConversationId, Seq>,
+    pub(crate) cursors: BTreeMap<ConversationId, Seq>,
     /// Sends that ended: by their echo, or by an answer.
     pub(crate) settled: Vec<Settled>,
     /// Senders without a name.

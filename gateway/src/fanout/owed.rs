@@ -11,7 +11,7 @@
 //! Not here: writing anything (`connection::writer`), reading the log (`receipt::catchup`).
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -107,8 +107,9 @@ struct Inner {
     live: VecDeque<ConversationId>,
     backlog: VecDeque<ConversationId>,
     settled: Vec<Settled>,
-    heads: HashMap<ConversationId, Head>,
-    receipts: HashMap<(ConversationId, UserId), Receipt>,
+    /// Ordered, as what is told last is: a simulated world repeats itself.
+    heads: BTreeMap<ConversationId, Head>,
+    receipts: BTreeMap<(ConversationId, UserId), Receipt>,
     /// Reminders that passed since there are receipts.
     receipts_waited: u32,
     /// The next reminder may have something to say.
@@ -618,8 +619,8 @@ impl Owed {
         inner.receipts_waited = 0;
         ControlDue {
             settled: std::mem::take(&mut inner.settled),
-            heads: inner.heads.drain().map(|(_, head)| head).collect(),
-            receipts: inner.receipts.drain().map(|(_, receipt)| receipt).collect(),
+            heads: std::mem::take(&mut inner.heads).into_values().collect(),
+            receipts: std::mem::take(&mut inner.receipts).into_values().collect(),
             events: inner.events.drain(..).collect(),
             ending: inner.ending.take(),
         }
