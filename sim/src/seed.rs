@@ -45,12 +45,16 @@ impl SeedReport {
     }
 }
 
-/// Runs the world of a seed.
+/// Runs the world of a seed; see [`World::hash_keys`] for the last.
 #[must_use]
-pub fn run_seed(seed: u64, keep_log: bool) -> SeedReport {
+pub fn run_seed(seed: u64, keep_log: bool, hash_keys: u32) -> SeedReport {
     let plan = Plan::of(seed);
-    let mut world =
-        World::new(seed).path(calm_path()).keep_log(keep_log).limit(LIMIT).kept_for(plan.kept_for);
+    let mut world = World::new(seed)
+        .path(calm_path())
+        .keep_log(keep_log)
+        .limit(LIMIT)
+        .kept_for(plan.kept_for)
+        .hash_keys(hash_keys);
     if plan.broadcast {
         world = world.broadcast(people::BROADCAST, people::names(&plan));
     }

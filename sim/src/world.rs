@@ -10,6 +10,7 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::hash::RandomState;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -94,6 +95,7 @@ pub struct World {
     limit: Duration,
     kept_for: Option<Duration>,
     broadcast: Option<BroadcastConfig>,
+    hash_keys: u32,
 }
 
 /// What is left of a world.
@@ -127,6 +129,7 @@ impl World {
             limit: Duration::from_secs(3_600),
             kept_for: None,
             broadcast: None,
+            hash_keys: 0,
         }
     }
 
@@ -161,6 +164,14 @@ impl World {
     #[must_use]
     pub fn broadcast(mut self, name: &str, senders: Vec<String>) -> Self {
         self.broadcast = Some(BroadcastConfig { name: name.to_owned(), senders });
+        self
+    }
+
+    /// Uses so many keys of std's hashes up before the world begins, so that its maps have others. Nothing may come of that: how many are
+    /// used is a matter of real time, where the store's own threads are ahead or behind.
+    #[must_use]
+    pub const fn hash_keys(mut self, used_up: u32) -> Self {
+        self.hash_keys = used_up;
         self
     }
 
@@ -209,6 +220,7 @@ impl World {
         let rng = Rng::new(self.seed);
         entropy::seed_this_thread(rng.fork(label::ENTROPY));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+        (0..self.hash_keys).for_each(|_| drop(RandomState::new()));
         let runtime = match runtime {
             Ok(runtime) => runtime,
             Err(error) => panic_free(&error),

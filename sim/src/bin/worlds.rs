@@ -62,6 +62,9 @@ struct Args {
     /// Runs this one seed here and writes what came of it as JSON
     #[arg(long, value_name = "SEED", hide = true)]
     one: Option<u64>,
+    /// With other hash keys, by so many
+    #[arg(long, value_name = "N", hide = true, default_value_t = 0)]
+    hash_keys: u32,
 }
 
 /// What came of a seed, as a child tells it.
@@ -95,6 +98,9 @@ impl From<&SeedReport> for Told {
         }
     }
 }
+
+/// Keys that are used up before a second run.
+const OTHER_KEYS: u32 = 5;
 
 #[derive(Default)]
 struct Found {
@@ -167,7 +173,7 @@ fn work(args: &Args) -> anyhow::Result<bool> {
         if let Some(filter) = &args.trace {
             trace(filter)?;
         }
-        return one(seed, args.log.as_deref());
+        return one(seed, args.log.as_deref(), args.hash_keys);
     }
     let mut seeds: Vec<u64> = match args.from {
         Some(_) => Vec::new(),
@@ -185,7 +191,7 @@ fn work(args: &Args) -> anyhow::Result<bool> {
             scope.spawn(|| {
                 while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
                     let twice = seed % TWICE_EVERY == 0;
-                    let mut report = in_a_child(seed, args.log.as_deref(), args.trace.as_deref());
+                    let mut report = in_a_child(seed, args.log.as_deref(), args.trace.as_deref(), 0);
                     if twice {
                         report.failures.extend(difference(seed, &report));
                     }
@@ -241,8 +247,8 @@ fn trace(filter: &str) -> anyhow::Result<()> {
 }
 
 /// Runs a seed in this process.
-fn one(seed: u64, log: Option<&Path>) -> anyhow::Result<bool> {
-    let report = run_seed(seed, log.is_some());
+fn one(seed: u64, log: Option<&Path>, hash_keys: u32) -> anyhow::Result<bool> {
+    let report = run_seed(seed, log.is_some(), hash_keys);
     if let (Some(file), Some(lines)) = (log, &report.log) {
         std::fs::write(file, lines).with_context(|| format!("can't write {}", file.display()))?;
     }
@@ -251,17 +257,20 @@ fn one(seed: u64, log: Option<&Path>) -> anyhow::Result<bool> {
 }
 
 /// Runs a seed in a process of its own; what goes wrong with that is a failure of the seed.
-fn in_a_child(seed: u64, log: Option<&Path>, trace: Option<&str>) -> Told {
-    child(seed, log, trace).unwrap_or_else(|error| Told {
+fn in_a_child(seed: u64, log: Option<&Path>, trace: Option<&str>, hash_keys: u32) -> Told {
+    child(seed, log, trace, hash_keys).unwrap_or_else(|error| Told {
         seed,
         failures: vec![format!("{error:#}")],
         ..Told::default()
     })
 }
 
-fn child(seed: u64, log: Option<&Path>, trace: Option<&str>) -> anyhow::Result<Told> {
+fn child(seed: u64, log: Option<&Path>, trace: Option<&str>, hash_keys: u32) -> anyhow::Result<Told> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["--one", &seed.to_string()]).stdin(Stdio::null()).stdout(Stdio::piped());
+    command
+        .args(["--one", &seed.to_string(), "--hash-keys", &hash_keys.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
     if let Some(log) = log {
         command.arg("--log").arg(log);
     }
@@ -290,21 +299,21 @@ fn child(seed: u64, log: Option<&Path>, trace: Option<&str>) -> anyhow::Result<T
     serde_json::from_str(&text).with_context(|| format!("a child ended with {status} and said {text:?}"))
 }
 
-/// What a second run of the seed does differently.
+/// What a second run of the seed does differently, whose hash keys are others: an order that depends on them shows here.
 fn difference(seed: u64, first: &Told) -> Option<String> {
-    let second = in_a_child(seed, None, None);
+    let second = in_a_child(seed, None, None, OTHER_KEYS);
     if (second.log_hash, second.log_count) == (first.log_hash, first.log_count) {
         return None;
     }
-    let log = |number: u8| -> anyhow::Result<String> {
+    let log = |number: u32| -> anyhow::Result<String> {
         let file =
             std::env::temp_dir().join(format!("fulmar-sim-{}-{seed}-{number}.log", std::process::id()));
-        child(seed, Some(&file), None)?;
+        child(seed, Some(&file), None, number)?;
         let text = std::fs::read(&file)?;
         std::fs::remove_file(&file)?;
         Ok(String::from_utf8_lossy(&text).into_owned())
     };
-    let (one, two) = match (log(1), log(2)) {
+    let (one, two) = match (log(0), log(OTHER_KEYS)) {
         (Ok(one), Ok(two)) => (one, two),
         (Err(error), _) | (_, Err(error)) => {
             return Some(format!("two runs differ; their logs can't be had: {error:#}"));
