@@ -40,7 +40,7 @@ pub enum Error {
     #[error("{0}")]
     BadRequest(&'static str),
     /// The gateway refused; [`RefusalCode::retry`] says whether trying again can help.
-    #[error("refused: {code}{}{text}", if text.is_empty() { "" } else { ": " })]
+    #[error("refused: {code}{}", more(*code, text))]
     Refused {
         /// Why.
         code: RefusalCode,
@@ -86,4 +86,26 @@ pub enum SendError {
     /// [`crate::Client::outbox`] then has its handle.
     #[error("the client was closed; the message stays in the outbox")]
     Closed,
+}
+
+/// What a refusal's text says beside what its code says.
+fn more(code: RefusalCode, text: &str) -> String {
+    if text.is_empty() || text == code.text() { String::new() } else { format!(": {text}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_says_everything_once() {
+        for (text, want) in [
+            ("", "refused: not allowed"),
+            ("not allowed", "refused: not allowed"),
+            ("only owners may", "refused: not allowed: only owners may"),
+        ] {
+            let error = Error::Refused { code: RefusalCode::NotAllowed, text: text.to_owned() };
+            assert_eq!(error.to_string(), want);
+        }
+    }
 }

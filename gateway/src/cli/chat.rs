@@ -51,11 +51,14 @@ pub struct ChatArgs {
     #[arg(value_name = "NAME")]
     pub name: String,
     /// Talk with this user
-    #[arg(short, long, value_name = "USER", conflicts_with = "group")]
+    #[arg(short, long, value_name = "USER", conflicts_with_all = ["group", "broadcast"])]
     pub with: Option<String>,
     /// Talk in this group
-    #[arg(short, long, value_name = "GROUP")]
+    #[arg(short, long, value_name = "GROUP", conflicts_with = "broadcast")]
     pub group: Option<String>,
+    /// Open this broadcast; who may send there is in the gateway's configuration
+    #[arg(short, long, value_name = "NAME")]
+    pub broadcast: Option<String>,
     /// Line by line, also on a terminal
     #[arg(long)]
     pub plain: bool,
@@ -115,10 +118,14 @@ async fn chat(args: &ChatArgs, options: Options) -> anyhow::Result<ExitCode> {
         Err(error) => return Err(error.into()),
     };
     let mut core = Core::new(client, &args.name);
-    match (&args.with, &args.group) {
-        (Some(user), _) => core.open(user, ConversationClass::Direct).await?,
-        (None, Some(group)) => core.open(group, ConversationClass::Group).await?,
-        (None, None) => {}
+    for (name, class) in [
+        (&args.with, ConversationClass::Direct),
+        (&args.group, ConversationClass::Group),
+        (&args.broadcast, ConversationClass::Broadcast),
+    ] {
+        if let Some(name) = name {
+            core.open(name, class).await?;
+        }
     }
     let terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
     match terminal && !args.plain {
