@@ -46,7 +46,7 @@ impl Numbers for Digits {
         name: &str,
         map: &mut dyn FnMut(UserId) -> Option<UserId>,
     ) -> Option<String> {
-        if class == ConversationClass::Group {
+        if class != ConversationClass::Direct {
             return Some(name.to_owned());
         }
         let (a, b) = name.split_once(':')?;
