@@ -56,6 +56,11 @@ impl Numbers for Digits {
     }
 }
 
+/// Groups, but for one.
+fn class_of(name: &str) -> ConversationClass {
+    if name == "four" { ConversationClass::Broadcast } else { ConversationClass::Group }
+}
+
 fn options(shards: u16, engine: EngineKind) -> StoreOptions {
     StoreOptions { shards, engine, ..StoreOptions::default() }
 }
@@ -169,8 +174,7 @@ async fn made(path: &Path, options: &StoreOptions) -> ConversationId {
     let other = world.user("other", "alice").await;
     let mut last = ConversationId::default();
     for name in ["one", "two", "three", "four"] {
-        let class = if name == "four" { ConversationClass::Broadcast } else { ConversationClass::Group };
-        let group = world.conversation("acme", class, name, &users).await;
+        let group = world.conversation("acme", class_of(name), name, &users).await;
         for batch in 0..4u64 {
             let records = (1..=25u64).map(|i| {
                 let n = batch * 25 + i;
@@ -315,7 +319,7 @@ async fn another_shard_count_gives_new_numbers_everywhere() {
     let ((old_alice, alice), (old_bob, bob)) = (*users.first().unwrap(), *users.get(1).unwrap());
     let mut pairs = vec![(direct(&old, old_alice, old_bob), direct(&new, alice, bob))];
     for name in ["one", "two", "three", "four"] {
-        let group = |world: &World| (ConversationClass::Group, name.to_owned(), world.store.shards());
+        let group = |world: &World| (class_of(name), name.to_owned(), world.store.shards());
         pairs.push((group(&old), group(&new)));
     }
     for ((class, from, _), (_, to, _)) in pairs {
