@@ -1023,6 +1023,20 @@ mod tests {
                 "/etc/f.toml:3: app[0].keys has kid \"1\" twice: every key needs its own",
             ),
             (
+                "[[app]]\nname = \"a\"\ndev_key = true\nbroadcasts = [{ name = \"n\" }]",
+                "/etc/f.toml:4: app[0].broadcasts = [{ name = \"n\" }]: expected a list such as [{ name = \"news\", \
+                 senders = [\"newsroom\"] }]",
+            ),
+            (
+                "[[app]]\nname = \"a\"\ndev_key = true\nbroadcasts = [{ name = \"n\", senders = [] }]",
+                "/etc/f.toml:4: app[0].broadcasts lets nobody send to \"n\": name its senders",
+            ),
+            (
+                "[[app]]\nname = \"a\"\ndev_key = true\nbroadcasts = [{ name = \"n\", senders = [\"x\"] }, \
+                 { name = \"n\", senders = [\"y\"] }]",
+                "/etc/f.toml:4: app[0].broadcasts has \"n\" twice: list its senders in one entry",
+            ),
+            (
                 "[[app]]\nname = \"a\"\nopen_user = true",
                 "/etc/f.toml:3: [app] has no key \"open_user\"; did you mean \"open_users\"?",
             ),

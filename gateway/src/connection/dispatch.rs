@@ -430,7 +430,13 @@ impl Connection {
                             cursors
                         }
                     };
-                    if new_user { self.resume_new(&cursors) } else { self.resume(cursors).await }
+                    // Heads of broadcasts may be on disk alone: they are not read on a core's thread.
+                    let broadcasts = context.broadcasts.of(proven.app);
+                    if new_user && broadcasts.is_empty() {
+                        self.resume_new(&cursors)
+                    } else {
+                        self.resume(cursors).await
+                    }
                 }
             },
         }
@@ -439,13 +445,12 @@ impl Connection {
     /// The same as [`Self::resume`] for a user that has just come into being: there is next to nothing to be read, and it is where
     /// the user was written a moment ago. So no other thread is asked and waited for.
     fn resume_new(&self, cursors: &HashMap<ConversationId, Seq>) -> Result<(), End> {
-        let peer = self.peer()?;
-        let (user, broadcasts) = (peer.producer.user, self.context.broadcasts.of(peer.app));
+        let user = self.peer()?.producer.user;
         let found = match self.context.user(user) {
             Ok(shard) => {
                 let shard_of =
                     |conversation| Some(self.context.conversation(conversation).ok()?.reader.clone());
-                resume::missed(&shard.reader, shard_of, user, broadcasts, cursors)
+                resume::missed(&shard.reader, shard_of, user, &[], cursors)
             }
             Err(_) => Ok(Looked::default()),
         };
