@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     pin::Pin,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
 };
 
 use bytes::Bytes;
@@ -352,7 +352,7 @@ impl Connection {
             context.metrics.sessions_resumed.inc();
         }
         let now = unix_now();
-        self.auth_ends.store(proven.ends.get(), Ordering::Relaxed);
+        self.token_ends(proven.ends);
         let changed: HashMap<ConversationId, Seq> = hello.changed.iter().copied().collect();
         let mut cursors = None;
         let digest = match digest {
@@ -619,7 +619,7 @@ impl Connection {
         let verified = self.context.verifier.verify(token, unix_now());
         match verified {
             Ok(identity) if identity.app == peer.app && identity.user_name == peer.name => {
-                self.auth_ends.store(identity.expires_at.get(), Ordering::Relaxed);
+                self.token_ends(identity.expires_at);
                 Ok(())
             }
             Ok(_) => {

@@ -109,10 +109,12 @@ pub(super) struct Connection {
     pub(super) control_out: AsyncMutex<Option<fulmar_transport::SendStream>>,
     pub(super) control_wake: Notify,
     timer_wake: Notify,
+    /// When the timers are looked at next without being woken, on the session's clock: nanoseconds.
+    timer_looks: AtomicU64,
     pub(super) pulls: Mutex<VecDeque<Pull>>,
     pub(super) pulls_wake: Notify,
     /// When the token ends, milliseconds since 1970.
-    pub(super) auth_ends: AtomicU64,
+    auth_ends: AtomicU64,
     pub(super) cursors: Mutex<super::dispatch::CursorSync>,
     /// Events that may still pass, and when that was counted.
     pub(super) events: Mutex<(f64, Duration)>,
@@ -152,6 +154,7 @@ pub async fn serve<C: Future<Output = bool>>(
         control_out: AsyncMutex::new(None),
         control_wake: Notify::new(),
         timer_wake: Notify::new(),
+        timer_looks: AtomicU64::new(0),
         pulls: Mutex::new(VecDeque::new()),
         pulls_wake: Notify::new(),
         auth_ends: AtomicU64::new(u64::MAX),
@@ -310,8 +313,8 @@ impl Connection {
                         other => todo.push(other),
                     }
                 }
+                self.mind_timers(&session);
             }
-            self.timer_wake.notify_one();
             if todo.is_empty() {
                 return Ok(None);
             }
@@ -346,6 +349,7 @@ impl Connection {
     pub(super) fn tell(&self, tell: impl FnOnce(&mut Session)) -> Result<(), End> {
         let mut session = self.session();
         tell(&mut session);
+        self.mind_timers(&session);
         while let Some(output) = session.poll_output() {
             match output {
                 Output::Transmit(frame) => self.queue_control(frame)?,
@@ -375,6 +379,20 @@ impl Connection {
         std::mem::take(&mut *self.control.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Sees to it that the timers are looked at in time. What is due later than it was costs nothing: that is found out when they are.
+    fn mind_timers(&self, session: &Session) {
+        let looks = Duration::from_nanos(self.timer_looks.load(Ordering::Relaxed));
+        if session.poll_timeout().is_some_and(|due| due < looks) {
+            self.timer_wake.notify_one();
+        }
+    }
+
+    /// From now on the token ends then.
+    pub(super) fn token_ends(&self, ends: UnixMillis) {
+        self.auth_ends.store(ends.get(), Ordering::Relaxed);
+        self.timer_wake.notify_one();
+    }
+
     async fn watch_timers(self: &Arc<Self>) -> Result<std::convert::Infallible, End> {
         let mut drain = self.context.drain.clone();
         let mut told = false;
@@ -390,6 +408,8 @@ impl Connection {
                 .map_or(Duration::from_secs(60), |due| due.saturating_sub(now))
                 .min(Duration::from_millis(auth_left.clamp(1, 60_000)))
                 .max(Duration::from_millis(1));
+            let looks = u64::try_from((now + wait).as_nanos()).unwrap_or(u64::MAX);
+            self.timer_looks.store(looks, Ordering::Relaxed);
             tokio::select! {
                 biased;
                 () = tokio::time::sleep(wait) => {

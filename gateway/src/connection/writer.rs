@@ -181,9 +181,15 @@ impl Connection {
                 continue;
             }
             self.context.metrics.bytes_out(gathered as u64);
-            let writes = lanes.iter_mut().enumerate().filter(|(_, lane)| !lane.frames.is_empty());
-            futures_util::future::try_join_all(writes.map(|(index, lane)| self.write_lane(index, lane)))
-                .await?;
+            let mut due = lanes.iter_mut().enumerate().filter(|(_, lane)| !lane.frames.is_empty());
+            match (due.next(), due.next()) {
+                (Some((index, lane)), None) => self.write_lane(index, lane).await?,
+                (first, second) => {
+                    let writes = first.into_iter().chain(second).chain(due);
+                    let writes = writes.map(|(index, lane)| self.write_lane(index, lane));
+                    futures_util::future::try_join_all(writes).await?;
+                }
+            }
             if copies {
                 let now = self.now();
                 let mut watched = self.copies();
