@@ -28,7 +28,7 @@ use fulmar_gateway::{
     conversation::{
         Command, GroupRequest, LoginRequest, MembersRequest,
         route::{Named, Route},
-        shard::{self, CommitLog, IntakeLimits, ShardHandle, ShardLimits, Worker, carry_link},
+        shard::{self, CommitLog, Handed, IntakeLimits, ShardHandle, ShardLimits, Worker, carry_link},
     },
     fanout::{
         owed::{Owed, Settled},
@@ -465,7 +465,9 @@ impl World {
                 session.acked(&entries);
                 let (user, device) = (session.user, session.device);
                 at.changed.remove(&conversation);
-                self.of_user(user).send(Command::Cursors { user, device, entries }).await.unwrap();
+                let ack = Command::Cursors { user, device, entries };
+                // As connections do: whatever is asked after it finds it taken in.
+                assert!(matches!(self.of_user(user).hand_unhurried(ack), Handed::Over));
             }
             None => {
                 at.changed.insert(conversation, seq);

@@ -25,7 +25,7 @@ use crate::{
     conversation::{
         Command, ConversationClass, DirectRequest, Found, KnownCursors, LoggedIn, LoginRequest, Refusal,
         route::Named,
-        shard::{Handed, carry_link},
+        shard::{Handed, ShardHandle, carry_link},
         state::direct_peer,
     },
     fanout::owed::Owed,
@@ -569,17 +569,21 @@ impl Connection {
     }
 
     async fn keep_cursors(&self, entries: Vec<(ConversationId, Seq)>) {
-        if let Handed::Waiting(waiting) = self.hand_cursors(entries) {
+        if let Handed::Waiting(waiting) = self.hand_cursors(entries, ShardHandle::hand) {
             // As for acks.
             let _ = waiting.await;
         }
     }
 
-    fn hand_cursors(&self, entries: Vec<(ConversationId, Seq)>) -> Handed {
+    fn hand_cursors(
+        &self,
+        entries: Vec<(ConversationId, Seq)>,
+        hand: impl FnOnce(&ShardHandle, Command) -> Handed,
+    ) -> Handed {
         let Ok(peer) = self.peer() else { return Handed::Over };
         let Producer { user, device, .. } = peer.producer;
         match self.context.user(user) {
-            Ok(shard) => shard.hand(Command::Cursors { user, device, entries }),
+            Ok(shard) => hand(shard, Command::Cursors { user, device, entries }),
             Err(refusal) => Handed::Refused(refusal),
         }
     }
@@ -601,10 +605,10 @@ impl Connection {
         for (shard, entries) in by_shard {
             if let Some(shard) = self.context.shards.get(shard) {
                 // Receipts are news: a busy shard may miss some, the next ack says it all.
-                shard.offer(Command::Received { user, entries });
+                drop(shard.hand_unhurried(Command::Received { user, entries }));
             }
         }
-        Ok(match self.hand_cursors(entries) {
+        Ok(match self.hand_cursors(entries, ShardHandle::hand_unhurried) {
             // The device's own cursors are the truth: one that is not kept is asked for at the next resume.
             Handed::Over | Handed::Refused(_) => None,
             Handed::Waiting(waiting) => Some(Box::pin(async move {

@@ -14,6 +14,7 @@ pub mod route;
 pub mod shard;
 pub mod state;
 mod storage;
+mod unhurried;
 
 pub use fulmar_store::ConversationClass;
 

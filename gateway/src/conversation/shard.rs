@@ -57,6 +57,7 @@ use super::{
     intake::Intake,
     state::{Progress, State, Verdict},
     storage::Storage,
+    unhurried::Unhurried,
 };
 use crate::{
     broadcasts::Broadcasts,
@@ -128,6 +129,7 @@ impl CommitLog for ShardWriter {
 #[derive(Clone, Debug)]
 pub struct ShardHandle {
     commands: mpsc::Sender<Command>,
+    unhurried: Arc<Unhurried>,
     /// Sends and others that were taken in and wait for a batch with room.
     waiting: Arc<AtomicUsize>,
     /// Why the shard takes no writes, while it takes none.
@@ -182,6 +184,15 @@ impl ShardHandle {
         }
     }
 
+    /// Hands over what nobody waits for: it wakes no shard, is taken in some milliseconds later, and before whatever is handed over
+    /// after it. To be called within a runtime.
+    pub fn hand_unhurried(&self, command: Command) -> Handed {
+        match self.unhurried.leave(command) {
+            None => Handed::Over,
+            Some(command) => self.hand(command),
+        }
+    }
+
     /// Hands a command over, or drops it when the queue is full. For what need not arrive.
     pub fn offer(&self, command: Command) -> bool {
         self.commands.try_send(command).is_ok()
@@ -207,7 +218,7 @@ impl ShardHandle {
         wait.await.map_err(|_| Refusal::new(RefusalCode::Draining))
     }
 
-    /// Commands that wait.
+    /// Commands that wait, besides those that nobody waits for.
     #[must_use]
     pub fn queued(&self) -> usize {
         self.commands.max_capacity() - self.commands.capacity() + self.waiting.load(Ordering::Relaxed)
@@ -230,7 +241,14 @@ pub fn start<W: CommitLog>(
     let directory = Directory::new(reader.clone());
     let (fault_told, fault) = watch::channel(None);
     let waiting = Arc::default();
-    let handle = ShardHandle { commands, waiting: Arc::clone(&waiting), fault, reader: reader.clone() };
+    let unhurried = Arc::<Unhurried>::default();
+    let handle = ShardHandle {
+        commands,
+        unhurried: Arc::clone(&unhurried),
+        waiting: Arc::clone(&waiting),
+        fault,
+        reader: reader.clone(),
+    };
     metrics.storage_writable(shard, true);
     let name = format!("shard-{shard}");
     let shard = move || Shard {
@@ -253,6 +271,7 @@ pub fn start<W: CommitLog>(
         parking: Parking::default(),
         intake: Intake::new(limits.intake),
         others: VecDeque::new(),
+        unhurried,
         waiting,
         recent_epochs: RecentEpochs::default(),
         fault: fault_told,
@@ -332,6 +351,8 @@ struct Shard {
     intake: Intake<Arrived>,
     /// Other commands that did.
     others: VecDeque<Command>,
+    /// Those that nobody waits for.
+    unhurried: Arc<Unhurried>,
     /// How many of both, for others to see.
     waiting: Arc<AtomicUsize>,
     fault: watch::Sender<Option<String>>,
@@ -396,9 +417,11 @@ impl Shard {
                     }
                     None => {
                         open = false;
+                        self.take_in_unhurried();
                         self.add_cursors(true);
                     }
                 },
+                () = self.unhurried.due(), if open && self.has_room() => self.take_in_unhurried(),
                 () = tokio::time::sleep(parked.unwrap_or_default()), if open && parked.is_some() && self.batch.has_room() => self.refuse_expired(),
                 _ = timer.tick(), if open => {
                     if self.cursors_since.is_some_and(|since| now().saturating_duration_since(since) >= self.limits.cursor_delay) {

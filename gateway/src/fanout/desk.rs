@@ -4,6 +4,8 @@
 //!   `Bells` there, and wakes the core when nothing else lay there; the core rings them itself. Waking a thousand
 //!   connections of a core costs one wake-up of its thread, not a thousand.
 //! - Bells lie on the desk at most once, so a desk is bounded by the connections of its core.
+//! - What has time ([`Bells::ring_some_time`]) is left there without waking anybody: it is rung with the next that wakes the core,
+//!   or after [`LOOK_EVERY`].
 //! - Where there is no desk, and on the core's own thread, bells ring at once.
 //!
 //! Not here: what there is to write ([`super::owed`]), threads (`cores`).
@@ -11,12 +13,16 @@
 use std::{
     cell::RefCell,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
+    time::Duration,
 };
 
 use tokio::sync::Notify;
+
+/// How long what has time may lie on a desk.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 thread_local! {
     static HERE: RefCell<Option<Arc<Desk>>> = const { RefCell::new(None) };
@@ -25,8 +31,15 @@ thread_local! {
 /// Where other threads leave word for a core. See the module's text.
 #[derive(Debug, Default)]
 pub struct Desk {
-    waiting: Mutex<Vec<Arc<Bells>>>,
+    lies: Mutex<Lies>,
     wake: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Lies {
+    bells: Vec<Arc<Bells>>,
+    /// The core knows of something here that has no time.
+    woken: bool,
 }
 
 impl Desk {
@@ -52,12 +65,18 @@ impl Desk {
         HERE.with_borrow(|here| here.as_ref().is_some_and(|here| Arc::ptr_eq(here, self)))
     }
 
-    fn leave(&self, bells: Arc<Bells>) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let first = waiting.is_empty();
-        waiting.push(bells);
-        drop(waiting);
-        if first {
+    fn lies(&self) -> MutexGuard<'_, Lies> {
+        // Whole after each statement.
+        self.lies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves bells here, or (`None`) has those rung that lie here already.
+    fn leave(&self, bells: Option<Arc<Bells>>, hurry: bool) {
+        let mut lies = self.lies();
+        lies.bells.extend(bells);
+        let wake = hurry && !std::mem::replace(&mut lies.woken, true);
+        drop(lies);
+        if wake {
             self.wake.notify_one();
         }
     }
@@ -65,9 +84,19 @@ impl Desk {
     /// Rings what is left here, for ever. To be run on the desk's thread.
     pub async fn attend(&self) {
         let mut taken = Vec::new();
+        let mut look = tokio::time::interval(LOOK_EVERY);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            self.wake.notified().await;
-            std::mem::swap(&mut taken, &mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
+            tokio::select! {
+                biased;
+                () = self.wake.notified() => {}
+                _ = look.tick() => {}
+            }
+            {
+                let mut lies = self.lies();
+                lies.woken = false;
+                std::mem::swap(&mut taken, &mut lies.bells);
+            }
             for bells in taken.drain(..) {
                 bells.ring_marked();
             }
@@ -83,6 +112,9 @@ pub(super) enum Bell {
     Backlog = 2,
     Control = 4,
 }
+
+/// The mark of bells of which one has no time.
+const HURRY: u8 = 8;
 
 /// What wakes one connection.
 #[derive(Debug)]
@@ -110,17 +142,43 @@ impl Bells {
     pub(super) fn ring(self: &Arc<Self>, bell: Bell) {
         match &self.desk {
             Some(desk) if !desk.is_here() => {
-                // What was written before is seen by whoever takes the mark.
-                if self.marked.fetch_or(bell as u8, Ordering::AcqRel) == 0 {
-                    desk.leave(Arc::clone(self));
+                let before = self.mark(bell as u8 | HURRY);
+                if before & HURRY == 0 {
+                    desk.leave((before == 0).then(|| Arc::clone(self)), true);
                 }
             }
             _ => self.ring_now(bell as u8),
         }
     }
 
+    /// As [`Self::ring`], but wakes no other thread for it.
+    pub(super) fn ring_some_time(self: &Arc<Self>, bell: Bell) {
+        match &self.desk {
+            Some(desk) if !desk.is_here() => {
+                if self.mark(bell as u8) == 0 {
+                    self.lie_down(desk);
+                }
+            }
+            _ => self.ring_now(bell as u8),
+        }
+    }
+
+    /// Marks what is to be rung; gives what was marked before. What was written before this is seen by whoever takes the mark.
+    fn mark(&self, bells: u8) -> u8 {
+        self.marked.fetch_or(bells, Ordering::SeqCst)
+    }
+
+    /// Lies down on the desk, without a hurry.
+    fn lie_down(self: &Arc<Self>, desk: &Desk) {
+        desk.leave(Some(Arc::clone(self)), false);
+        if self.marked.load(Ordering::SeqCst) & HURRY != 0 {
+            // Somebody had the core look before these bells lay there.
+            desk.leave(None, true);
+        }
+    }
+
     fn ring_marked(&self) {
-        self.ring_now(self.marked.swap(0, Ordering::AcqRel));
+        self.ring_now(self.marked.swap(0, Ordering::SeqCst) & !HURRY);
     }
 
     fn ring_now(&self, bells: u8) {
@@ -172,14 +230,75 @@ mod tests {
                 one.ring(Bell::Lanes);
                 two.ring(Bell::Backlog);
             });
-            assert_eq!(desk.waiting.lock().unwrap().len(), 2, "each lies there once");
+            assert_eq!(desk.lies().bells.len(), 2, "each lies there once");
             assert_eq!((rung(&one), rung(&two)), ([false; 3], [false; 3]));
             tokio::task::yield_now().await;
             assert_eq!((rung(&one), rung(&two)), ([true, false, true], [false, true, false]));
-            assert!(desk.waiting.lock().unwrap().is_empty());
+            assert!(desk.lies().bells.is_empty());
         }
         attending.abort();
         Desk::close();
         assert!(Bells::new().desk.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_has_time_wakes_nobody_and_is_rung_all_the_same() {
+        let desk = Desk::open();
+        let (one, two) = (Bells::new(), Bells::new());
+        let attending = tokio::spawn({
+            let desk = Arc::clone(&desk);
+            async move { desk.attend().await }
+        });
+        tokio::time::sleep(LOOK_EVERY / 4).await;
+        let settle = tokio::task::yield_now;
+        elsewhere(|| one.ring_some_time(Bell::Lanes));
+        settle().await;
+        assert_eq!((rung(&one), desk.lies().woken), ([false; 3], false), "it lies there");
+        // With what another connection has to hear.
+        elsewhere(|| two.ring(Bell::Control));
+        assert!(desk.lies().woken);
+        settle().await;
+        assert_eq!((rung(&one), rung(&two)), ([true, false, false], [false, false, true]));
+        // With what itself has to hear.
+        elsewhere(|| {
+            one.ring_some_time(Bell::Lanes);
+            one.ring(Bell::Lanes);
+            one.ring_some_time(Bell::Backlog);
+        });
+        assert_eq!(desk.lies().bells.len(), 1, "once");
+        assert!(desk.lies().woken);
+        settle().await;
+        assert_eq!(rung(&one), [true, true, false]);
+        // By itself.
+        elsewhere(|| one.ring_some_time(Bell::Backlog));
+        tokio::time::sleep(LOOK_EVERY).await;
+        assert_eq!(rung(&one), [false, true, false]);
+        // On its own thread at once.
+        one.ring_some_time(Bell::Control);
+        assert_eq!(rung(&one), [false, false, true]);
+        attending.abort();
+        Desk::close();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_hurries_is_not_forgotten_between_a_mark_and_the_desk() {
+        let desk = Desk::open();
+        let bells = Bells::new();
+        let attending = tokio::spawn({
+            let desk = Arc::clone(&desk);
+            async move { desk.attend().await }
+        });
+        tokio::time::sleep(LOOK_EVERY / 4).await;
+        // Somebody with time is not at the desk yet ...
+        assert_eq!(bells.mark(Bell::Lanes as u8), 0);
+        // ... when somebody without has the core look.
+        elsewhere(|| bells.ring(Bell::Control));
+        tokio::task::yield_now().await;
+        assert_eq!(rung(&bells), [false; 3], "there was nothing");
+        bells.lie_down(&desk);
+        tokio::task::yield_now().await;
+        assert_eq!(rung(&bells), [true, false, true]);
+        attending.abort();
+        Desk::close();
     }
 }

@@ -576,8 +576,8 @@ impl Owed {
         if prompt {
             self.bells.ring(Bell::Control);
         } else if begins {
-            // Who writes the lanes sees to reminders.
-            self.bells.ring(Bell::Lanes);
+            // Who writes the lanes sees to reminders, the first of which is a second off.
+            self.bells.ring_some_time(Bell::Lanes);
         }
     }
 

@@ -22,7 +22,8 @@ use crate::{
     fanout::owed::{Owed, Settled},
 };
 
-/// Commands besides sends that may wait. Full: nothing more is taken in.
+/// Commands besides sends that may wait. Full: nothing more is taken in, but for those that nobody waits for and that were left
+/// before one that is ([`crate::conversation::unhurried`]).
 const OTHERS_MAX: usize = 4_096;
 
 /// A send that waits.
@@ -46,8 +47,20 @@ impl Shard {
         !self.intake.is_empty() || !self.others.is_empty()
     }
 
-    /// A command has come.
+    /// A command has come, and before it what nobody waits for.
     pub(super) fn take_in(&mut self, command: Command) {
+        self.take_in_unhurried();
+        self.enter(command);
+    }
+
+    /// Takes in what was left here without waking the shard.
+    pub(super) fn take_in_unhurried(&mut self) {
+        for command in self.unhurried.take() {
+            self.enter(command);
+        }
+    }
+
+    fn enter(&mut self, command: Command) {
         let room = self.batch.has_room() && self.others.is_empty();
         match command {
             Command::Send { session, app, producer, send } if !room || !self.intake.is_calm() => {
