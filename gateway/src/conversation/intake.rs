@@ -11,11 +11,13 @@
 //! Not here: deciding about sends ([`super::state`]), other commands (the shard takes those as they come).
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     time::Duration,
 };
 
-use fulmar_protocol::id::{AppId, ConversationId, Producer, Pseq};
+use fulmar_protocol::id::{AppId, Pseq};
+
+use super::holds::{Holds, Lane};
 
 /// Bounds of what waits at one shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,13 +56,6 @@ const PACE_UNKNOWN: Duration = Duration::from_micros(50);
 /// Refused sends come again at a pace so many times slower than sends are taken: refusing costs something too, and whoever is
 /// refused holds back what follows in its lane.
 const AGAIN_SLOWER: u32 = 8;
-
-/// Lanes of sending that are remembered as refused; beyond it those whose time comes first are forgotten, and what follows in
-/// them is refused for coming too early.
-const HELD_MAX: usize = 16_384;
-
-/// A producer's sends in one conversation.
-pub(super) type Lane = (ConversationId, Producer);
 
 /// Why a send was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,12 +107,6 @@ struct Line<T> {
     again: Duration,
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Held {
-    pseq: Pseq,
-    until: Duration,
-}
-
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Intake<T> {
@@ -128,9 +117,7 @@ pub(super) struct Intake<T> {
     turns: VecDeque<AppId>,
     sends: usize,
     bytes: usize,
-    held: BTreeMap<Lane, Held>,
-    /// When lanes are let go.
-    ends: BTreeSet<(Duration, Lane)>,
+    holds: Holds,
     /// Between two sends that are taken, while some wait.
     pace: Option<Duration>,
     /// When the last batch left, and how many were taken since.
@@ -148,8 +135,7 @@ impl<T> Intake<T> {
             turns: VecDeque::new(),
             sends: 0,
             bytes: 0,
-            held: BTreeMap::new(),
-            ends: BTreeSet::new(),
+            holds: Holds::new(),
             pace: None,
             since: Duration::ZERO,
             taken: 0,
@@ -169,7 +155,7 @@ impl<T> Intake<T> {
 
     /// Nothing waits, and no lane is held: a send need not come by here.
     pub(super) fn is_calm(&self) -> bool {
-        self.sends == 0 && self.held.is_empty()
+        self.sends == 0 && self.holds.is_empty()
     }
 
     /// A send comes. Answers which one is turned away, if one is: this one, or one of an app that has more than its share.
@@ -182,16 +168,12 @@ impl<T> Intake<T> {
         item: T,
         now: Duration,
     ) -> Option<TurnedAway<T>> {
-        self.let_go(now);
-        if let Some(held) = self.held.get(&lane).copied() {
-            if pseq > held.pseq {
-                let wait = held.until.saturating_sub(now).max(WAIT_MIN);
-                return Some(TurnedAway { item, why: Why::Follows, wait });
-            }
-            if pseq == held.pseq {
-                self.release(lane);
-            }
+        self.holds.let_go(now);
+        if let Some((_, until)) = self.holds.before(lane, pseq) {
+            let wait = until.saturating_sub(now).max(WAIT_MIN);
+            return Some(TurnedAway { item, why: Why::Follows, wait });
         }
+        self.holds.back(lane, pseq);
         let waiting = Waiting { lane, pseq, bytes: SEND_BYTES + payload, item };
         if self.expected(app, now) > self.limits.wait {
             return Some(self.turn_away(app, waiting, Why::Late, now));
@@ -313,41 +295,14 @@ impl<T> Intake<T> {
         let line = self.line(app);
         let until = line.again.clamp(earliest, now + WAIT_MAX);
         line.again = until + pace;
-        self.hold(waiting.lane, Held { pseq: waiting.pseq, until });
+        self.holds.hold(waiting.lane, waiting.pseq, until);
         TurnedAway { item: waiting.item, why, wait: until.saturating_sub(now) }
-    }
-
-    fn hold(&mut self, lane: Lane, held: Held) {
-        // What is held already is further in front.
-        self.release(lane);
-        if self.held.len() >= HELD_MAX
-            && let Some((_, first)) = self.ends.pop_first()
-        {
-            self.held.remove(&first);
-        }
-        self.held.insert(lane, held);
-        self.ends.insert((held.until, lane));
-    }
-
-    fn release(&mut self, lane: Lane) {
-        if let Some(held) = self.held.remove(&lane) {
-            self.ends.remove(&(held.until, lane));
-        }
-    }
-
-    fn let_go(&mut self, now: Duration) {
-        while let Some((until, lane)) = self.ends.first().copied()
-            && until <= now
-        {
-            self.ends.pop_first();
-            self.held.remove(&lane);
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use fulmar_protocol::id::{DeviceId, Epoch, UserId};
+    use fulmar_protocol::id::{ConversationId, DeviceId, Epoch, Producer, UserId};
     use proptest::prelude::*;
 
     use super::*;

@@ -9,6 +9,7 @@
 mod command;
 mod commit;
 mod directory;
+pub(crate) mod holds;
 mod intake;
 pub mod route;
 pub mod shard;
