@@ -11,19 +11,27 @@ use std::{io, net, sync::Arc, thread::JoinHandle, time::Duration};
 
 use anyhow::Context as _;
 use quinn::TokioRuntime;
-use tokio::sync::{oneshot, watch};
+use tokio::{
+    sync::{oneshot, watch},
+    task::JoinSet,
+};
 
 use crate::{
     accept::{
         endpoint::{Shared, accept},
+        sockets,
         stream::Streams,
     },
+    connection::lateness,
     drain::Drain,
     fanout::desk::Desk,
 };
 
 /// How long the last CLOSE frames may take to leave.
 pub(crate) const GOODBYE: Duration = Duration::from_secs(1);
+
+/// How often a core says how late it is while nobody sends.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// What one core serves.
 #[derive(Debug)]
@@ -80,6 +88,7 @@ impl Cores {
                     }
                 });
                 Desk::close();
+                lateness::close();
                 // Reads of the disk that are under way are waited for by nobody.
                 runtime.shutdown_background();
                 let _ = told.send(result);
@@ -117,6 +126,7 @@ impl Drop for Cores {
 async fn serve(post: Post, shared: Shared, mut drain: Drain) -> anyhow::Result<()> {
     let desk = Desk::open();
     let mut attending = tokio::spawn(async move { desk.attend().await });
+    let _watching = watch(&post.socket, &shared)?;
     let endpoint = quinn::Endpoint::new(post.endpoint, Some(post.quic), post.socket, Arc::new(TokioRuntime))
         .context("the QUIC endpoint can't start")?;
     let streams = match post.streams {
@@ -136,6 +146,23 @@ async fn serve(post: Post, shared: Shared, mut drain: Drain) -> anyhow::Result<(
     // The last CLOSE frames leave, and the port with them.
     let _ = tokio::time::timeout(GOODBYE, endpoint.wait_idle()).await;
     Ok(())
+}
+
+/// Has this core know how late it is.
+fn watch(socket: &net::UdpSocket, shared: &Shared) -> anyhow::Result<JoinSet<()>> {
+    let wait = Duration::from_millis(shared.context.config.limits.send_wait_ms.into());
+    let socket = socket.try_clone().context("the socket can't be looked at")?;
+    let age = Box::new(move || sockets::age(&socket));
+    lateness::open(shared.core, wait, age, shared.context.metrics.clone());
+    let mut telling = JoinSet::new();
+    telling.spawn(async {
+        let mut tick = tokio::time::interval(TELL_EVERY);
+        loop {
+            tick.tick().await;
+            lateness::tell();
+        }
+    });
+    Ok(telling)
 }
 
 #[cfg(test)]

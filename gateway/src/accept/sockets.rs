@@ -13,6 +13,7 @@
 use std::{
     io,
     net::{SocketAddr, UdpSocket},
+    time::{Duration, SystemTime},
 };
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -64,9 +65,21 @@ fn make_room(socket: &UdpSocket) {
     let _ = SockRef::from(socket).set_recv_buffer_size(RECEIVE_BYTES);
 }
 
+/// How long the packet that was last read from `socket` had waited there and since; `None`: that is not known.
+pub fn age(socket: &UdpSocket) -> Option<Duration> {
+    let came = system::came(socket)?;
+    // A clock that was set back: it has just come.
+    Some(SystemTime::now().duration_since(came).unwrap_or_default())
+}
+
 #[cfg(target_os = "linux")]
 mod system {
-    use std::{io, net::UdpSocket, os::fd::AsRawFd as _};
+    use std::{
+        io,
+        net::UdpSocket,
+        os::fd::AsRawFd as _,
+        time::{Duration, SystemTime, UNIX_EPOCH},
+    };
 
     use super::super::steering::{ID_IN_LONG, ID_IN_SHORT, LONG_HEADER};
 
@@ -113,11 +126,30 @@ mod system {
         };
         if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
+
+    /// `SIOCGSTAMPNS` with seconds of 64 bits on all machines, which the C library's constants lack.
+    const LAST_STAMP: u32 = 0x8010_8907;
+
+    /// When the packet that was last read came in. The system begins to note it when it is first asked.
+    #[expect(unsafe_code, reason = "no safe call asks for this")]
+    pub(super) fn came(socket: &UdpSocket) -> Option<SystemTime> {
+        let mut stamp = [0i64; 2];
+        // SAFETY: the descriptor is open as long as `socket` is borrowed. The request writes two numbers of 64 bits, seconds and
+        // nanoseconds, to the place it is given, which has room for them and lives until the call returns.
+        let answer = unsafe { libc::ioctl(socket.as_raw_fd(), LAST_STAMP as _, stamp.as_mut_ptr()) };
+        let [seconds, nanos] = stamp;
+        let since = Duration::new(u64::try_from(seconds).ok()?, u32::try_from(nanos).ok()?);
+        (answer == 0).then_some(since).and_then(|since| UNIX_EPOCH.checked_add(since))
+    }
 }
 
 #[cfg(not(target_os = "linux"))]
 mod system {
-    use std::{io, net::UdpSocket};
+    use std::{io, net::UdpSocket, time::SystemTime};
+
+    pub(super) fn came(_: &UdpSocket) -> Option<SystemTime> {
+        None
+    }
 
     pub(super) fn steer(_: &UdpSocket, _: u16) -> io::Result<()> {
         Err(io::Error::new(io::ErrorKind::Unsupported, "this system can't steer packets by connection id"))
@@ -191,5 +223,28 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_system_says_how_old_a_packet_is() {
+        let (sockets, _) = bind(LOOPBACK, 1).unwrap();
+        let socket = &sockets[0];
+        assert_eq!(age(socket), None, "nothing was read yet");
+        // The system begins to note it a moment after it is asked for the first time.
+        std::thread::sleep(Duration::from_millis(200));
+        let phone = UdpSocket::bind(LOOPBACK).unwrap();
+        let (short, long) = (Duration::from_millis(20), Duration::from_millis(300));
+        for _ in 0..2 {
+            phone.send_to(b"hi", socket.local_addr().unwrap()).unwrap();
+        }
+        std::thread::sleep(long);
+        socket.recv(&mut [0; 8]).unwrap();
+        assert!(age(socket).is_some_and(|age| age >= long), "{:?}", age(socket));
+        socket.recv(&mut [0; 8]).unwrap();
+        phone.send_to(b"hi", socket.local_addr().unwrap()).unwrap();
+        std::thread::sleep(short);
+        socket.recv(&mut [0; 8]).unwrap();
+        assert!(age(socket).is_some_and(|age| age >= short && age < long), "{:?}", age(socket));
     }
 }

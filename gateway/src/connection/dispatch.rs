@@ -20,7 +20,11 @@ use fulmar_protocol::{
 };
 use tracing::{Span, debug, debug_span, warn};
 
-use super::driver::{Connection, End, Peer, describe};
+use super::{
+    driver::{Connection, End, Peer, describe},
+    lateness,
+    turns::Offered,
+};
 use crate::{
     conversation::{
         Command, ConversationClass, DirectRequest, Found, KnownCursors, LoggedIn, LoginRequest, Refusal,
@@ -81,6 +85,17 @@ impl Connection {
                 let (conversation, pseq) = (send.conversation, send.pseq);
                 debug_span!("send", conversation = conversation.get())
                     .in_scope(|| debug!(%pseq, bytes = send.payload.len(), "received"));
+                let offered = Offered {
+                    app: peer.app,
+                    connection: peer.owed.connection,
+                    lane: (conversation, peer.producer),
+                    pseq,
+                    bytes: send.payload.len(),
+                };
+                if let Some(refusal) = lateness::refuses(offered, self.transport.quic().is_some()) {
+                    self.refuse_send(conversation, pseq, refusal)?;
+                    return Ok(None);
+                }
                 let session = Arc::clone(&peer.owed);
                 let command = Command::Send { session, app: peer.app, producer: peer.producer, send };
                 let sent = self.context.conversation(conversation).map(|shard| shard.hand(command));

@@ -12,8 +12,10 @@ mod allowance;
 mod copies;
 mod dispatch;
 pub mod driver;
+pub(crate) mod lateness;
 mod loops;
 mod reader;
+mod turns;
 mod writer;
 
 pub use self::driver::serve;
