@@ -126,7 +126,8 @@ impl Drop for Cores {
 async fn serve(post: Post, shared: Shared, mut drain: Drain) -> anyhow::Result<()> {
     let desk = Desk::open();
     let mut attending = tokio::spawn(async move { desk.attend().await });
-    let _watching = watch(&post.socket, &shared)?;
+    let wait = Duration::from_millis(shared.context.config.limits.core_wait_ms.into());
+    let _watching = if wait.is_zero() { None } else { Some(watch(wait, &post.socket, &shared)?) };
     let endpoint = quinn::Endpoint::new(post.endpoint, Some(post.quic), post.socket, Arc::new(TokioRuntime))
         .context("the QUIC endpoint can't start")?;
     let streams = match post.streams {
@@ -148,9 +149,8 @@ async fn serve(post: Post, shared: Shared, mut drain: Drain) -> anyhow::Result<(
     Ok(())
 }
 
-/// Has this core know how late it is.
-fn watch(socket: &net::UdpSocket, shared: &Shared) -> anyhow::Result<JoinSet<()>> {
-    let wait = Duration::from_millis(shared.context.config.limits.send_wait_ms.into());
+/// Has this core know how late it is, and refuse sends while that is more than `wait`.
+fn watch(wait: Duration, socket: &net::UdpSocket, shared: &Shared) -> anyhow::Result<JoinSet<()>> {
     let socket = socket.try_clone().context("the socket can't be looked at")?;
     let age = Box::new(move || sockets::age(&socket));
     lateness::open(shared.core, wait, age, shared.context.metrics.clone());

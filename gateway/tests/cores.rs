@@ -102,6 +102,8 @@ async fn connections_survive_new_ports_and_a_drain_reaches_every_core() {
     let mut config = config(&parent.path().join("data"));
     config.listen.cores = Cores::Exactly(4);
     config.listen.http_address = Some(ANY_PORT);
+    // They know how late they are, and are never as late as that.
+    config.limits.core_wait_ms = 60_000;
     let gateway = Running::start(config).await;
     let cores = if cfg!(target_os = "linux") { 4.0 } else { 1.0 };
     assert!((gateway.metric("fulmar_cores").await - cores).abs() < 0.5);
@@ -120,6 +122,8 @@ async fn connections_survive_new_ports_and_a_drain_reaches_every_core() {
         phones[0].call(Method::CreateGroup, &CreateGroup { name: "all".to_owned(), members }).await.unwrap();
     let group = group.conversation;
     for core in 0..4 {
+        let open = gateway.labelled("fulmar_core_open_share", &core.to_string()).await;
+        assert!(cfg!(not(target_os = "linux")) || open >= 1.0, "core {core} refuses sends: {open}");
         let some = gateway.labelled("fulmar_core_connections", &core.to_string()).await;
         assert!(cfg!(not(target_os = "linux")) || some > 0.5, "nobody is served by core {core}");
     }
