@@ -4,8 +4,8 @@
 //!   `Bells` there, and wakes the core when nothing else lay there; the core rings them itself. Waking a thousand
 //!   connections of a core costs one wake-up of its thread, not a thousand.
 //! - Bells lie on the desk at most once, so a desk is bounded by the connections of its core.
-//! - What has time ([`Bells::ring_some_time`]) is left there without waking anybody: it is rung with the next that wakes the core,
-//!   or after [`LOOK_EVERY`].
+//! - What has time (`Bells::ring_some_time`) is left there without waking anybody: it is rung with the next that wakes the core,
+//!   or after a second.
 //! - Where there is no desk, and on the core's own thread, bells ring at once.
 //!
 //! Not here: what there is to write ([`super::owed`]), threads (`cores`).
