@@ -1,7 +1,8 @@
 //! A thread per core, each with a runtime, an endpoint and the connections that came by it.
 //!
 //! - Everything of a connection happens on its core's thread, QUIC included: no lock is waited for, nothing moves. What
-//!   connects it to others are the shards' queues, and their word that something is due ([`crate::fanout::desk`]).
+//!   connects it to others are the shards' queues, and their word that something is due ([`crate::fanout::desk`]). A shard that
+//!   rests is looked at on the thread of the core that asks it ([`crate::conversation::visits`]).
 //! - A core that fails ends the gateway: half of its clients would be left without a word.
 //! - The threads end with [`Cores`], however that ends.
 //!
@@ -23,6 +24,7 @@ use crate::{
         stream::Streams,
     },
     connection::lateness,
+    conversation::visits::Visits,
     drain::Drain,
     fanout::desk::Desk,
 };
@@ -87,6 +89,7 @@ impl Cores {
                         result = Box::pin(work()) => result,
                     }
                 });
+                Visits::close();
                 Desk::close();
                 lateness::close();
                 // Reads of the disk that are under way are waited for by nobody.
@@ -125,7 +128,10 @@ impl Drop for Cores {
 
 async fn serve(post: Post, shared: Shared, mut drain: Drain) -> anyhow::Result<()> {
     let desk = Desk::open();
-    let mut attending = tokio::spawn(async move { desk.attend().await });
+    let visits = Visits::open(shared.context.metrics.clone());
+    let mut attending = JoinSet::new();
+    attending.spawn(async move { desk.attend().await });
+    attending.spawn(async move { visits.make().await });
     let wait = Duration::from_millis(shared.context.config.limits.core_wait_ms.into());
     let _watching = if wait.is_zero() { None } else { Some(watch(wait, &post.socket, &shared)?) };
     let endpoint = quinn::Endpoint::new(post.endpoint, Some(post.quic), post.socket, Arc::new(TokioRuntime))
@@ -140,7 +146,7 @@ async fn serve(post: Post, shared: Shared, mut drain: Drain) -> anyhow::Result<(
     tokio::select! {
         biased;
         accepted = accept(&endpoint, streams, &shared, drain.clone()) => accepted?,
-        _ = &mut attending => anyhow::bail!("nobody wakes its connections any more"),
+        _ = attending.join_next() => anyhow::bail!("nobody wakes its connections, or its shards, any more"),
     }
     drain.started().await;
     endpoint.close(0u32.into(), b"");

@@ -213,6 +213,8 @@ metrics! {
     core_lateness: Family<CoreNumber, Gauge<f64, AtomicU64>> = Family::default(), Some(Unit::Seconds);
     /// The part of its connections that may send at a time, of the app that may least; 1: all.
     core_open_share: Family<CoreNumber, Gauge<f64, AtomicU64>> = Family::default(), None;
+    /// Times a core's thread looked at a shard that rested, in place of waking it.
+    shard_visits: Counter = Counter::default(), None;
     /// Open-file limit of the process.
     open_files_limit: Gauge<u64, AtomicU64> = Gauge::default(), None;
 }

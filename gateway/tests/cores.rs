@@ -1,5 +1,5 @@
 //! Several cores, each with an endpoint of its own, on one address: whoever moves stays with its core, everybody is told of a
-//! drain, and who was connected to a process that was killed is told by the next, whatever number of cores that has.
+//! drain, a shard that rests is looked at by whoever asks it, and who was connected to a process that was killed is told by the next, whatever number of cores that has.
 
 #![allow(
     clippy::unwrap_used,
@@ -17,7 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fulmar_gateway::config::Cores;
+use fulmar_gateway::config::{Cores, Durability};
 use fulmar_protocol::{
     id::ConversationId,
     service::{CreateGroup, GroupCreated, Method},
@@ -190,6 +190,41 @@ async fn byte_streams_are_served_by_cores_too() {
     }
     drop(phones);
     gateway.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_rests_is_looked_at_by_the_core_that_asks_it() {
+    const MESSAGES: usize = 60;
+    for (cores, visits) in [(Cores::Exactly(2), cfg!(target_os = "linux")), (Cores::Shared, false)] {
+        let parent = tempfile::tempdir().unwrap();
+        let mut config = config(&parent.path().join("data"));
+        config.listen.cores = cores;
+        config.listen.http_address = Some(ANY_PORT);
+        // A commit that waits for a slow disk is not for a core.
+        config.data.durability = Durability::Process;
+        let gateway = Running::start(config).await;
+        let mut phones = Vec::new();
+        for name in ["ada", "bob"] {
+            let mut phone = Phone::new(name, &gateway.folder, gateway.address);
+            phone.go_online().await;
+            phones.push(phone);
+        }
+        let direct = phones[0].direct("bob").await;
+        let mut said = 0;
+        say_and_hear(&mut phones, direct, &mut said, "it is loaded").await;
+        let before = gateway.metric("fulmar_shard_visits_total").await;
+        for n in 0..MESSAGES {
+            phones[0].send(direct, format!("message {n}"));
+            said += 1;
+            phones[0].until(|phone| phone.unacked() == 0).await;
+        }
+        phones[1].until(|phone| phone.messages(direct).len() == said).await;
+        let made = gateway.metric("fulmar_shard_visits_total").await - before;
+        // Others' work on this machine may make a core impatient, and a shard wake for its own reasons.
+        assert!(if visits { made > MESSAGES as f64 / 4.0 } else { made < 0.5 }, "{cores:?}: {made} visits");
+        drop(phones);
+        gateway.stop().await;
+    }
 }
 
 struct Process(Child);

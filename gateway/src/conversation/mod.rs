@@ -10,12 +10,14 @@ mod command;
 mod commit;
 mod directory;
 pub(crate) mod holds;
+mod home;
 mod intake;
 pub mod route;
 pub mod shard;
 pub mod state;
 mod storage;
 mod unhurried;
+pub(crate) mod visits;
 
 pub use fulmar_store::ConversationClass;
 

@@ -32,7 +32,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -54,10 +54,12 @@ use super::{
     command::{Answer, Command, Refusal},
     commit::{Batch, Effect},
     directory::Directory,
+    home::{Home, at_home, where_it_may_commit},
     intake::Intake,
     state::{Progress, State, Verdict},
     storage::Storage,
     unhurried::Unhurried,
+    visits,
 };
 use crate::{
     broadcasts::Broadcasts,
@@ -98,6 +100,15 @@ pub struct ShardLimits {
     pub cursor_delay: Duration,
 }
 
+/// Commands a visited shard takes in; when there are more, its own thread is worth waking.
+const VISITED_COMMANDS_MAX: usize = 64;
+
+/// Seats of a conversation up to which a visited shard tells them: a core's connections wait meanwhile.
+const VISITED_SEATS_MAX: usize = 64;
+
+/// A visited shard commits while that takes no longer than this as a rule, which is some times what two wake-ups of threads take.
+const VISITED_COMMIT_WITHIN: Duration = Duration::from_micros(600);
+
 /// Receive cursors that may wait to be written; beyond it they are written at once.
 const CURSORS_WAITING_MAX: usize = 16_384;
 
@@ -116,7 +127,7 @@ pub trait CommitLog: Send + 'static {
     ///
     /// # Errors
     /// Nothing of the batch is in the log, and never will be.
-    fn commit(&mut self, batch: &[Op]) -> impl Future<Output = Result<(), CommitError>>;
+    fn commit(&mut self, batch: &[Op]) -> impl Future<Output = Result<(), CommitError>> + Send;
 }
 
 impl CommitLog for ShardWriter {
@@ -129,6 +140,8 @@ impl CommitLog for ShardWriter {
 #[derive(Clone, Debug)]
 pub struct ShardHandle {
     commands: mpsc::Sender<Command>,
+    /// Where the shard lives; in a simulated world, nowhere.
+    home: Option<Arc<Home>>,
     unhurried: Arc<Unhurried>,
     /// Sends and others that were taken in and wait for a batch with room.
     waiting: Arc<AtomicUsize>,
@@ -174,7 +187,7 @@ impl ShardHandle {
     /// Hands a command over if there is room for it, else says what to wait for.
     pub fn hand(&self, command: Command) -> Handed {
         let draining = || Refusal::new(RefusalCode::Draining);
-        match self.commands.try_send(command) {
+        match self.try_send(command) {
             Ok(()) => Handed::Over,
             Err(TrySendError::Closed(_)) => Handed::Refused(draining()),
             Err(TrySendError::Full(command)) => {
@@ -184,10 +197,15 @@ impl ShardHandle {
         }
     }
 
+    #[expect(clippy::result_large_err, reason = "what found no room is handed back")]
+    fn try_send(&self, command: Command) -> Result<(), TrySendError<Command>> {
+        visits::call(self.home.as_ref(), || self.commands.try_send(command))
+    }
+
     /// Hands over what nobody waits for: it wakes no shard, is taken in some milliseconds later, and before whatever is handed over
     /// after it. To be called within a runtime.
     pub fn hand_unhurried(&self, command: Command) -> Handed {
-        match self.unhurried.leave(command) {
+        match self.unhurried.leave(command, self.home.as_ref()) {
             None => Handed::Over,
             Some(command) => self.hand(command),
         }
@@ -195,7 +213,7 @@ impl ShardHandle {
 
     /// Hands a command over, or drops it when the queue is full. For what need not arrive.
     pub fn offer(&self, command: Command) -> bool {
-        self.commands.try_send(command).is_ok()
+        self.try_send(command).is_ok()
     }
 
     /// Asks, and waits for the answer.
@@ -225,7 +243,7 @@ impl ShardHandle {
     }
 }
 
-/// Starts the shard on a thread of its own (in a simulated world: as a task of this thread's `LocalSet`). It ends when
+/// Starts the shard on a thread of its own, which cores may visit (in a simulated world: as a task of this thread's `LocalSet`). It ends when
 /// every handle is gone, after its last commit.
 ///
 /// # Errors
@@ -242,8 +260,10 @@ pub fn start<W: CommitLog>(
     let (fault_told, fault) = watch::channel(None);
     let waiting = Arc::default();
     let unhurried = Arc::<Unhurried>::default();
+    let rests = Arc::<AtomicBool>::default();
     let handle = ShardHandle {
         commands,
+        home: None,
         unhurried: Arc::clone(&unhurried),
         waiting: Arc::clone(&waiting),
         fault,
@@ -251,7 +271,8 @@ pub fn start<W: CommitLog>(
     };
     metrics.storage_writable(shard, true);
     let name = format!("shard-{shard}");
-    let shard = move || Shard {
+    let resting = Arc::clone(&rests);
+    let shard = Shard {
         started: now(),
         id: shard,
         reader,
@@ -273,17 +294,21 @@ pub fn start<W: CommitLog>(
         others: VecDeque::new(),
         unhurried,
         waiting,
+        rests,
+        commits_in: VISITED_COMMIT_WITHIN / 2,
         recent_epochs: RecentEpochs::default(),
         fault: fault_told,
         damaged_told: HashSet::new(),
         unreadable_told: None,
     };
     if is_simulated() {
-        let task = tokio::task::spawn_local(shard().run(writer, queue));
+        let task = tokio::task::spawn_local(shard.run(writer, queue));
         return Ok((handle, Worker::Task(task)));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build()?;
-    let run = move || runtime.block_on(shard().run(writer, queue));
+    let home = Home::new(shard.run(writer, queue), resting, runtime.handle().clone());
+    let handle = ShardHandle { home: Some(Arc::clone(&home)), ..handle };
+    let run = move || runtime.block_on(home.live());
     Ok((handle, Worker::Thread(std::thread::Builder::new().name(name).spawn(run)?)))
 }
 
@@ -319,10 +344,12 @@ struct Loaded {
 struct Done<W> {
     writer: W,
     batch: Batch,
+    /// How long its commit took, if there was one.
+    took: Option<Duration>,
     result: Result<(), CommitError>,
 }
 
-type InFlight<W> = Pin<Box<dyn Future<Output = Done<W>>>>;
+type InFlight<W> = Pin<Box<dyn Future<Output = Done<W>> + Send>>;
 
 struct Shard {
     started: Instant,
@@ -355,6 +382,10 @@ struct Shard {
     unhurried: Arc<Unhurried>,
     /// How many of both, for others to see.
     waiting: Arc<AtomicUsize>,
+    /// There is nothing to do: cores may visit it.
+    rests: Arc<AtomicBool>,
+    /// How long half of the commits take, about.
+    commits_in: Duration,
     fault: watch::Sender<Option<String>>,
     recent_epochs: RecentEpochs,
     /// Damaged conversations that were logged.
@@ -376,6 +407,7 @@ impl Shard {
                 self.add_cursors(true);
             }
             if in_flight.is_none() && !self.batch.is_empty() {
+                self.where_it_may_commit().await;
                 self.add_cursors(false);
                 if let Some(writer) = idle_writer.take() {
                     self.directory.batch_started();
@@ -388,42 +420,62 @@ impl Shard {
             }
             let parked = self.parking.next_expiry();
             let telling = self.broadcasting.due().map(|due| due.saturating_sub(self.clock()));
+            let rests = open && in_flight.is_none() && !self.somebody_waits();
+            self.rests.store(rests, Ordering::Relaxed);
             tokio::select! {
                 biased;
                 done = async { match in_flight.as_mut() { Some(commit) => commit.await, None => std::future::pending().await } },
                     if in_flight.is_some() => {
                     in_flight = None;
-                    let Done { writer, batch, result } = done;
+                    let Done { writer, batch, took, result } = done;
+                    if let Some(took) = took {
+                        self.commits_in = towards(self.commits_in, took);
+                    }
                     match self.committed(batch, result) {
                         None => idle_writer = Some(writer),
                         Some(rest) => in_flight = Some(self.commit(writer, rest)),
                     }
                 }
                 () = sleep(telling.unwrap_or_default()), if open && telling.is_some() => {
+                    self.at_home().await;
                     let clock = self.clock();
                     self.metrics.deliveries.inc_by(self.broadcasting.tell(clock) as u64);
                 }
                 command = queue.recv(), if open && self.has_room() => match command {
                     Some(command) => {
-                        self.take_in(command);
-                        // Take what is there already, so that it shares the commit.
-                        for _ in 0..QUEUE_MAX {
-                            if !self.has_room() {
-                                break;
+                        let (mut next, mut taken) = (Some(command), 0);
+                        while let Some(command) = next {
+                            if taken >= VISITED_COMMANDS_MAX
+                                || !self.is_brief(&command)
+                                || self.unhurried.len() > VISITED_COMMANDS_MAX
+                            {
+                                self.at_home().await;
                             }
-                            let Ok(command) = queue.try_recv() else { break };
                             self.take_in(command);
+                            taken += 1;
+                            // Take what is there already, so that it shares the commit.
+                            next = if taken <= QUEUE_MAX && self.has_room() { queue.try_recv().ok() } else { None };
                         }
                     }
                     None => {
+                        self.at_home().await;
                         open = false;
                         self.take_in_unhurried();
                         self.add_cursors(true);
                     }
                 },
-                () = self.unhurried.due(), if open && self.has_room() => self.take_in_unhurried(),
-                () = tokio::time::sleep(parked.unwrap_or_default()), if open && parked.is_some() && self.batch.has_room() => self.refuse_expired(),
+                () = self.unhurried.due(), if open && self.has_room() => {
+                    if self.unhurried.len() > VISITED_COMMANDS_MAX {
+                        self.at_home().await;
+                    }
+                    self.take_in_unhurried();
+                }
+                () = tokio::time::sleep(parked.unwrap_or_default()), if open && parked.is_some() && self.batch.has_room() => {
+                    self.at_home().await;
+                    self.refuse_expired();
+                }
                 _ = timer.tick(), if open => {
+                    self.at_home().await;
                     if self.cursors_since.is_some_and(|since| now().saturating_duration_since(since) >= self.limits.cursor_delay) {
                         self.add_cursors(true);
                     }
@@ -434,6 +486,60 @@ impl Shard {
             }
         }
         debug!(shard = %self.id, "shard ended");
+    }
+
+    /// Goes on at home, if a core visits.
+    async fn at_home(&mut self) {
+        self.rests.store(false, Ordering::Relaxed);
+        at_home().await;
+    }
+
+    /// Goes on at home, if a core visits that has no time for a commit, or if commits take long.
+    async fn where_it_may_commit(&mut self) {
+        self.rests.store(false, Ordering::Relaxed);
+        if self.batch.ops.is_empty() {
+            return;
+        }
+        if self.commits_in > VISITED_COMMIT_WITHIN {
+            at_home().await;
+        } else {
+            where_it_may_commit().await;
+        }
+    }
+
+    /// Whether a command is done with in some microseconds, but for its commit: it reads at the most some rows, and tells few. Others are not
+    /// for a core that visits.
+    fn is_brief(&self, command: &Command) -> bool {
+        let is_small = |conversation: &ConversationId| {
+            self.loaded.contains_key(conversation) && self.roster.seats(*conversation) <= VISITED_SEATS_MAX
+        };
+        match command {
+            Command::Send { send, .. } => send.reference.is_none() && is_small(&send.conversation),
+            Command::Event { event, .. } => is_small(&event.conversation),
+            Command::Mark { conversation, .. } => is_small(conversation),
+            Command::Login(..)
+            | Command::User { .. }
+            | Command::Arrive(..)
+            | Command::Confirm(_)
+            | Command::Depart(_)
+            | Command::KeepDigest { .. }
+            | Command::Cursors { .. }
+            | Command::Received { .. }
+            | Command::DevicesHere(..) => true,
+            Command::Direct(..)
+            | Command::GroupByName { .. }
+            | Command::Broadcast { .. }
+            | Command::Broadcasts(_)
+            | Command::Group(..)
+            | Command::Members(..)
+            | Command::Find { .. }
+            | Command::Link(..)
+            | Command::LinkDone { .. }
+            | Command::KnownCursors { .. }
+            | Command::Online(..)
+            | Command::Trim { .. }
+            | Command::Flush(_) => false,
+        }
     }
 
     /// Time on the roster's clock.
@@ -950,6 +1056,13 @@ impl Shard {
     }
 }
 
+/// A step of an eighth from what was the median of something towards what it is, by the next value. Unlike a mean it hardly
+/// minds the one commit in a hundred for which the disk takes ten times as long.
+fn towards(median: Duration, value: Duration) -> Duration {
+    let step = median / 8 + Duration::from_micros(1);
+    if value > median { median + step } else { median.saturating_sub(step) }
+}
+
 /// Waits so long; not at all, for nothing.
 async fn sleep(wait: Duration) {
     if !wait.is_zero() {
@@ -959,3 +1072,29 @@ async fn sleep(wait: Duration) {
 
 /// Asks again what was asked in a batch that failed.
 type Again<T> = Box<dyn FnOnce(Answer<T>) -> Command + Send>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_of_commits_is_followed_and_a_slow_one_among_many_is_not() {
+        let us = Duration::from_micros;
+        let after = |times: &[(usize, Duration)]| {
+            let each = times.iter().flat_map(|(count, took)| std::iter::repeat_n(*took, *count));
+            each.fold(us(300), towards)
+        };
+        for (times, from, to) in [
+            (&[(100, us(300))][..], 260, 340),
+            (&[(100, us(40))], 30, 50),
+            (&[(20, us(2_000))], 1_500, 2_300),
+            // A mean would be far above 600 after each of these.
+            (&[(100, us(300)), (1, us(50_000))], 260, 400),
+            (&[(3, us(300)), (1, us(50_000)), (3, us(300)), (1, us(50_000)), (3, us(300))], 200, 450),
+            (&[(50, Duration::ZERO)], 0, 2),
+        ] {
+            let median = after(times);
+            assert!((us(from)..=us(to)).contains(&median), "{times:?}: {median:?}");
+        }
+    }
+}

@@ -17,7 +17,7 @@ use std::{
 
 use tokio::sync::Notify;
 
-use super::Command;
+use super::{Command, home::Home, visits};
 
 /// How long a command may lie here. News of others' receipts are as much later.
 const DELAY: Duration = Duration::from_millis(5);
@@ -37,9 +37,9 @@ pub(super) struct Unhurried {
 }
 
 impl Unhurried {
-    /// Leaves a command here; it comes back if there is no room. To be called within a runtime.
+    /// Leaves a command here for the shard that lives at `home`; it comes back if there is no room. To be called within a runtime.
     #[must_use]
-    pub(super) fn leave(self: &Arc<Self>, command: Command) -> Option<Command> {
+    pub(super) fn leave(self: &Arc<Self>, command: Command, home: Option<&Arc<Home>>) -> Option<Command> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         if waiting.len() >= WAITING_MAX {
             return Some(command);
@@ -48,13 +48,21 @@ impl Unhurried {
         self.some.store(true, Ordering::SeqCst);
         drop(waiting);
         if !self.minded.swap(true, Ordering::SeqCst) {
-            let minding = Minding(Arc::clone(self));
+            let minding = Minding { unhurried: Arc::clone(self), home: home.cloned() };
             tokio::spawn(async move {
                 tokio::time::sleep(DELAY).await;
                 drop(minding);
             });
         }
         None
+    }
+
+    /// How much lies here.
+    pub(super) fn len(&self) -> usize {
+        if !self.some.load(Ordering::Acquire) {
+            return 0;
+        }
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     /// What lies here, in the order in which it came.
@@ -74,14 +82,17 @@ impl Unhurried {
 }
 
 /// Wakes the shard when it is dropped: after the delay, or with the runtime that was to wait for that.
-struct Minding(Arc<Unhurried>);
+struct Minding {
+    unhurried: Arc<Unhurried>,
+    home: Option<Arc<Home>>,
+}
 
 impl Drop for Minding {
     fn drop(&mut self) {
         // Whoever leaves something from here on minds it, or it is seen in the next line.
-        self.0.minded.store(false, Ordering::SeqCst);
-        if self.0.some.load(Ordering::SeqCst) {
-            self.0.due.notify_one();
+        self.unhurried.minded.store(false, Ordering::SeqCst);
+        if self.unhurried.some.load(Ordering::SeqCst) {
+            visits::call(self.home.as_ref(), || self.unhurried.due.notify_one());
         }
     }
 }
@@ -99,7 +110,7 @@ mod tests {
     }
 
     fn leave(unhurried: &Arc<Unhurried>, n: u64) {
-        assert!(unhurried.leave(received(n)).is_none());
+        assert!(unhurried.leave(received(n), None).is_none());
     }
 
     fn seqs(commands: &[Command]) -> Vec<u64> {
@@ -150,7 +161,7 @@ mod tests {
         for n in 1..=most {
             leave(&unhurried, n);
         }
-        let back = unhurried.leave(received(9_999)).unwrap();
+        let back = unhurried.leave(received(9_999), None).unwrap();
         assert_eq!(seqs(&[back]), [9_999]);
         assert_eq!(seqs(&unhurried.take()), (1..=most).collect::<Vec<_>>());
     }

@@ -381,6 +381,12 @@ impl Roster {
         seats.iter().filter_map(|id| self.seat(*id)).flat_map(Seat::sessions)
     }
 
+    /// Who is here in a conversation, or has been until lately, together.
+    #[must_use]
+    pub fn seats(&self, conversation: ConversationId) -> usize {
+        self.present.get(&conversation).map_or(0, |present| present.seats.len())
+    }
+
     /// A record of `conversation` was published: who is away has something to look at.
     pub fn mark_away(&mut self, conversation: ConversationId) {
         if self.away.is_empty() {

@@ -34,17 +34,18 @@ impl Shard {
         let metrics = self.metrics.clone();
         Box::pin(async move {
             if batch.ops.is_empty() {
-                return Done { writer, batch, result: Ok(()) };
+                return Done { writer, batch, took: None, result: Ok(()) };
             }
             let result = writer.commit(&batch.ops).await;
+            let took = now().saturating_duration_since(started);
             if result.is_ok() {
                 metrics.commits.inc();
                 metrics.commit_records.observe(records as f64);
-                metrics.commit_duration.observe(now().saturating_duration_since(started).as_secs_f64());
+                metrics.commit_duration.observe(took.as_secs_f64());
             } else {
                 metrics.commits_failed.inc();
             }
-            Done { writer, batch, result }
+            Done { writer, batch, took: Some(took), result }
         })
     }
 
