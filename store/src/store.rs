@@ -110,6 +110,10 @@ pub struct StoreOptions {
     /// Small commits are done on the thread that asks for them, as long as one takes no longer than this as a rule; zero: never. For
     /// callers with a thread of their own per shard: it saves them two wake-ups of threads, and blocks theirs for so long.
     pub commit_here_within: Duration,
+    /// Bytes of zeros that are written ahead of the log's end at a time, at most; 0: none. With space that was written before, a commit's
+    /// sync need not change what the file system knows of the file. Begins with a sixteenth, for shards hardly used. Only at
+    /// [`Durability::Power`].
+    pub log_ahead_bytes: u64,
     /// Bytes up to which segments are merged into larger ones.
     pub segment_bytes_max: u64,
     /// Bytes of segments merged per second at most, per shard, while commits go on.
@@ -142,6 +146,7 @@ impl Default for StoreOptions {
             settle_commits: 16_384,
             settle_idle: Duration::from_secs(60),
             commit_here_within: Duration::ZERO,
+            log_ahead_bytes: 0,
             segment_bytes_max: 1 << 30,
             background_bytes_per_second: 64 << 20,
             scrub_bytes_per_second: 4 << 20,

@@ -132,6 +132,8 @@ pub fn options(engine: Engine, durability: Level, history: &History) -> StoreOpt
         segment_bytes_max: pick(&[40_000, 200_000, 1 << 30]),
         // What a cut leaves is put together in a folder of its own: its index is to be opened as it is.
         trust_copied_index: true,
+        // Never, hardly enough for the next commits, as much as a gateway.
+        log_ahead_bytes: pick(&[0, 10_000, 256 << 10]),
         ..StoreOptions::default()
     }
 }

@@ -14,6 +14,7 @@ fn options(chance: &mut Chance) -> StoreOptions {
         settle_commits: 1 + chance.below(20),
         settle_idle: Duration::from_millis(1 + chance.below(3)),
         commit_here_within: Duration::from_secs(3600 * chance.below(2)),
+        log_ahead_bytes: chance.pick(&[0, 0, 1, 20_000, 200_000]),
         cache_bytes: if chance.percent(50) { 1 } else { 1 << 20 },
         background_bytes_per_second: u64::MAX,
         reserve_bytes: 0,

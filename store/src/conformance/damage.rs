@@ -18,7 +18,7 @@ use crate::{
     },
 };
 
-fn never_settles() -> StoreOptions {
+pub(super) fn never_settles() -> StoreOptions {
     StoreOptions {
         settle_commits: 1 << 40,
         settle_bytes: 1 << 40,
@@ -29,12 +29,12 @@ fn never_settles() -> StoreOptions {
     }
 }
 
-fn commit(open: &mut Open, n: u64, payload: &str) -> CommitId {
+pub(super) fn commit(open: &mut Open, n: u64, payload: &str) -> CommitId {
     open.commit(&[append(1, n, payload.to_owned())]).unwrap()
 }
 
 /// A machine whose log holds an epoch record and `records` commits of one record each, in one file.
-fn logged(records: u64, payload: &str, options: &StoreOptions) -> Machine {
+pub(super) fn logged(records: u64, payload: &str, options: &StoreOptions) -> Machine {
     let machine = Machine::new();
     let mut open = machine.open(options).unwrap();
     for n in 1..=records {
@@ -45,10 +45,10 @@ fn logged(records: u64, payload: &str, options: &StoreOptions) -> Machine {
 }
 
 /// The same in `parts` files of `records` each; every part begins with an epoch record.
-fn logged_in_parts(parts: u64, records: u64, payload: &str) -> Machine {
+pub(super) fn logged_in_parts(parts: u64, records: u64, payload: &str, options: &StoreOptions) -> Machine {
     let machine = Machine::new();
     for part in 0..parts {
-        let mut open = machine.open(&never_settles()).unwrap();
+        let mut open = machine.open(options).unwrap();
         for n in 1..=records {
             commit(&mut open, part * records + n, payload);
         }
@@ -57,7 +57,7 @@ fn logged_in_parts(parts: u64, records: u64, payload: &str) -> Machine {
     machine
 }
 
-fn logs(machine: &Machine) -> Vec<String> {
+pub(super) fn logs(machine: &Machine) -> Vec<String> {
     machine.files.names().into_iter().filter(|name| name.ends_with(".log")).collect()
 }
 
@@ -72,7 +72,7 @@ fn places(bytes: &[u8]) -> Vec<usize> {
     places
 }
 
-fn change(machine: &Machine, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
+pub(super) fn change(machine: &Machine, name: &str, change: impl FnOnce(&mut Vec<u8>)) {
     let mut bytes = machine.files.get(name).unwrap();
     change(&mut bytes);
     machine.files.set(name, bytes);
@@ -85,7 +85,7 @@ fn seal_header(bytes: &mut [u8]) {
 }
 
 /// Opens it twice, and returns how many records there are, or why it was refused.
-fn opened(machine: &Machine, options: &StoreOptions) -> Result<u64, OpenError> {
+pub(super) fn opened(machine: &Machine, options: &StoreOptions) -> Result<u64, OpenError> {
     let mut found = Vec::new();
     for _ in 0..2 {
         let open = machine.open(options)?;
@@ -218,16 +218,16 @@ fn damage_in_the_log_is_refused_and_says_where() {
         (
             "a file of another history",
             |machine, logs| {
-                let other = logged_in_parts(3, 5, "other");
+                let other = logged_in_parts(3, 5, "other", &never_settles());
                 machine.files.set(&logs[1], other.files.get(&logs[1]).unwrap());
             },
             7,
             "it does not follow the commit before it (chain hash)",
         ),
     ];
-    assert_eq!(opened(&logged_in_parts(3, 5, "x"), &never_settles()).unwrap(), 15);
+    assert_eq!(opened(&logged_in_parts(3, 5, "x", &never_settles()), &never_settles()).unwrap(), 15);
     for (what, change, commit, text) in table {
-        let machine = logged_in_parts(3, 5, "x");
+        let machine = logged_in_parts(3, 5, "x", &never_settles());
         let logs = logs(&machine);
         assert_eq!(logs.len(), 3);
         change(&machine, &logs);

@@ -34,7 +34,7 @@ fn never_settles() -> StoreOptions {
 }
 
 /// With commits handed to the shard's thread, and done by whoever asks.
-fn each_way(check: impl Fn(&StoreOptions)) {
+pub(super) fn each_way(check: impl Fn(&StoreOptions)) {
     for commit_here_within in [Duration::ZERO, Duration::from_secs(3600)] {
         check(&StoreOptions { commit_here_within, ..never_settles() });
     }
@@ -49,16 +49,16 @@ fn settles_often() -> StoreOptions {
     }
 }
 
-fn fault(call: Call, name: &'static str, how: Failing) -> Fault {
+pub(super) fn fault(call: Call, name: &'static str, how: Failing) -> Fault {
     Fault { call, name, after: 0, times: 1, how }
 }
 
-fn lasting(call: Call, name: &'static str, how: Failing) -> Fault {
+pub(super) fn lasting(call: Call, name: &'static str, how: Failing) -> Fault {
     Fault { times: u64::MAX, ..fault(call, name, how) }
 }
 
 /// Payloads of conversation 1.
-fn payloads(open: &Open) -> Vec<String> {
+pub(super) fn payloads(open: &Open) -> Vec<String> {
     let records = open.reader.records(conversation(1), seq(1), seq(9_999), ALL).unwrap();
     let head = open.reader.head(conversation(1)).unwrap().unwrap_or_default();
     assert_eq!(records.len() as u64, head.seq.get());
@@ -70,7 +70,7 @@ fn commit(open: &mut Open, n: u64, payload: &str) -> Result<(), CommitError> {
 }
 
 /// Commits when that works again.
-fn commit_in_the_end(open: &mut Open, n: u64, payload: &str) {
+pub(super) fn commit_in_the_end(open: &mut Open, n: u64, payload: &str) {
     until("a commit", || match commit(open, n, payload) {
         Ok(()) => true,
         Err(CommitError::Unavailable { .. } | CommitError::Full { .. } | CommitError::Read(_)) => false,
@@ -100,7 +100,7 @@ fn log_faults() -> Vec<Fault> {
 }
 
 /// Looks at what is found after the process was killed and after several power cuts.
-fn found_later(machine: &Machine, want: &[String], what: &str) {
+pub(super) fn found_later(machine: &Machine, want: &[String], what: &str) {
     let mut later = vec![machine.after_kill()];
     for seed in 0..4 {
         later.push(machine.after_power_cut(i64::MAX, &mut Chance::new(seed)));

@@ -1,12 +1,13 @@
 //! What every engine must make true, and what must hold when one fails.
 //!
 //! The same suite runs over sled and memory; `crash` cuts the power at random writes; `faults` fails single calls and
-//! damages single rows.
+//! damages single rows; `room` looks at the end of the log.
 
 mod crash;
 mod damage;
 mod faults;
 mod model;
+mod room;
 mod suite;
 
 use std::sync::Arc;

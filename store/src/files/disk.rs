@@ -4,7 +4,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Write},
+    io,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -28,10 +28,24 @@ impl Disk {
 #[derive(Debug)]
 struct OnDisk(File);
 
+/// A file that is appended to.
+#[derive(Debug)]
+struct Growing {
+    file: File,
+    /// Where the next append goes.
+    end: u64,
+    /// Bytes in the file: more than that while there is room.
+    length: u64,
+}
+
+/// Zeros written at a time.
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+
 impl Files for Disk {
     fn create(&self, name: &str) -> io::Result<Box<dyn Append>> {
         let path = self.path.join(name);
-        Ok(Box::new(OnDisk(File::options().write(true).create(true).truncate(true).open(path)?)))
+        let file = File::options().write(true).create(true).truncate(true).open(path)?;
+        Ok(Box::new(Growing { file, end: 0, length: 0 }))
     }
 
     fn open(&self, name: &str) -> io::Result<Arc<dyn ReadAt>> {
@@ -76,14 +90,26 @@ impl Files for Disk {
     }
 }
 
-impl Append for OnDisk {
+impl Append for Growing {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.0.write_all(bytes)
+        self.file.write_all_at(bytes, self.end)?;
+        self.end = self.end.saturating_add(bytes.len() as u64);
+        self.length = self.length.max(self.end);
+        Ok(())
+    }
+
+    fn make_room(&mut self, until: u64) -> io::Result<()> {
+        while self.length < until {
+            let bytes = usize::try_from(until - self.length).unwrap_or(usize::MAX).min(ZEROS.len());
+            self.file.write_all_at(ZEROS.get(..bytes).unwrap_or_default(), self.length)?;
+            self.length += bytes as u64;
+        }
+        Ok(())
     }
 
     fn sync(&mut self) -> io::Result<()> {
         // Writes the file's length as well, if that changed: fdatasync leaves out only what reading does not need.
-        self.0.sync_data()
+        self.file.sync_data()
     }
 }
 

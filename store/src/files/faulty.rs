@@ -3,6 +3,7 @@
 //! - Every call that changes something spends one of the [`Power`]'s operations; when none are left, that call and all
 //!   after it fail. [`FaultyFiles::after_power_cut`] is what the disk may hold then: what was synced, and any part of the
 //!   rest.
+//! - Room is zeros like any others: its length and its bytes are as uncertain as those of an append until they are synced.
 //! - A [`Fault`] fails calls of one kind on files of some names, once or until it is healed.
 //! - An append to a file whose append or sync failed before is a broken promise of the caller's: see
 //!   [`FaultyFiles::broken_promises`].
@@ -101,6 +102,7 @@ impl Power {
 pub(crate) enum Call {
     Create,
     Append,
+    Room,
     Sync,
     SyncFolder,
     Rename,
@@ -157,6 +159,8 @@ pub(crate) enum Names {
 #[derive(Clone, Debug, Default)]
 struct Node {
     now: Vec<u8>,
+    /// Where the next append goes.
+    end: usize,
     durable: Vec<u8>,
     /// Overwrites, oldest first; never synced.
     slots: Vec<(usize, Vec<u8>)>,
@@ -367,7 +371,7 @@ impl FaultyFiles {
 impl Node {
     fn after_power_cut(&self, chance: &mut Chance) -> Vec<u8> {
         let mut bytes = self.durable.clone();
-        if self.now.len() != self.durable.len() || !self.slots.is_empty() {
+        if self.now != self.durable && self.slots.is_empty() {
             self.tear(&mut bytes, chance);
         }
         let places: BTreeSet<usize> = self.slots.iter().map(|(at, _)| *at).collect();
@@ -388,20 +392,20 @@ impl Node {
         bytes
     }
 
-    /// Lets any part of what was appended since the last sync survive.
+    /// Lets any part of what was written since the last sync survive: what was appended, and room, whose length is as uncertain as its
+    /// zeros.
     fn tear(&self, bytes: &mut Vec<u8>, chance: &mut Chance) {
         let (synced, all) = (self.durable.len(), self.now.len());
-        if !self.slots.is_empty() || all <= synced {
-            return;
-        }
         let length = match chance.below(4) {
             0 => synced,
             1 => all,
-            _ => synced + usize::try_from(chance.below((all - synced) as u64 + 1)).unwrap_or(0),
+            _ => synced + usize::try_from(chance.below((all.saturating_sub(synced)) as u64 + 1)).unwrap_or(0),
         };
         bytes.resize(length, 0);
         let survive = [0, 50, 90, 100][chance.below(4) as usize];
-        let mut at = synced;
+        // Bytes in room that was synced are overwritten in place.
+        let same = self.now.iter().zip(&self.durable).position(|(now, durable)| now != durable);
+        let mut at = same.unwrap_or(synced);
         while at < length {
             let page_end = ((at / PAGE + 1) * PAGE).min(length);
             let torn = chance.percent(20);
@@ -521,8 +525,27 @@ impl Append for Handle {
             Some(Failing::Broken | Failing::Full) => &[],
         };
         self.with(|node| {
-            node.now.extend_from_slice(written);
+            let end = node.end + written.len();
+            node.now.resize(node.now.len().max(end), 0);
+            node.now[node.end..end].copy_from_slice(written);
+            node.end = end;
             node.failed |= how.is_some();
+        })?;
+        how.map_or(Ok(()), |how| Err(how.error()))
+    }
+
+    fn make_room(&mut self, until: u64) -> io::Result<()> {
+        let how = self.files.begin(Call::Room, &self.name)?;
+        self.keep_promise("room")?;
+        let until = usize::try_from(until).map_err(io::Error::other)?;
+        self.with(|node| {
+            let more = until.saturating_sub(node.now.len());
+            let made = match how {
+                None | Some(Failing::Done) => more,
+                Some(Failing::Partly) => more / 2,
+                Some(Failing::Broken | Failing::Full) => 0,
+            };
+            node.now.resize(node.now.len() + made, 0);
         })?;
         how.map_or(Ok(()), |how| Err(how.error()))
     }
@@ -607,6 +630,43 @@ mod tests {
             }
         }
         assert!(lost > 20 && kept > 20 && torn > 20 && nameless > 20, "{lost} {kept} {torn} {nameless}");
+    }
+
+    #[test]
+    fn room_is_there_or_not_and_what_was_synced_in_it_stays() {
+        let (mut none, mut part, mut all, mut lost, mut kept, mut torn) = (0, 0, 0, 0, 0, 0);
+        for seed in 0..600 {
+            let mut chance = Chance::new(seed);
+            let files = FaultyFiles::new(Power::for_ever());
+            let mut file = files.create("a").unwrap();
+            file.append(b"synced").unwrap();
+            file.sync().unwrap();
+            files.sync_folder().unwrap();
+            file.make_room(10_000).unwrap();
+            let synced = seed % 2 == 0;
+            if synced {
+                file.sync().unwrap();
+            }
+            file.append(&[7; 3_000]).unwrap();
+            let bytes = files.after_power_cut(Power::for_ever(), Names::Any, &mut chance).get("a").unwrap();
+            assert!(bytes.starts_with(b"synced") && bytes.len() <= 10_000);
+            assert!(!synced || bytes.len() == 10_000, "room that was synced stays");
+            match bytes.len() {
+                6 => none += 1,
+                10_000 => all += 1,
+                _ => part += 1,
+            }
+            let sevens = bytes[6..].iter().filter(|byte| **byte == 7).count();
+            let zeros = bytes.iter().filter(|byte| **byte == 0).count();
+            assert!(bytes.len() == 6 + sevens + zeros && bytes.iter().skip(3_006).all(|byte| *byte == 0));
+            match sevens {
+                0 => lost += 1,
+                3_000 => kept += 1,
+                _ => torn += 1,
+            }
+        }
+        assert!(none > 20 && part > 20 && all > 20, "{none} {part} {all}");
+        assert!(lost > 20 && kept > 20 && torn > 20, "{lost} {kept} {torn}");
     }
 
     #[test]

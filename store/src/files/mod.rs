@@ -43,12 +43,17 @@ pub(crate) trait Files: Send + Sync + Debug {
     fn free(&self) -> io::Result<Option<u64>>;
 }
 
-/// A file that only grows.
+/// A file that is written from front to back.
 pub(crate) trait Append: Send + Debug {
-    /// Writes all of `bytes` at the end.
+    /// Writes all of `bytes` behind what was appended before.
     fn append(&mut self, bytes: &[u8]) -> io::Result<()>;
 
-    /// Waits until everything appended so far would survive power loss.
+    /// Makes the file `until` bytes long, if it is shorter, with zeros that later appends overwrite: a sync that need not note where
+    /// new bytes lie, or a new length, is cheaper. Durable with the next sync. A failure may leave some of the zeros, and harms
+    /// nothing: the file can be appended to and synced as before.
+    fn make_room(&mut self, until: u64) -> io::Result<()>;
+
+    /// Waits until everything appended so far, and room that was made, would survive power loss.
     fn sync(&mut self) -> io::Result<()>;
 }
 

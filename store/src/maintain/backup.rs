@@ -304,7 +304,7 @@ impl Copy<'_> {
 
         let write = |error: io::Error| MaintainError::io("can't write the log in", self.to)(error);
         let mut log =
-            Journal::begin(target, self.shard, Durability::Power, manifest.settled).map_err(write)?;
+            Journal::begin(target, self.shard, Durability::Power, manifest.settled, 0).map_err(write)?;
         let mut last = manifest.settled;
         let mut bytes = 0;
         let mut failed = None;

@@ -957,7 +957,7 @@ impl Shard {
             if settled != CommitId::ZERO {
                 tip.write(settled)?;
             }
-            Journal::begin(&self.files, self.id, Durability::Power, settled).map(drop)
+            Journal::begin(&self.files, self.id, Durability::Power, settled, 0).map(drop)
         };
         write().map_err(&io)
     }

@@ -452,7 +452,7 @@ impl Saving<'_> {
         plans: &Plans,
     ) -> Result<CommitId, MaintainError> {
         let mut journal =
-            Journal::begin(&self.to, self.shard, Durability::Power, settled).map_err(self.writing())?;
+            Journal::begin(&self.to, self.shard, Durability::Power, settled, 0).map_err(self.writing())?;
         let mut last = settled;
         let mut failed = None;
         self.commits(settled, log.commits, |commit| {

@@ -350,7 +350,7 @@ impl Upgrade<'_> {
             appends(&commit, &mut unsettled).map_err(|what| self.damaged(found.number, what.to_string()))?;
             let written = match &mut file {
                 Some(file) => file.append(&bytes),
-                none => Journal::begin(self.files, self.id, Durability::Power, settled)
+                none => Journal::begin(self.files, self.id, Durability::Power, settled, 0)
                     .and_then(|begun| none.insert(begun).append(&bytes)),
             };
             written.map_err(|error| self.io("a log file can't be written", &error))?;

@@ -369,7 +369,7 @@ impl<'a> Check<'a> {
             Ok(proven) => {
                 self.verified.last_commit = proven.last.number;
                 let headers = (files.len().saturating_sub(from) * journal::HEADER_BYTES) as u64;
-                self.verified.torn_bytes = bytes.saturating_sub(proven.bytes + headers);
+                self.verified.torn_bytes = bytes.saturating_sub(proven.bytes + proven.room + headers);
             }
             Err(OpenError::Damaged { commit, what, .. }) => {
                 self.verified.last_commit = commit.saturating_sub(1);

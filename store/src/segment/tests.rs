@@ -1005,6 +1005,11 @@ impl Append for WatchedFile<Box<dyn Append>> {
         self.0.append(bytes)
     }
 
+    fn make_room(&mut self, until: u64) -> io::Result<()> {
+        self.1.lock().unwrap().write()?;
+        self.0.make_room(until)
+    }
+
     fn sync(&mut self) -> io::Result<()> {
         let mut seen = self.1.lock().unwrap();
         seen.write()?;

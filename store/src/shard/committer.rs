@@ -64,7 +64,7 @@ pub(crate) enum Request {
     },
     /// Takes the shard over: answers the new epoch and where the log ends.
     Acquire(Box<dyn FnOnce(Acquired) + Send>),
-    /// Something was committed elsewhere: a layer may be due, or has begun.
+    /// Something was committed elsewhere: a layer may be due, or has begun, or the log's file needs room.
     Look,
     /// A write and a sync beside the log.
     Canary(oneshot::Sender<Result<(), CommitError>>),
@@ -159,10 +159,10 @@ fn serve(committer: &Mutex<Committer>, requests: &Receiver<Request>) -> Result<(
                 // Nobody waits for it any more: the log has it all the same.
                 let _ = reply.send(result);
                 if committed {
-                    lock()?.close_layer_if_due();
+                    lock()?.look();
                 }
             }
-            Ok(Request::Look) => lock()?.close_layer_if_due(),
+            Ok(Request::Look) => lock()?.look(),
             Ok(Request::Acquire(reply)) => {
                 let acquired = lock()?.acquire();
                 reply(acquired);
@@ -203,7 +203,8 @@ impl Committer {
         }
     }
 
-    /// Commits in the caller's thread, if nothing speaks against that being quick; gives whether the thread must look.
+    /// Commits in the caller's thread, if nothing speaks against that being quick; gives whether the thread must look. When it has not looked
+    /// since it was asked to make room, it gets the commit as well: a caller that never pauses would keep the lock from it.
     pub(crate) fn commit_here(
         &mut self,
         epoch: u64,
@@ -216,7 +217,7 @@ impl Committer {
             && self.options.commit_here_within > Duration::ZERO
             && self.pace.is_quick()
             && !self.closed
-            && matches!(self.log, Log::Open(_))
+            && matches!(&self.log, Log::Open(journal) if !journal.has_asked_for_room())
             && !self.is_due(commits, bytes);
         if !quick {
             return None;
@@ -227,7 +228,13 @@ impl Committer {
         }
         let (after, bytes) = self.shared.view.active_size();
         // A layer that is due is closed by the thread, one that has begun wants its attention when all is quiet, and so does a failure.
-        let look = commits == 0 || self.is_due(after, bytes) || !matches!(self.log, Log::Open(_));
+        // Room ahead is made there, too.
+        let look = commits == 0
+            || self.is_due(after, bytes)
+            || match &mut self.log {
+                Log::Open(journal) => journal.ask_for_room(),
+                Log::Failed { .. } => true,
+            };
         Some((result, look))
     }
 
@@ -329,8 +336,7 @@ impl Committer {
             let tip = Tip::begin_again(self.files.as_ref())
                 .map_err(|error| refusal("the tip file can't be made again", &error))?;
             let journal =
-                Journal::begin(self.files.as_ref(), self.shared.id, self.options.durability, self.last)
-                    .map_err(|error| refusal("a new log file can't be begun", &error))?;
+                self.begin_file().map_err(|error| refusal("a new log file can't be begun", &error))?;
             Ok((tip, journal))
         });
         match begun {
@@ -403,6 +409,38 @@ impl Committer {
         }
     }
 
+    /// Begins the file for what is committed next.
+    fn begin_file(&self) -> io::Result<Journal> {
+        let StoreOptions { durability, log_ahead_bytes, .. } = self.options;
+        Journal::begin(self.files.as_ref(), self.shared.id, durability, self.last, log_ahead_bytes)
+    }
+
+    /// What the thread does after commits, while nobody waits.
+    fn look(&mut self) {
+        self.close_layer_if_due();
+        self.make_room_if_due();
+    }
+
+    /// Makes room ahead in the log's file when there is little left. The lock is held meanwhile, for a write and a sync of one step: a
+    /// commit beside it would wait just as long, as its sync waits for all that was written to the file.
+    fn make_room_if_due(&mut self) {
+        let Log::Open(journal) = &mut self.log else { return };
+        journal.looked_for_room();
+        if self.closed || !journal.needs_room() {
+            return;
+        }
+        self.shared.counts.sync();
+        let Err(error) = journal.make_room() else { return };
+        // The file can't be trusted any more, but every commit in it was synced before: the next one goes on in another.
+        tracing::warn!(shard = %self.shared.id, %error, "room ahead of the log could not be synced: beginning another file");
+        match self.begin_file() {
+            Ok(journal) => self.log = Log::Open(journal),
+            Err(error) => {
+                self.fail(&error);
+            }
+        }
+    }
+
     /// Closes the layer that grows when it is large enough, if the one before is settled.
     fn close_layer_if_due(&mut self) {
         let (commits, bytes) = self.shared.view.active_size();
@@ -421,9 +459,10 @@ impl Committer {
         }
         let Log::Open(journal) = &mut self.log else { return };
         // The next log file begins where the layer ends, so that this one can go when the layer is settled.
-        let begun = journal.sync().and_then(|()| {
-            Journal::begin(self.files.as_ref(), self.shared.id, self.options.durability, self.last)
-        });
+        let begun = match journal.sync() {
+            Ok(()) => self.begin_file(),
+            Err(error) => Err(error),
+        };
         self.shared.counts.sync();
         match begun {
             Ok(journal) => {

@@ -4,9 +4,12 @@
 //!   first commit. Header and name are durable before the first commit is written.
 //! - A file whose write or sync failed is left as it is. The next one begins with the number that failed: what the earlier
 //!   file says from there on is void.
+//! - A file may have zeros ahead of its last commit ([`Room`]), which the next commits overwrite. They promise nothing: a commit is
+//!   durable by its own sync, wherever it lies.
 //! - Every file that is read is proven: the header, each commit's checksums, number and chain hash.
 //! - Only the very last commit may be unreadable, and only if the tip leaves open that it was never acknowledged. Power
-//!   loss can't do anything else: a commit is written when the one before it is durable.
+//!   loss can't do anything else: a commit is written when the one before it is durable. If there are only zeros in its place, the log
+//!   just ends there; zeros in the place of any other commit are damage.
 //!
 //! Not here: the bytes of a commit (`commit`), when files are begun and removed (`committer`, `settler`).
 
@@ -49,36 +52,153 @@ pub(crate) fn first_of(name: &str) -> Option<u64> {
     (self::name(first) == name).then_some(first)
 }
 
+/// What room ahead begins and ends at a multiple of: what the file system keeps as one.
+const ROOM_UNIT: u64 = 4096;
+
+/// The first step of room in a file is this part of the largest.
+const FIRST_ROOM: u64 = 16;
+
+/// A commit that would fill this part of the largest step alone is written so slowly that room saves nothing.
+const SMALL_FOR_ROOM: u64 = 8;
+
+/// Zeros ahead of the last commit.
+///
+/// A sync of bytes that lie in space written before writes those and nothing else. Otherwise it also writes what the file system knows
+/// of the file: its length, and which blocks are its own.
+#[derive(Clone, Copy, Debug, Default)]
+struct Room {
+    /// Where it ends.
+    until: u64,
+    /// Bytes of the next step; 0: there is none.
+    step: u64,
+    /// Bytes of a step at most.
+    step_max: u64,
+}
+
+impl Room {
+    fn new(step_max: u64) -> Self {
+        if step_max == 0 {
+            return Self::default();
+        }
+        let step_max = step_max.max(ROOM_UNIT);
+        Self { until: 0, step: (step_max / FIRST_ROOM).max(ROOM_UNIT), step_max }
+    }
+
+    /// Whether the next step is due with a file that ends at `end`, its last commit being of `commit` bytes.
+    fn is_due(&self, end: u64, commit: u64) -> bool {
+        self.until.saturating_sub(end) < self.step / 4 && commit <= self.step_max / SMALL_FOR_ROOM
+    }
+
+    /// Where the next step ends.
+    fn next(&self, end: u64) -> u64 {
+        self.until.max(end).saturating_add(self.step).next_multiple_of(ROOM_UNIT)
+    }
+
+    fn made(&mut self, until: u64) {
+        self.until = until;
+        self.step = self.step.saturating_mul(2).min(self.step_max);
+    }
+}
+
 /// The file that commits are appended to.
 #[derive(Debug)]
 pub(crate) struct Journal {
     file: Box<dyn Append>,
+    /// Where the last commit ends.
+    end: u64,
+    /// Bytes of the last commit.
+    newest: u64,
+    room: Room,
+    /// Somebody was asked for more.
+    asked: bool,
 }
 
 impl Journal {
-    /// Begins the file for the commits after `last`, and makes it durable.
+    /// Begins the file for the commits after `last`, and makes it durable. It gets room ahead in steps of `room` bytes at most; 0: none.
     pub(crate) fn begin(
         files: &dyn Files,
         shard: ShardId,
         durability: Durability,
         last: CommitId,
+        room: u64,
     ) -> io::Result<Self> {
         let first = last.number.saturating_add(1);
-        let mut file = files.create(NAME_NEW)?;
-        file.append(
-            &FileHeader { shard, durability, first, previous: last.chain, boot: BootId::now() }.encode(),
-        )?;
-        file.sync()?;
+        let header =
+            FileHeader { shard, durability, first, previous: last.chain, boot: BootId::now() }.encode();
+        // Where nobody waits for the disk nobody is helped by room.
+        let room = if durability == Durability::Power { room } else { 0 };
+        let journal = match Self::write_new(files, &header, Room::new(room)) {
+            // It may be the room that does not fit.
+            Err(_) if room > 0 => Self::write_new(files, &header, Room::default())?,
+            written => written?,
+        };
         // One of the same name holds nothing that was acknowledged, but its name makes what an earlier file says void: it is
         // replaced, so that there is no moment without either.
         files.rename(NAME_NEW, &name(first))?;
         files.sync_folder()?;
-        Ok(Self { file })
+        Ok(journal)
+    }
+
+    fn write_new(files: &dyn Files, header: &[u8], room: Room) -> io::Result<Self> {
+        let mut file = files.create(NAME_NEW)?;
+        file.append(header)?;
+        let mut journal = Self { file, end: header.len() as u64, newest: 0, room, asked: false };
+        journal.write_room();
+        journal.file.sync()?;
+        Ok(journal)
+    }
+
+    /// Whether there is little room left: [`Self::make_room`] when nobody waits.
+    pub(crate) fn needs_room(&self) -> bool {
+        self.room.is_due(self.end, self.newest)
+    }
+
+    /// The same, for somebody who tells the one who makes it.
+    pub(crate) fn ask_for_room(&mut self) -> bool {
+        self.asked = self.needs_room();
+        self.asked
+    }
+
+    /// Whether somebody was told and has not looked since.
+    pub(crate) fn has_asked_for_room(&self) -> bool {
+        self.asked
+    }
+
+    /// Somebody looks whether there is room.
+    pub(crate) fn looked_for_room(&mut self) {
+        self.asked = false;
+    }
+
+    /// Makes more room ahead, and waits until that is durable, so that no commit has to. Without space for it there will be no more in
+    /// this file.
+    ///
+    /// # Errors
+    /// The sync failed: nothing may be written to this file any more. What was synced before is as it was.
+    pub(crate) fn make_room(&mut self) -> io::Result<()> {
+        if self.write_room() { self.file.sync() } else { Ok(()) }
+    }
+
+    /// Returns whether there is something to sync.
+    fn write_room(&mut self) -> bool {
+        if self.room.step == 0 {
+            return false;
+        }
+        let until = self.room.next(self.end);
+        if let Err(error) = self.file.make_room(until) {
+            tracing::debug!(%error, "no room ahead in this log file");
+            self.room = Room::default();
+            return false;
+        }
+        self.room.made(until);
+        true
     }
 
     /// Writes a commit's bytes; durable with the next [`Self::sync`].
     pub(crate) fn append(&mut self, commit: &[u8]) -> io::Result<()> {
-        self.file.append(commit)
+        self.file.append(commit)?;
+        self.newest = commit.len() as u64;
+        self.end = self.end.saturating_add(self.newest);
+        Ok(())
     }
 
     /// Waits until everything appended survives power loss. Needed before the next file is begun, too: only the last file
@@ -160,11 +280,11 @@ pub(crate) fn list(files: &dyn Files) -> io::Result<Vec<(u64, u64)>> {
 /// What the end of the log looks like.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// The last commit is whole.
+    /// The last commit is whole; there is nothing behind it but room.
     Whole,
     /// Bytes after the last commit are not a commit, and were never acknowledged.
     Torn {
-        /// How many.
+        /// How many, without the zeros behind them.
         bytes: u64,
     },
 }
@@ -176,6 +296,16 @@ pub(crate) struct Proven {
     pub(crate) last: CommitId,
     /// Bytes read.
     pub(crate) bytes: u64,
+    /// Zeros at the ends of the files.
+    pub(crate) room: u64,
+}
+
+impl Proven {
+    /// A file has `rest` bytes behind its last commit, and from `written` bytes on they are zeros.
+    fn end(&mut self, written: u64, rest: u64) -> End {
+        self.room += rest.saturating_sub(written);
+        if written == 0 { End::Whole } else { End::Torn { bytes: written } }
+    }
 }
 
 /// A log being proven and read, from one commit on.
@@ -203,7 +333,7 @@ impl<'a> Reader<'a> {
         mut each: impl FnMut(Commit) -> Result<(), OpenError>,
     ) -> Result<Proven, OpenError> {
         let files = list(self.files).map_err(|error| self.io("can't list", &error))?;
-        let mut proven = Proven { last: settled, bytes: 0 };
+        let mut proven = Proven { last: settled, bytes: 0, room: 0 };
         let mut headers = Vec::with_capacity(files.len());
         for (place, (first, bytes)) in files.iter().enumerate() {
             let file = self.files.open(&name(*first)).map_err(|error| self.io("can't open", &error))?;
@@ -309,8 +439,9 @@ impl<'a> Reader<'a> {
             }
             let number = before.number.saturating_add(1);
             if next.is_some_and(|next| next.first <= number) {
-                // Void from here on: the next file has these numbers.
-                return Ok(End::Torn { bytes: bytes - at });
+                // Void from here on: the next file has these numbers. Whether it can be read is no matter.
+                let written = written(file, at, bytes).unwrap_or(bytes - at);
+                return Ok(proven.end(written, bytes - at));
             }
             let commit = match read_commit(file, at, bytes) {
                 Ok(commit) if commit.id.number != number => {
@@ -329,16 +460,30 @@ impl<'a> Reader<'a> {
                         if self.commit_behind(file, at, bytes, settled.number)? && !self.tolerate_loss {
                             return Err(self.damaged(number, what.to_string()));
                         }
-                        return Ok(End::Torn { bytes: bytes - at });
+                        return self.end(file, at, bytes, proven);
                     }
                     if next.is_some() || (self.acknowledged(number) && !self.tolerate_loss) {
-                        return Err(self.damaged(number, what.to_string()));
+                        let ends =
+                            written(file, at, bytes).map_err(|error| self.io("can't read", &error))? == 0;
+                        let what = match next {
+                            _ if !ends => what.to_string(),
+                            Some(next) => {
+                                format!(
+                                    "the commits from {number} to {} are missing",
+                                    next.first.saturating_sub(1)
+                                )
+                            }
+                            None => {
+                                format!("the log ends here, but commit {} was acknowledged", self.tip.number)
+                            }
+                        };
+                        return Err(self.damaged(number, what));
                     }
                     if !self.tolerate_loss && self.commit_behind(file, at, bytes, number)? {
                         let what = format!("{what}, and later commits lie behind it");
                         return Err(self.damaged(number, what));
                     }
-                    return Ok(End::Torn { bytes: bytes - at });
+                    return self.end(file, at, bytes, proven);
                 }
             };
             let length = (commit::HEADER_BYTES + commit.body.len()) as u64;
@@ -350,6 +495,12 @@ impl<'a> Reader<'a> {
                 each(commit)?;
             }
         }
+    }
+
+    /// How a file ends that has no commit at `at`, once that is known not to be damage.
+    fn end(&self, file: &dyn ReadAt, at: u64, bytes: u64, proven: &mut Proven) -> Result<End, OpenError> {
+        let written = written(file, at, bytes).map_err(|error| self.io("can't read", &error))?;
+        Ok(proven.end(written, bytes - at))
     }
 
     /// Whether a whole header of a later commit stands somewhere behind `at`.
@@ -383,6 +534,22 @@ impl<'a> Reader<'a> {
     fn io(&self, doing: &str, error: &io::Error) -> OpenError {
         OpenError::Log { shard: self.shard, reason: format!("{doing} its files: {error}") }
     }
+}
+
+/// How many of the bytes from `at` on are left without the zeros at their end.
+fn written(file: &dyn ReadAt, at: u64, bytes: u64) -> io::Result<u64> {
+    let mut window = vec![0; SEARCH_BYTES];
+    let (mut from, mut end) = (at, at);
+    while from < bytes {
+        let length = usize::try_from(bytes - from).unwrap_or(usize::MAX).min(window.len());
+        let Some(found) = window.get_mut(..length) else { break };
+        file.read_exact_at(found, from)?;
+        if let Some(last) = found.iter().rposition(|byte| *byte != 0) {
+            end = from + last as u64 + 1;
+        }
+        from += length as u64;
+    }
+    Ok(end - at)
 }
 
 enum Unreadable {

@@ -248,7 +248,7 @@ impl Shard {
             tip = Tip::begin_again(files.as_ref())
                 .map_err(|error| in_log("the tip file can't be made again", &error))?;
         }
-        let log = Journal::begin(files.as_ref(), id, options.durability, last)
+        let log = Journal::begin(files.as_ref(), id, options.durability, last, options.log_ahead_bytes)
             .map_err(|error| in_log("a log file can't be begun", &error))?;
         settler.remove_leftovers().map_err(|error| in_log("leftovers can't be removed", &error))?;
         if replayed > 0 {

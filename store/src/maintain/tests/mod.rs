@@ -85,6 +85,7 @@ pub(super) fn options(engine: EngineKind) -> StoreOptions {
         segment_bytes_max: 4 << 20,
         cache_bytes: 1 << 20,
         engine_cache_bytes: 1 << 20,
+        log_ahead_bytes: 100_000,
         ..StoreOptions::default()
     }
 }
@@ -265,6 +266,16 @@ pub(super) fn files_of(folder: &Path, suffix: &str) -> Vec<PathBuf> {
         .collect();
     found.sort();
     found
+}
+
+/// Bytes of a file that were written; without the room ahead of a log's end.
+pub(super) fn written(path: &Path) -> usize {
+    let bytes = fs::read(path).unwrap();
+    if path.extension().is_some_and(|extension| extension == "log") {
+        bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1)
+    } else {
+        bytes.len()
+    }
 }
 
 pub(super) fn flip(path: &Path, at: usize) {

@@ -165,6 +165,11 @@ impl Append for CutFile {
         self.file.append(bytes)
     }
 
+    fn make_room(&mut self, until: u64) -> io::Result<()> {
+        let _world = self.cut.tick()?;
+        self.file.make_room(until)
+    }
+
     fn sync(&mut self) -> io::Result<()> {
         let mut world = self.cut.tick()?;
         let (path, synced) = &mut world.synced[self.place];
