@@ -430,6 +430,42 @@ fn a_disk_that_is_full_everywhere_loses_nothing_and_says_so() {
     found_later(&machine, &want, "after");
 }
 
+#[test]
+fn an_index_that_cannot_be_made_again_is_read_as_it_is() {
+    let machine = Machine::new();
+    let mut open = machine.open(&settles_often()).unwrap();
+    let mut want = Vec::new();
+    for n in 1..=30 {
+        commit_in_the_end(&mut open, n, "before");
+        want.push("before".to_owned());
+    }
+    // The index takes nothing any more, and to make it again there is no space either.
+    let write = EngineCall::Write;
+    machine.engines.fail(EngineFault {
+        call: write,
+        after: 0,
+        times: u64::MAX,
+        error: EngineError::Full,
+        panics: false,
+    });
+    machine.files.fail(lasting(Call::Create, "canary", Failing::Full));
+    let failed = machine.files.failed_calls();
+    until("attempts to make it again", || {
+        if commit(&mut open, want.len() as u64 + 1, "meanwhile").is_ok() {
+            want.push("meanwhile".to_owned());
+        }
+        assert_eq!(payloads(&open), want, "reads go on");
+        machine.files.failed_calls() > failed + 4
+    });
+    machine.files.heal();
+    machine.engines.heal();
+    commit_in_the_end(&mut open, want.len() as u64 + 1, "after");
+    want.push("after".to_owned());
+    assert_eq!(payloads(&open), want);
+    open.close().unwrap();
+    found_later(&machine, &want, "after");
+}
+
 /// Any faults, any time: what was acknowledged is there, what was refused is not.
 fn faults_at_random(seed: u64) {
     let mut chance = Chance::new(seed);

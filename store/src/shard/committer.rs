@@ -48,7 +48,7 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 const COMMIT_HERE_OPS_MAX: u32 = 32;
 
 /// The file a canary is written to.
-const CANARY: &str = "canary";
+pub(super) const CANARY: &str = "canary";
 
 /// A new writer's epoch, and where the log ends.
 pub(crate) type Acquired = Result<(u64, CommitId), CommitError>;

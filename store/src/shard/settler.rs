@@ -28,6 +28,7 @@ use fulmar_protocol::id::{ConversationId, Seq, ShardId};
 
 use super::{
     Shared,
+    committer::CANARY,
     index::{self, Distance, IndexError, Move},
     journal,
     manifest::{Entry, Manifest, ManifestError},
@@ -734,8 +735,10 @@ impl Settler {
         self.shared.counts.background_syncs.fetch_add(n, Ordering::Relaxed);
     }
 
-    /// Makes the engine again. Its files are not opened as they are: after a failed sync they may show what is not on disk.
+    /// Makes the engine again. Its files are not opened as they are: after a failed sync they may show what is not on disk. Where not even
+    /// a small file can be written it is left as it is, for what is settled can be read by it: what could not be put into it is kept in memory.
     fn reopen_engine(&mut self) -> Result<(), SettleError> {
+        self.write_canary()?;
         let shared = &self.shared;
         tracing::warn!(shard = %shared.id, "the index failed: making it again");
         // The old one has to be gone before its folder can go. Readers in between are told that it is away.
@@ -750,6 +753,13 @@ impl Settler {
         }
         self.live = None;
         Ok(())
+    }
+
+    fn write_canary(&self) -> io::Result<()> {
+        let mut file = self.files.create(CANARY)?;
+        file.append(&self.manifest.settled.number.to_be_bytes())?;
+        self.count_syncs(1);
+        file.sync()
     }
 
     /// Removes log files that hold nothing but settled commits.
