@@ -419,9 +419,9 @@ async fn no_space_left_on_the_device_in_the_middle_of_the_log() {
         }
         alice.until(|alice| alice.unacked() == 0).await;
         let taken = gateway.fill();
-        // More than what is left of the page the log ends in.
+        // More than what the log has written ahead.
         for n in 0..40 {
-            sent.push(format!("round {round} large {n:04000}"));
+            sent.push(format!("round {round} large {n:012000}"));
             alice.send(conversation, sent.last().unwrap().clone());
         }
         alice.work(Duration::from_millis(700)).await;
