@@ -431,14 +431,10 @@ impl Committer {
         }
         self.shared.counts.sync();
         let Err(error) = journal.make_room() else { return };
-        // The file can't be trusted any more, but every commit in it was synced before: the next one goes on in another.
-        tracing::warn!(shard = %self.shared.id, %error, "room ahead of the log could not be synced: beginning another file");
-        match self.begin_file() {
-            Ok(journal) => self.log = Log::Open(journal),
-            Err(error) => {
-                self.fail(&error);
-            }
-        }
+        // As after any failure nothing rests on this file any more. Commits wait for that, and are refused only if it does not work.
+        self.fail(&error);
+        // It says so itself.
+        let _ = self.begin_again();
     }
 
     /// Closes the layer that grows when it is large enough, if the one before is settled.

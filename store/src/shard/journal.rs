@@ -100,6 +100,10 @@ impl Room {
     }
 }
 
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 /// The file that commits are appended to.
 #[derive(Debug)]
 pub(crate) struct Journal {
@@ -129,7 +133,7 @@ impl Journal {
         let room = if durability == Durability::Power { room } else { 0 };
         let journal = match Self::write_new(files, &header, Room::new(room)) {
             // It may be the room that does not fit.
-            Err(_) if room > 0 => Self::write_new(files, &header, Room::default())?,
+            Err(error) if room > 0 && is_full(&error) => Self::write_new(files, &header, Room::default())?,
             written => written?,
         };
         // One of the same name holds nothing that was acknowledged, but its name makes what an earlier file says void: it is
@@ -143,7 +147,7 @@ impl Journal {
         let mut file = files.create(NAME_NEW)?;
         file.append(header)?;
         let mut journal = Self { file, end: header.len() as u64, newest: 0, room, asked: false };
-        journal.write_room();
+        journal.write_room()?;
         journal.file.sync()?;
         Ok(journal)
     }
@@ -173,24 +177,30 @@ impl Journal {
     /// this file.
     ///
     /// # Errors
-    /// The sync failed: nothing may be written to this file any more. What was synced before is as it was.
+    /// It could not be written for another reason, or not be synced: nothing may be written to this file any more, and nothing may rest on it,
+    /// for the page that its last commit ends in was written again.
     pub(crate) fn make_room(&mut self) -> io::Result<()> {
-        if self.write_room() { self.file.sync() } else { Ok(()) }
+        if self.write_room()? { self.file.sync() } else { Ok(()) }
     }
 
     /// Returns whether there is something to sync.
-    fn write_room(&mut self) -> bool {
+    fn write_room(&mut self) -> io::Result<bool> {
         if self.room.step == 0 {
-            return false;
+            return Ok(false);
         }
         let until = self.room.next(self.end);
-        if let Err(error) = self.file.make_room(until) {
-            tracing::debug!(%error, "no room ahead in this log file");
-            self.room = Room::default();
-            return false;
+        match self.file.make_room(until) {
+            Ok(()) => {
+                self.room.made(until);
+                Ok(true)
+            }
+            Err(error) if is_full(&error) => {
+                tracing::debug!(%error, "no room ahead in this log file");
+                self.room = Room::default();
+                Ok(false)
+            }
+            Err(error) => Err(error),
         }
-        self.room.made(until);
-        true
     }
 
     /// Writes a commit's bytes; durable with the next [`Self::sync`].
