@@ -82,6 +82,8 @@ impl Cores {
             let mut stop = cores.stop.subscribe();
             let (told, ended) = oneshot::channel();
             let run = move || {
+                // Also when this panics: whoever was left something by this core is told before it goes.
+                let closing = Closing;
                 let result = runtime.block_on(async {
                     tokio::select! {
                         biased;
@@ -89,9 +91,7 @@ impl Cores {
                         result = Box::pin(work()) => result,
                     }
                 });
-                Visits::close();
-                Desk::close();
-                lateness::close();
+                drop(closing);
                 // Reads of the disk that are under way are waited for by nobody.
                 runtime.shutdown_background();
                 let _ = told.send(result);
@@ -123,6 +123,17 @@ impl Drop for Cores {
             // They end at once, and what they hold must be free when this is. A panic was told already.
             let _ = thread.join();
         }
+    }
+}
+
+/// Ends what this thread has as a core.
+struct Closing;
+
+impl Drop for Closing {
+    fn drop(&mut self) {
+        Visits::close();
+        Desk::close();
+        lateness::close();
     }
 }
 

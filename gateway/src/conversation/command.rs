@@ -310,3 +310,14 @@ pub enum Command {
     /// Answers when everything asked before is on disk.
     Flush(Answer<()>),
 }
+
+impl Command {
+    /// How much it is, in commands of which each reads a row or two.
+    pub(super) fn work(&self) -> usize {
+        match self {
+            Self::Cursors { entries, .. } | Self::Received { entries, .. } => entries.len().max(1),
+            Self::Login(request, _) => 1 + request.changed.len(),
+            _ => 1,
+        }
+    }
+}

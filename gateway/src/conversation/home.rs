@@ -4,6 +4,8 @@
 //! - Waking a thread that sleeps takes longer than all a shard does about one message, and the way back to the core is another wake-up. So a
 //!   core that has left something with a shard that rests (`visits`) looks at it itself.
 //! - What is not done with in some microseconds is done at home: a visited shard says so ([`at_home`]), and is looked at there next.
+//! - A visit has an end: so much work ([`WORK_MAX`]), one commit at the most, and one core of the process at a time waits for a disk, so that one
+//!   which hangs does not stop them all.
 //! - A shard that panics ends at home, wherever it was.
 //!
 //! Not here: when a core may visit (`visits`), what a shard does at home only (`shard`).
@@ -32,6 +34,12 @@ const LOOKED_AT: u8 = 2;
 /// It has ended.
 const ENDED: u8 = 4;
 
+/// What a visited shard may do altogether: commands, or entries of those that have many, each of which is some reads of rows.
+const WORK_MAX: usize = 64;
+
+/// A core waits for a disk.
+static AT_THE_DISK: AtomicBool = AtomicBool::new(false);
+
 /// What a visited shard may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Visit {
@@ -41,9 +49,18 @@ pub(super) enum Visit {
     Commit,
 }
 
+/// What is left of a visit.
+#[derive(Clone, Copy, Debug)]
+struct Visiting {
+    may_commit: bool,
+    /// It has [`AT_THE_DISK`].
+    is_at_the_disk: bool,
+    work: usize,
+}
+
 thread_local! {
     /// The visit that is made on this thread.
-    static VISIT: Cell<Option<Visit>> = const { Cell::new(None) };
+    static VISIT: Cell<Option<Visiting>> = const { Cell::new(None) };
     /// Shards are called without waking their threads.
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
@@ -63,17 +80,34 @@ impl<T: Copy> Drop for While<T> {
     }
 }
 
+/// Whether the shard may do so much where it is, which is taken off what a visit may do altogether.
+pub(super) fn has_time_for(work: usize) -> bool {
+    let Some(visit) = VISIT.get() else { return true };
+    let left = visit.work.checked_sub(work);
+    if let Some(work) = left {
+        VISIT.set(Some(Visiting { work, ..visit }));
+    }
+    left.is_some()
+}
+
 /// Goes on at home: at once, if that is where the shard is.
 pub(super) fn at_home() -> impl Future<Output = ()> {
     at_home_unless(|visit| visit.is_none())
 }
 
-/// Goes on if the shard may commit where it is, else at home.
+/// Goes on if the shard may commit where it is, which a visit lets it once, else at home.
 pub(super) fn where_it_may_commit() -> impl Future<Output = ()> {
-    at_home_unless(|visit| visit != Some(Visit::Decide))
+    at_home_unless(|visit| {
+        let Some(visit) = visit else { return true };
+        let may = visit.may_commit && !AT_THE_DISK.swap(true, Ordering::Acquire);
+        if may {
+            VISIT.set(Some(Visiting { may_commit: false, is_at_the_disk: true, ..visit }));
+        }
+        may
+    })
 }
 
-fn at_home_unless(fits: fn(Option<Visit>) -> bool) -> impl Future<Output = ()> {
+fn at_home_unless(fits: fn(Option<Visiting>) -> bool) -> impl Future<Output = ()> {
     poll_fn(move |cx| {
         if fits(VISIT.get()) {
             return Poll::Ready(());
@@ -172,15 +206,19 @@ impl Home {
     /// Looks at the shard on this thread if `visit` says so and it rests; has its own thread look if there is something left to do.
     /// Gives whether it was looked at here.
     pub(super) fn visit(self: &Arc<Self>, visit: Option<Visit>) -> bool {
-        if visit.is_none() || !self.rests.load(Ordering::Relaxed) {
+        let Some(visit) = visit.filter(|_| self.rests.load(Ordering::Relaxed)) else {
             if self.is_called() {
                 self.thread.wake();
             }
             return false;
-        }
+        };
         let runtime = self.runtime.enter();
-        let visiting = While::set(&VISIT, visit);
+        let visit = Visiting { may_commit: visit == Visit::Commit, is_at_the_disk: false, work: WORK_MAX };
+        let visiting = While::set(&VISIT, Some(visit));
         let look = self.look();
+        if VISIT.get().is_some_and(|visit| visit.is_at_the_disk) {
+            AT_THE_DISK.store(false, Ordering::Release);
+        }
         drop(visiting);
         drop(runtime);
         if matches!(look, Look::Again | Look::Ended) {
@@ -282,7 +320,11 @@ mod tests {
                     waiting.push_back(call);
                     for call in waiting.drain(..) {
                         match call {
-                            Call::Brief(_) => {}
+                            Call::Brief(_) => {
+                                if !has_time_for(1) {
+                                    at_home().await;
+                                }
+                            }
                             Call::Long(_) => at_home().await,
                             Call::Commit(_) => where_it_may_commit().await,
                             Call::Panic => panic!("as a test wants it"),
@@ -365,6 +407,31 @@ mod tests {
         assert!(!shard.home.visit(Some(Visit::Commit)), "it does not rest");
         shard.until(|shard| !shard.done.lock().unwrap().is_empty());
         assert_eq!(shard.done(), [(Brief(8), home)]);
+        shard.end().unwrap();
+    }
+
+    #[test]
+    fn a_visit_has_one_commit_and_so_much_work() {
+        use Call::{Brief, Commit};
+
+        let (shard, here) = (shard(), thread::current().id());
+        let home = shard.thread.thread().id();
+        let done = |calls: &[Call]| {
+            for call in calls {
+                let _ = shard.call(*call);
+            }
+            assert!(shard.home.visit(Some(Visit::Commit)));
+            shard.until(|shard| shard.done.lock().unwrap().len() == calls.len());
+            shard.wait_for_rest();
+            shard.done().into_iter().map(|(_, place)| place).collect::<Vec<_>>()
+        };
+        assert_eq!(done(&[Commit(1), Brief(2), Commit(3), Brief(4)]), [here, here, home, home]);
+        let many: Vec<Call> = (0..=WORK_MAX).map(Brief).collect();
+        let places = done(&many);
+        assert!(
+            places[..WORK_MAX].iter().all(|place| *place == here) && places[WORK_MAX] == home,
+            "{places:?}"
+        );
         shard.end().unwrap();
     }
 

@@ -1,6 +1,7 @@
 //! The driver of one shard: takes commands, lets [`super::state`] decide, commits in groups, then tells everybody.
 //!
-//! - One thread per shard; reads it needs to decide may block it, nobody else.
+//! - One thread per shard; reads it needs to decide may block it, nobody else. While it rests, the core that asks something brief may look at it
+//!   in its place (`home`).
 //! - One commit is in flight; what is decided meanwhile is the next one. That is the group commit: no timer, no
 //!   minimum, a lone send is committed at once.
 //! - A failed commit is void. Writes it held, and those decided since, are refused as retryable; questions are answered
@@ -54,7 +55,7 @@ use super::{
     command::{Answer, Command, Refusal},
     commit::{Batch, Effect},
     directory::Directory,
-    home::{Home, at_home, where_it_may_commit},
+    home::{Home, at_home, has_time_for, where_it_may_commit},
     intake::Intake,
     state::{Progress, State, Verdict},
     storage::Storage,
@@ -99,9 +100,6 @@ pub struct ShardLimits {
     /// How long receive and read cursors may wait for a commit of others before they get their own.
     pub cursor_delay: Duration,
 }
-
-/// Commands a visited shard takes in; when there are more, its own thread is worth waking.
-const VISITED_COMMANDS_MAX: usize = 64;
 
 /// Seats of a conversation up to which a visited shard tells them: a core's connections wait meanwhile.
 const VISITED_SEATS_MAX: usize = 64;
@@ -407,8 +405,8 @@ impl Shard {
                 self.add_cursors(true);
             }
             if in_flight.is_none() && !self.batch.is_empty() {
-                self.where_it_may_commit().await;
                 self.add_cursors(false);
+                self.where_it_may_commit().await;
                 if let Some(writer) = idle_writer.take() {
                     self.directory.batch_started();
                     let batch = std::mem::take(&mut self.batch);
@@ -445,10 +443,8 @@ impl Shard {
                     Some(command) => {
                         let (mut next, mut taken) = (Some(command), 0);
                         while let Some(command) = next {
-                            if taken >= VISITED_COMMANDS_MAX
-                                || !self.is_brief(&command)
-                                || self.unhurried.len() > VISITED_COMMANDS_MAX
-                            {
+                            let work = command.work().saturating_add(self.unhurried.work());
+                            if !self.is_brief(&command) || !has_time_for(work) {
                                 self.at_home().await;
                             }
                             self.take_in(command);
@@ -465,7 +461,7 @@ impl Shard {
                     }
                 },
                 () = self.unhurried.due(), if open && self.has_room() => {
-                    if self.unhurried.len() > VISITED_COMMANDS_MAX {
+                    if !has_time_for(self.unhurried.work()) {
                         self.at_home().await;
                     }
                     self.take_in_unhurried();
@@ -507,8 +503,8 @@ impl Shard {
         }
     }
 
-    /// Whether a command is done with in some microseconds, but for its commit: it reads at the most some rows, and tells few. Others are not
-    /// for a core that visits.
+    /// Whether a command is done with in some microseconds for each that it counts as ([`Command::work`]), but for its commit: it reads a row or two,
+    /// and tells few. Others are not for a core that visits.
     fn is_brief(&self, command: &Command) -> bool {
         let is_small = |conversation: &ConversationId| {
             self.loaded.contains_key(conversation) && self.roster.seats(*conversation) <= VISITED_SEATS_MAX

@@ -28,7 +28,7 @@ const WAITING_MAX: usize = 4_096;
 /// See the module's text.
 #[derive(Debug, Default)]
 pub(super) struct Unhurried {
-    waiting: Mutex<Vec<Command>>,
+    waiting: Mutex<Waiting>,
     /// Something lies here.
     some: AtomicBool,
     /// Somebody is going to wake the shard.
@@ -36,15 +36,23 @@ pub(super) struct Unhurried {
     due: Notify,
 }
 
+#[derive(Debug, Default)]
+struct Waiting {
+    commands: Vec<Command>,
+    /// How much that is.
+    work: usize,
+}
+
 impl Unhurried {
     /// Leaves a command here for the shard that lives at `home`; it comes back if there is no room. To be called within a runtime.
     #[must_use]
     pub(super) fn leave(self: &Arc<Self>, command: Command, home: Option<&Arc<Home>>) -> Option<Command> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if waiting.len() >= WAITING_MAX {
+        if waiting.commands.len() >= WAITING_MAX {
             return Some(command);
         }
-        waiting.push(command);
+        waiting.work += command.work();
+        waiting.commands.push(command);
         self.some.store(true, Ordering::SeqCst);
         drop(waiting);
         if !self.minded.swap(true, Ordering::SeqCst) {
@@ -58,11 +66,11 @@ impl Unhurried {
     }
 
     /// How much lies here.
-    pub(super) fn len(&self) -> usize {
+    pub(super) fn work(&self) -> usize {
         if !self.some.load(Ordering::Acquire) {
             return 0;
         }
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).len()
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).work
     }
 
     /// What lies here, in the order in which it came.
@@ -72,7 +80,7 @@ impl Unhurried {
         }
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         self.some.store(false, Ordering::SeqCst);
-        std::mem::take(&mut *waiting)
+        std::mem::take(&mut *waiting).commands
     }
 
     /// Waits until something has lain here for [`DELAY`].

@@ -2,8 +2,8 @@
 //!
 //! - Whatever its connections hand over before the core gets to its visits goes into the same commit: a visit is a task like theirs,
 //!   so all that were woken together have had their turn by then.
-//! - A core that visits serves nobody meanwhile. So it does for a fourth of the time at the most ([`Patience`]), and waits for a
-//!   disk only where it has to look at one shard: several commit at the same time at home.
+//! - A core that visits serves nobody meanwhile. So it does for a fourth of the time on average ([`Patience`]), and waits for a
+//!   disk only where it has to look at one shard: several commit at the same time at home. How long one visit may be, the shard's home says.
 //! - A core that has so much to do that its visits come late wakes shards as before for a while ([`BUSY_FOR`]).
 //! - Threads that are no core's wake shards as before, and so does everybody once the core has ended.
 //!
@@ -11,6 +11,7 @@
 
 use std::{
     cell::RefCell,
+    collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -20,10 +21,10 @@ use tokio::{sync::Notify, time::Instant};
 use super::home::{Home, Visit};
 use crate::metrics::Metrics;
 
-/// The part of its time a core may visit: one in so many.
+/// The part of its time a core visits on average: one in so many.
 const PART: u32 = 4;
 
-/// What a core that has not visited for long may spend at once.
+/// What a core that has not visited for long may spend before it has to wait; a visit that was begun is made.
 const PATIENCE: Duration = Duration::from_millis(2);
 
 /// A visit that was made so long after a shard was called came late.
@@ -46,7 +47,7 @@ pub(crate) struct Visits {
 
 #[derive(Debug)]
 struct Due {
-    homes: Vec<Arc<Home>>,
+    homes: VecDeque<Arc<Home>>,
     /// When the first of them was called.
     since: Instant,
     /// Until then this core has no time for visits.
@@ -58,7 +59,7 @@ impl Visits {
     /// [`Self::close`].
     pub(crate) fn open(metrics: Metrics) -> Arc<Self> {
         let now = Instant::now();
-        let due = Due { homes: Vec::new(), since: now, busy_until: now };
+        let due = Due { homes: VecDeque::new(), since: now, busy_until: now };
         let visits = Arc::new(Self { due: Mutex::new(due), wake: Notify::new(), metrics });
         HERE.set(Some(Arc::clone(&visits)));
         visits
@@ -90,7 +91,7 @@ impl Visits {
         }
         // As many as there are shards at the most.
         if !due.homes.iter().any(|known| Arc::ptr_eq(known, home)) {
-            due.homes.push(Arc::clone(home));
+            due.homes.push_back(Arc::clone(home));
         }
     }
 
@@ -105,15 +106,17 @@ impl Visits {
 
     fn make_due(&self, patience: &mut Patience) {
         let mut began = Instant::now();
-        let homes = {
+        let count = {
             let mut due = self.due();
             if began.saturating_duration_since(due.since) >= LATE {
                 due.busy_until = began + BUSY_FOR;
             }
-            std::mem::take(&mut due.homes)
+            due.homes.len()
         };
-        let visit = if homes.len() > 1 { Visit::Decide } else { Visit::Commit };
-        for home in homes {
+        let visit = if count > 1 { Visit::Decide } else { Visit::Commit };
+        // One by one: what is left when something panics is looked after by `close`.
+        for _ in 0..count {
+            let Some(home) = self.due().homes.pop_front() else { break };
             let visited = home.visit(patience.is_left(began).then_some(visit));
             let done = Instant::now();
             if visited {
