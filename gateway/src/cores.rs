@@ -2,7 +2,7 @@
 //!
 //! - Everything of a connection happens on its core's thread, QUIC included: no lock is waited for, nothing moves. What
 //!   connects it to others are the shards' queues, and their word that something is due ([`crate::fanout::desk`]). A shard that
-//!   rests is looked at on the thread of the core that asks it ([`crate::conversation::visits`]).
+//!   rests is looked at on the thread of the core that asks it, which may wait for a disk then ([`crate::conversation::visits`]).
 //! - A core that fails ends the gateway: half of its clients would be left without a word.
 //! - The threads end with [`Cores`], however that ends.
 //!

@@ -525,8 +525,8 @@ fn cannot_take(path: &Path, error: ShardError) -> anyhow::Error {
     }
 }
 
-/// A shard's thread, or the core that looks at it, commits lone sends itself while the disk is as quick as this. Meanwhile it decides nothing, but what it would decide
-/// would wait for that commit anyway; handing the commit over and back costs two wake-ups of threads. On a disk slower than this those
+/// A shard's thread, or the core that looks at it, commits lone sends itself while the disk is as quick as this. Meanwhile it decides nothing, but
+/// what it would decide would wait for that commit anyway; handing the commit over and back costs two wake-ups of threads. On a disk slower than this those
 /// don't count, and deciding meanwhile makes the next group ready.
 const COMMIT_HERE_WITHIN: Duration = Duration::from_millis(2);
 

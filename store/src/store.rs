@@ -107,8 +107,8 @@ pub struct StoreOptions {
     pub settle_commits: u64,
     /// Time without a commit after which a shard settles what it has, or up to twice that.
     pub settle_idle: Duration,
-    /// Small commits are done on the thread that asks for them, as long as one takes no longer than this as a rule; zero: never. For
-    /// callers with a thread of their own per shard: it saves them two wake-ups of threads, and blocks theirs for so long.
+    /// Small commits are done on the thread that asks for them, as long as one takes no longer than this as a rule; zero: never. It
+    /// saves them two wake-ups of threads, and blocks theirs for so long: for callers that can wait.
     pub commit_here_within: Duration,
     /// Bytes of zeros that are written ahead of the log's end at a time, at most; 0: none. With space that was written before, a commit's
     /// sync need not change what the file system knows of the file. Begins with a sixteenth, for shards hardly used. Only at

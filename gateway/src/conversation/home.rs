@@ -41,7 +41,7 @@ const WORK_MAX: usize = 64;
 static AT_THE_DISK: AtomicBool = AtomicBool::new(false);
 
 /// What a visited shard may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Visit {
     /// Decide.
     Decide,
@@ -288,6 +288,13 @@ mod tests {
 
     use super::*;
 
+    /// Where commits are made depends on other cores of the process, and so on other tests of it.
+    static ALONE: Mutex<()> = Mutex::new(());
+
+    fn alone() -> MutexGuard<'static, ()> {
+        ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     struct Shard {
         home: Arc<Home>,
         rests: Arc<AtomicBool>,
@@ -381,6 +388,7 @@ mod tests {
     fn who_visits_does_what_is_brief_and_the_rest_is_done_at_home() {
         use Call::{Brief, Commit, Long};
 
+        let _alone = alone();
         let (shard, here) = (shard(), thread::current().id());
         let home = shard.thread.thread().id();
         for (call, visit, place) in [
@@ -414,6 +422,7 @@ mod tests {
     fn a_visit_has_one_commit_and_so_much_work() {
         use Call::{Brief, Commit};
 
+        let _alone = alone();
         let (shard, here) = (shard(), thread::current().id());
         let home = shard.thread.thread().id();
         let done = |calls: &[Call]| {
@@ -426,6 +435,11 @@ mod tests {
             shard.done().into_iter().map(|(_, place)| place).collect::<Vec<_>>()
         };
         assert_eq!(done(&[Commit(1), Brief(2), Commit(3), Brief(4)]), [here, here, home, home]);
+        assert!(!AT_THE_DISK.load(Ordering::SeqCst), "it is left");
+        AT_THE_DISK.store(true, Ordering::SeqCst);
+        assert_eq!(done(&[Brief(5), Commit(6)]), [here, home], "another core waits for a disk");
+        assert!(AT_THE_DISK.swap(false, Ordering::SeqCst), "which is still there");
+        assert_eq!(done(&[Commit(7)]), [here]);
         let many: Vec<Call> = (0..=WORK_MAX).map(Brief).collect();
         let places = done(&many);
         assert!(
@@ -456,6 +470,7 @@ mod tests {
     fn no_call_is_lost_whoever_calls_and_visits() {
         const CALLS: usize = 3_000;
 
+        let _alone = alone();
         let shard = shard();
         thread::scope(|scope| {
             for caller in 0..4 {

@@ -48,7 +48,7 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 const COMMIT_HERE_OPS_MAX: u32 = 32;
 
 /// The file a canary is written to.
-pub(super) const CANARY: &str = "canary";
+const CANARY: &str = "canary";
 
 /// A new writer's epoch, and where the log ends.
 pub(crate) type Acquired = Result<(u64, CommitId), CommitError>;
@@ -488,13 +488,9 @@ impl Committer {
     fn canary(&mut self) -> Result<(), CommitError> {
         self.until_space_check = 0;
         self.make_ready()?;
-        let write = || {
-            let mut file = self.files.create(CANARY)?;
-            file.append(&self.last.number.to_be_bytes())?;
-            file.sync()
-        };
         self.shared.counts.sync();
-        write().map_err(|error| refusal("a file beside the log could not be written", &error))
+        write_canary(self.files.as_ref(), self.last)
+            .map_err(|error| refusal("a file beside the log could not be written", &error))
     }
 
     fn close(&mut self) -> Result<(), CommitError> {
@@ -506,6 +502,13 @@ impl Committer {
         self.close_layer();
         self.settle_all()
     }
+}
+
+/// Writes a small file beside the log and syncs it: whether anything can be written at all.
+pub(super) fn write_canary(files: &dyn Files, last: CommitId) -> io::Result<()> {
+    let mut file = files.create(CANARY)?;
+    file.append(&last.number.to_be_bytes())?;
+    file.sync()
 }
 
 fn refusal(what: &str, error: &io::Error) -> CommitError {

@@ -10,7 +10,7 @@
 //! - A crash anywhere leaves a log that is replayed, or a step of the manifest the index lacks and is given at the next start.
 //! - What fails is tried again with growing pauses, from the layer in memory, into a new file: a file that failed is left
 //!   alone. Commits go on meanwhile until the overlay is at its bound, and are then refused.
-//! - An engine that failed is made again from the segments; nothing it wrote is trusted.
+//! - An engine that failed is made again from the segments, once a file can be written again; until then it is read, and nothing it wrote is trusted after that.
 //! - Merging is done in steps between layers, a layer first; scrubbing when there is nothing to merge.
 //! - What is old goes to the cold tier as a merge like any other, but on a thread of its own (`cold::freeze`): nothing here waits
 //!   for the object store. Its inputs are left alone until it is done.
@@ -28,7 +28,7 @@ use fulmar_protocol::id::{ConversationId, Seq, ShardId};
 
 use super::{
     Shared,
-    committer::CANARY,
+    committer::write_canary,
     index::{self, Distance, IndexError, Move},
     journal,
     manifest::{Entry, Manifest, ManifestError},
@@ -738,7 +738,8 @@ impl Settler {
     /// Makes the engine again. Its files are not opened as they are: after a failed sync they may show what is not on disk. Where not even
     /// a small file can be written it is left as it is, for what is settled can be read by it: what could not be put into it is kept in memory.
     fn reopen_engine(&mut self) -> Result<(), SettleError> {
-        self.write_canary()?;
+        self.count_syncs(1);
+        write_canary(self.files.as_ref(), self.manifest.settled)?;
         let shared = &self.shared;
         tracing::warn!(shard = %shared.id, "the index failed: making it again");
         // The old one has to be gone before its folder can go. Readers in between are told that it is away.
@@ -753,13 +754,6 @@ impl Settler {
         }
         self.live = None;
         Ok(())
-    }
-
-    fn write_canary(&self) -> io::Result<()> {
-        let mut file = self.files.create(CANARY)?;
-        file.append(&self.manifest.settled.number.to_be_bytes())?;
-        self.count_syncs(1);
-        file.sync()
     }
 
     /// Removes log files that hold nothing but settled commits.
