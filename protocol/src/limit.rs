@@ -2,6 +2,8 @@
 //!
 //! A peer may negotiate a limit down (WELCOME carries the gateway's), never up.
 
+use core::time::Duration;
+
 /// Largest QUIC variable-length integer (RFC 9000 section 16): 2^62 - 1.
 pub const VARINT_MAX: u64 = (1 << 62) - 1;
 
@@ -123,6 +125,13 @@ pub const PULLS_INFLIGHT_MAX: usize = 8;
 
 /// Delivered records after which an ACK leaves without waiting for the timer.
 pub const ACK_EVERY: usize = 16;
+
+/// From one ACK of a client to its next, while records keep coming.
+pub const ACK_DELAY: Duration = Duration::from_millis(100);
+
+/// The same while they come so densely that the last ACK was for more than one record: what is lost there shows by what follows,
+/// and an ACK each [`ACK_DELAY`] would be a packet for every other record.
+pub const ACK_DELAY_DENSE: Duration = Duration::from_millis(400);
 
 const _: () = {
     assert!(TOKEN_BYTES_MAX + 16 * 100 <= HELLO_BYTES_MAX, "a token and a hundred cursors fit a HELLO");

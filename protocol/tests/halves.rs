@@ -503,6 +503,36 @@ fn a_lone_record_is_acknowledged_at_once_and_what_keeps_coming_together() {
     assert_eq!(left(&mut half), ["Ack"], "a pause is over");
 }
 
+#[test]
+fn what_comes_densely_is_acknowledged_more_rarely() {
+    let mut half = live();
+    // A record every 40 ms: the first at once, then what came within 100 ms, then within 400 ms; and so on while it lasts.
+    let mut acks = Vec::new();
+    for number in 1..=35 {
+        let now = NOW + ms(40 * number);
+        while let Some(at) = half.poll_timeout().filter(|at| *at <= now) {
+            half.handle_timeout(at);
+            if left(&mut half).contains(&"Ack") {
+                acks.push((at - NOW).as_millis());
+            }
+        }
+        half.committed(n(300), n(number), now);
+        if left(&mut half).contains(&"Ack") {
+            acks.push((now - NOW).as_millis());
+        }
+    }
+    assert_eq!(acks, [40, 140, 540, 940, 1_340]);
+    half.handle_timeout(NOW + ms(1_740));
+    assert_eq!(left(&mut half), ["Ack"], "of two records");
+    half.committed(n(300), n(36), NOW + ms(2_000));
+    assert!(left(&mut half).is_empty());
+    half.handle_timeout(NOW + ms(2_140));
+    assert_eq!(left(&mut half), ["Ack"], "of one");
+    half.committed(n(300), n(37), NOW + ms(2_200));
+    half.handle_timeout(NOW + ms(2_240));
+    assert_eq!(left(&mut half), ["Ack"], "it is over");
+}
+
 const fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }

@@ -18,7 +18,7 @@ use std::{
 use bytes::Bytes;
 use fulmar_protocol::{
     id::{ConversationId, Seq},
-    limit::DATAGRAM_BYTES_MAX,
+    limit::{ACK_DELAY, ACK_DELAY_DENSE, ACK_EVERY, DATAGRAM_BYTES_MAX},
     session::hedge::{Hedges, Left},
 };
 use tokio::time::{Instant, Sleep};
@@ -31,9 +31,6 @@ pub(super) const LONE_MAX: usize = 2;
 /// Records in one round trip from which on none counts as lone.
 const CROWD_MAX: usize = 4;
 
-/// From one ACK of a client to its next while records keep coming, as `docs/wire.md` has it.
-const ACK_DELAY: Duration = Duration::from_millis(100);
-
 /// A timer that is of no use is put this far off.
 const FAR: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -43,13 +40,15 @@ pub(super) struct Copies {
     hedges: Hedges<Seq, Bytes>,
     /// When the client is thought to send its last ACK, on the clock of writing.
     acks_at: Option<Duration>,
+    /// Records that ACK is for.
+    covers: usize,
     crowd: usize,
     crowd_since: Duration,
 }
 
 impl Copies {
     pub(super) fn new() -> Self {
-        Self { hedges: Hedges::new(None), acks_at: None, crowd: 0, crowd_since: Duration::ZERO }
+        Self { hedges: Hedges::new(None), acks_at: None, covers: 0, crowd: 0, crowd_since: Duration::ZERO }
     }
 
     /// Whether it has to be told what a round trip takes.
@@ -76,8 +75,10 @@ impl Copies {
             (self.crowd, self.crowd_since) = (0, now);
         }
         self.crowd += records;
-        let patience = self.patience(now);
-        if self.crowd > CROWD_MAX || records > LONE_MAX {
+        let patience = self.patience(records, now);
+        // Where many acknowledgements are saved, what is lost shows by the next packet before an ACK would be missed.
+        let dense = patience > ACK_DELAY.max(window);
+        if dense || self.crowd > CROWD_MAX || records > LONE_MAX {
             return lone.clear();
         }
         for (conversation, seq, frame) in lone.drain(..) {
@@ -87,13 +88,20 @@ impl Copies {
         }
     }
 
-    /// How long the client may put its ACK of what is written now off.
-    fn patience(&mut self, now: Duration) -> Duration {
-        let at = match self.acks_at {
+    /// How long the client may put its ACK of `records` that are written now off, as `docs/wire.md` has it.
+    fn patience(&mut self, records: usize, now: Duration) -> Duration {
+        let delay = if self.covers > 1 { ACK_DELAY_DENSE } else { ACK_DELAY };
+        let mut at = match self.acks_at {
             Some(at) if at >= now => at,
-            Some(at) => now.max(at + ACK_DELAY),
-            None => now,
+            last => {
+                self.covers = 0;
+                last.map_or(now, |last| now.max(last + delay))
+            }
         };
+        self.covers = self.covers.saturating_add(records);
+        if self.covers >= ACK_EVERY {
+            at = now;
+        }
         self.acks_at = Some(at);
         at.saturating_sub(now)
     }
@@ -224,15 +232,35 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_densely_shows_its_losses_by_what_follows() {
+        let mut copies = steady();
+        // One every 40 ms: the client acknowledges at 0, 100, then each 400 ms.
+        let watched: Vec<_> = (0..24)
+            .map(|n| {
+                wrote(&mut copies, 1 + n..2 + n, 1_000 + 40 * n);
+                let watched = !copies.hedges.is_empty();
+                copies.hedges.clear();
+                watched
+            })
+            .collect();
+        // The one at once, those until 100 ms after it, and those so late before an ACK that it hardly waits.
+        let dense = |n: u64| (3..=9).contains(&n) || (13..=19).contains(&n) || n == 23;
+        assert_eq!(watched, (0..24).map(|n| !dense(n)).collect::<Vec<_>>());
+        // A pause, and it is like the first time.
+        wrote(&mut copies, 50..51, 4_000);
+        assert_eq!(copies.hedges.next_due(), Some(ms(4_000) + OVERDUE));
+    }
+
+    #[test]
     fn in_a_crowd_nothing_is_watched() {
         let mut copies = steady();
         wrote(&mut copies, 1..4, 1_000);
         assert_eq!(copies.hedges.next_due(), None, "three at once");
-        for n in 0..100 {
-            wrote(&mut copies, 10 + n..11 + n, 1_200 + 10 * n);
+        for n in 0..11 {
+            wrote(&mut copies, 10 + n..11 + n, 2_000 + 10 * n);
             let watched = !copies.hedges.is_empty();
             copies.hedges.clear();
-            assert_eq!(watched, n % 11 < CROWD_MAX as u64, "record {n}, one every 10 ms");
+            assert_eq!(watched, n < CROWD_MAX as u64, "record {n}, one every 10 ms");
         }
     }
 }

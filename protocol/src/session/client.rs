@@ -42,7 +42,7 @@ use crate::{
         UnixMillis, UserId,
     },
     limit::{
-        ACK_EVERY, BLOCK_RECORDS_MAX, DATAGRAM_BYTES_MAX, ENTRIES_PER_FRAME_MAX, FIRST_FLIGHT_BYTES_MAX,
+        ACK_DELAY, ACK_DELAY_DENSE, ACK_EVERY, BLOCK_RECORDS_MAX, DATAGRAM_BYTES_MAX, ENTRIES_PER_FRAME_MAX, FIRST_FLIGHT_BYTES_MAX,
         FIRST_FLIGHT_FRAMES_MAX, FIRST_FLIGHT_SENDS_MAX, HELLO_BYTES_MAX, MARKS_MAX, PING_PADDING_BYTES_MAX,
         REORDER_BYTES_MAX, REORDER_RECORDS_MAX,
     },
@@ -69,6 +69,8 @@ pub struct ClientConfig {
     pub features: Features,
     /// From one ACK to the next, while records keep coming. The first one after a pause leaves at once.
     pub ack_delay: Duration,
+    /// The same while they keep coming so densely that the last ACK was for more than one of them.
+    pub ack_delay_dense: Duration,
     /// Commits after which an ACK does not wait.
     pub ack_every: usize,
     /// Silence after which a PING leaves; held to the range of the WELCOME.
@@ -98,7 +100,8 @@ impl ClientConfig {
             device,
             class,
             features: Features::OURS,
-            ack_delay: Duration::from_millis(100),
+            ack_delay: ACK_DELAY,
+            ack_delay_dense: ACK_DELAY_DENSE,
             ack_every: ACK_EVERY,
             keepalive: Duration::from_secs(30),
             hello_timeout: Duration::from_secs(10),
@@ -244,8 +247,8 @@ pub struct Client {
     /// Records of others that were committed since the last ACK.
     commits: u64,
     acks_sent: u64,
-    /// When the last ACK of this connection left.
-    acked_at: Option<Duration>,
+    /// When the last ACK of this connection left, and how long the next one may be put off.
+    acked: Option<(Duration, Duration)>,
     /// The changed cursors of the last HELLO.
     told: Vec<(ConversationId, Seq)>,
     marks: BTreeMap<ConversationId, Marked>,
@@ -293,7 +296,7 @@ impl Client {
             made: BTreeSet::new(),
             commits: 0,
             acks_sent: 0,
-            acked_at: None,
+            acked: None,
             told: Vec::new(),
             marks: BTreeMap::new(),
             marks_due: BTreeSet::new(),
@@ -490,7 +493,7 @@ impl Client {
         self.inflight.disconnected();
         self.hedges.clear();
         self.left = 0;
-        self.acked_at = None;
+        self.acked = None;
         self.readers.disconnected();
         self.pings.clear();
         self.told.clear();
@@ -958,7 +961,7 @@ impl Client {
         if self.state.is_welcomed() && moved > 0 {
             // A record by itself is acknowledged at once: the transport's own acknowledgement shares the packet. Only
             // while they keep coming it pays to wait for more.
-            let at = self.acked_at.map_or(now, |last| last + self.config.ack_delay);
+            let at = self.acked.map_or(now, |(last, delay)| last + delay);
             if self.commits >= self.config.ack_every as u64 || at <= now {
                 self.flush_acks(now);
             } else {
@@ -970,12 +973,13 @@ impl Client {
 
     fn flush_acks(&mut self, now: Duration) {
         self.timers.clear(Timer::Ack);
-        self.commits = 0;
+        let commits = core::mem::take(&mut self.commits);
         if self.due.is_empty() {
             return;
         }
         self.acks_sent += 1;
-        self.acked_at = Some(now);
+        let delay = if commits > 1 { self.config.ack_delay_dense } else { self.config.ack_delay };
+        self.acked = Some((now, delay));
         let entries: Vec<_> = core::mem::take(&mut self.due)
             .into_iter()
             .map(|conversation| {
