@@ -223,7 +223,7 @@ impl Connection {
             Err((refusal, text)) => {
                 self.context.metrics.auth_refused(refusal.code.name());
                 if let Some(suppressed) = self.context.complaints.due(refusal.code.name(), monotonic_now()) {
-                    warn!(reason = text, suppressed, "a client was not let in");
+                    self.said(|| warn!(reason = text, suppressed, "a client was not let in"));
                 }
                 let error = frame::Error { text, ..error_frame(RequestId::ZERO, refusal) };
                 let close = match refusal.code {

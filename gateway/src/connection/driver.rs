@@ -20,7 +20,7 @@ use fulmar_protocol::{
     version::Features,
 };
 use tokio::sync::{Mutex as AsyncMutex, Notify, SetOnce};
-use tracing::{Instrument, debug, info_span, warn};
+use tracing::{Instrument, Span, debug, debug_span, info_span, warn};
 
 use super::{
     allowance::{Allowance, Bounds},
@@ -89,6 +89,8 @@ impl From<fulmar_transport::WriteError> for End {
 /// One connection.
 #[derive(Debug)]
 pub(super) struct Connection {
+    /// Its number in what is logged.
+    number: u64,
     pub(super) transport: fulmar_transport::Connection,
     pub(super) context: Arc<Context>,
     pub(super) peer: OnceLock<Peer>,
@@ -133,7 +135,9 @@ pub async fn serve<C: Future<Output = bool>>(
     context: Arc<Context>,
 ) {
     let number = context.number();
-    let span = info_span!("connection", connection = number, remote = %transport.remote_address(), kind = transport.kind().word(), user = tracing::field::Empty);
+    // Entered each time the connection is looked at, which would be a tenth of what the gateway's own code does for a lone delivery:
+    // only where somebody wants to see each step. See [`Connection::said`].
+    let span = debug_span!("connection", connection = number, remote = %transport.remote_address(), kind = transport.kind().word(), user = tracing::field::Empty);
     let config = GatewayConfig {
         hello_timeout: Duration::from_millis(context.config.limits.hello_timeout_ms),
         idle_timeout: context.config.transport.idle_timeout(),
@@ -141,6 +145,7 @@ pub async fn serve<C: Future<Output = bool>>(
         ..GatewayConfig::default()
     };
     let connection = Arc::new(Connection {
+        number,
         session: Mutex::new(Session::new(config, Duration::ZERO)),
         transport,
         peer: OnceLock::new(),
@@ -178,6 +183,16 @@ fn bounds(context: &Context) -> Bounds {
 }
 
 impl Connection {
+    /// Logs something about this connection: in its span, which is made for it where its task has none.
+    pub(super) fn said(&self, log: impl FnOnce()) {
+        if !Span::current().is_none() {
+            return log();
+        }
+        let (remote, kind) = (self.transport.remote_address(), self.transport.kind().word());
+        let user = self.peer.get().map(|peer| peer.producer.user.get());
+        info_span!("connection", connection = self.number, %remote, kind, user).in_scope(log);
+    }
+
     async fn run(self: &Arc<Self>, confirmed: impl Future<Output = bool>) -> End {
         tokio::select! {
             biased;
@@ -451,7 +466,9 @@ impl Connection {
                 let code = violation.close_code();
                 self.context.metrics.violation(code.name());
                 if let Some(suppressed) = self.context.complaints.due(code.name(), crate::ground::now()) {
-                    warn!(%violation, suppressed, "a client broke the protocol; the connection is closed");
+                    self.said(|| {
+                        warn!(%violation, suppressed, "a client broke the protocol; the connection is closed");
+                    });
                 }
                 (code, violation.to_string())
             }

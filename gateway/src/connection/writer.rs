@@ -293,7 +293,9 @@ impl Connection {
                 self.write_block(stream, Frame::Block(block)).await?;
                 if stuck {
                     // Nothing where something should be: asking again would bring nothing again.
-                    warn!(%conversation, seq = %from, "the log has no record where it should; the client is left to pull");
+                    self.said(
+                        || warn!(%conversation, seq = %from, "the log has no record where it should; the client is left to pull"),
+                    );
                     peer.owed.backlog_failed(conversation);
                 } else {
                     peer.owed.backlog_written(conversation, next);
@@ -302,7 +304,9 @@ impl Connection {
             // No member any more: nothing is owed.
             Ok(None) => peer.owed.backlog_written(conversation, to.saturating_add(1)),
             Err(refusal) => {
-                warn!(%conversation, code = %refusal.code, "catch-up failed; the client is left to pull");
+                self.said(
+                    || warn!(%conversation, code = %refusal.code, "catch-up failed; the client is left to pull"),
+                );
                 peer.owed.backlog_failed(conversation);
             }
         }
@@ -373,7 +377,7 @@ impl Connection {
         match read.await {
             Ok(Ok(block)) => Ok(block),
             Ok(Err(error)) => {
-                warn!(%conversation, %error, "reading the log failed");
+                self.said(|| warn!(%conversation, %error, "reading the log failed"));
                 Err(Refusal::new(receipt::refusal_code(&error)))
             }
             Err(_) => Err(Refusal::new(RefusalCode::StorageUnavailable)),
