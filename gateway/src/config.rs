@@ -362,9 +362,8 @@ section! {
         /// longer is refused before anything is decided about it, and comes again after a time it is told.
         send_wait_ms: u32 = 100, 5..=60_000;
         /// Milliseconds packets may wait for a core to read them before it lets a part of its connections send at a time, in turns, and
-        /// refuses the others' sends with a time to come again (docs/operations.md). 0: never. With 100 an overloaded core keeps
-        /// nearly what it can do and its latency; who was told to wait comes back in waves.
-        core_wait_ms: u32 = 0, 0..=60_000;
+        /// refuses the others' sends with a time to come again (docs/operations.md). 0: never, so that they wait for seconds.
+        core_wait_ms: u32 = 100, 0..=60_000;
         /// Open files the process asks the system for at start, as far as the hard limit allows. QUIC connections share
         /// one; the log takes some per shard.
         open_files: u64 = 8_192, 256..=1_048_576;

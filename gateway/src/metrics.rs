@@ -209,7 +209,7 @@ metrics! {
     cores: Gauge<u64, AtomicU64> = Gauge::default(), None;
     /// Connections and handshakes of a core; all of them are core 0's where cores have no threads of their own.
     core_connections: Family<CoreNumber, Gauge> = Family::default(), None;
-    /// How late a core reads its packets, the least in a tenth of a second. Above `limits.core_wait_ms`, if that is set, it takes sends in turns.
+    /// How late a core reads its packets, the least in a tenth of a second. Above `limits.core_wait_ms` it takes sends in turns.
     core_lateness: Family<CoreNumber, Gauge<f64, AtomicU64>> = Family::default(), Some(Unit::Seconds);
     /// The part of its connections that may send at a time, of the app that may least; 1: all.
     core_open_share: Family<CoreNumber, Gauge<f64, AtomicU64>> = Family::default(), None;

@@ -470,10 +470,10 @@ fn cursors_that_were_never_told_are_told_first() {
     for number in 1..=600 {
         half.committed(n(256 * number), n(7), NOW);
     }
-    half.handle_timeout(NOW + ms(100));
+    half.handle_timeout(NOW + ms(400));
     put_out(&mut half);
-    half.committed(n(256 * 601), n(9), NOW + ms(110));
-    half.disconnected(NOW + ms(120));
+    half.committed(n(256 * 601), n(9), NOW + ms(410));
+    half.disconnected(NOW + ms(420));
     connect(&mut half);
     let out = put_out(&mut half);
     let client::Output::Transmit(_, Frame::Hello(hello)) = &out[0] else { panic!("{out:?}") };

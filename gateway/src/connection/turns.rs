@@ -27,7 +27,7 @@ const TURN_MIN: Duration = Duration::from_secs(2);
 
 /// The longest wait anybody is told, whose turn may be later than that: the core may long have time again. After a surge that is
 /// what recovery takes.
-const WAIT_MAX: Duration = Duration::from_millis(2_500);
+const WAIT_MAX: Duration = Duration::from_millis(1_500);
 
 /// The shortest one.
 const WAIT_MIN: Duration = Duration::from_millis(50);
@@ -39,10 +39,10 @@ const SHARE_MIN: f64 = 1.0 / 256.0;
 const CUT: (f64, f64) = (0.4, 0.95);
 
 /// So much more is opened in an interval when it is not. A window that opens shows after a second.
-const OPEN: f64 = 1.015;
+const OPEN: f64 = 1.03;
 
-/// The same when it is next to idle.
-const OPEN_IDLE: f64 = 1.06;
+/// The same when it is next to idle: what was cut for a surge is open again within seconds.
+const OPEN_IDLE: f64 = 1.2;
 
 /// How long it may take until those who were refused are heard no more.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -319,7 +319,7 @@ mod tests {
             for (lateness, seconds, (least, most)) in [
                 // It is as it should be.
                 (ms(90), 2, (share, share)),
-                (ms(50), 1, (share, (share * 1.2).min(1.0))),
+                (ms(50), 1, (share, (share * 1.4).min(1.0))),
                 (ms(5), 10, ((share * 300.0).min(1.0), 1.0)),
             ] {
                 let mut turns = Turns { late: turns.late, began: turns.began, ..rebuilt(&turns) };

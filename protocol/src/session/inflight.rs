@@ -5,8 +5,8 @@
 //! - No more fly on one connection than the window allows.
 //! - A refusal that may be retried holds its conversation back for a time, then what waits leaves again in order. Each
 //!   flying send has its own verdict coming, so one refusal causes one repetition.
-//! - After one it goes on with a single send, and with one more for each that is acked: a gateway that has too much to do is asked
-//!   whether it has time again, not given everything once more.
+//! - After one it goes on with a single send, and with [`OPENING`] more for each that is acked: a gateway that has too much to do is
+//!   asked whether it has time again, not given everything once more; once it has, whole windows are what it does most cheaply.
 //!
 //! Not here: whether a repetition is stored twice (`producer`; it is not).
 
@@ -25,6 +25,12 @@ use crate::{
 
 /// The shortest wait before a refused send is sent again; doubled with each failure in a row, up to 2^7 times.
 const RETRY_MIN: Duration = Duration::from_millis(50);
+
+/// How many more may fly for each that is acked after a refusal: eight times as many in each round trip.
+const OPENING: usize = 7;
+
+/// Where the gateway says when to come again, no more than that is added by failures in a row: it knows when it will have time.
+const RETRY_TOLD_MAX: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Entry {
@@ -250,7 +256,7 @@ impl Inflight {
         if let Some(lane) = self.lanes.get_mut(&conversation).filter(|_| !settled.is_empty()) {
             lane.failures = 0;
             if let Some(few) = lane.narrowed {
-                let more = few + settled.len();
+                let more = few.saturating_add(settled.len().saturating_mul(OPENING));
                 lane.narrowed = (more < self.room.per_conversation).then_some(more);
             }
             self.refresh(conversation);
@@ -307,7 +313,10 @@ impl Inflight {
         }
         self.flying -= 1;
         lane.waiting.insert(pseq);
-        let backoff = RETRY_MIN * (1 << lane.failures.min(7));
+        let mut backoff = RETRY_MIN * (1 << lane.failures.min(7));
+        if !after.is_zero() {
+            backoff = backoff.min(RETRY_TOLD_MAX);
+        }
         if lowest {
             lane.failures = lane.failures.saturating_add(1);
         }
@@ -487,30 +496,53 @@ mod tests {
     fn after_a_refusal_the_window_opens_with_what_is_acked() {
         let at = Duration::from_secs;
         let mut inflight = Inflight::new();
-        inflight.set_room(Room { per_conversation: 8, in_all: 100, bytes: 100_000 });
-        for pseq in 1..=40 {
+        let room = Room { per_conversation: 20, in_all: 100, bytes: 100_000 };
+        inflight.set_room(room);
+        for pseq in 1..=70 {
             inflight.insert(send(1, pseq), false);
         }
-        assert_eq!(drain(&mut inflight).len(), 8);
-        for pseq in 1..=8 {
+        assert_eq!(drain(&mut inflight).len(), 20);
+        for pseq in 1..=20 {
             inflight.postponed(c(1), p(pseq), at(1), at(1));
         }
         inflight.handle_timeout(at(2));
         let mut flying = drain(&mut inflight);
         assert_eq!(flying, [(1, 1)]);
         let mut seen = vec![flying.len()];
-        while seen.len() < 6 {
+        while seen.len() < 4 {
             let named = flying.iter().map(|(_, pseq)| (p(*pseq), s(100 + *pseq))).collect();
             assert_eq!(inflight.named(c(1), &named).len(), flying.len());
             flying = drain(&mut inflight);
             seen.push(flying.len());
         }
-        assert_eq!(seen, [1, 2, 4, 8, 8, 8]);
+        assert_eq!(seen, [1, 8, 20, 20]);
         // A new connection knows nothing of it.
         inflight.postponed(c(1), p(flying[0].1), at(1), at(3));
         inflight.disconnected();
-        inflight.set_room(Room { per_conversation: 8, in_all: 100, bytes: 100_000 });
-        assert_eq!(drain(&mut inflight).len(), 8);
+        inflight.set_room(room);
+        assert_eq!(drain(&mut inflight).len(), 20);
+    }
+
+    #[test]
+    fn who_is_told_when_to_come_again_waits_little_longer_however_often() {
+        let ms = Duration::from_millis;
+        for (after, waits) in [
+            (0, [50, 100, 200, 400, 800, 1_600, 3_200, 6_400, 6_400]),
+            (120, [120, 120, 200, 400, 800, 1_000, 1_000, 1_000, 1_000]),
+            (1_500, [1_500; 9]),
+        ] {
+            let mut inflight = Inflight::new();
+            inflight.set_room(OPEN);
+            inflight.insert(send(1, 1), false);
+            let mut now = ms(5_000);
+            for wait in waits {
+                assert_eq!(drain(&mut inflight).len(), 1, "after {after} ms, at {now:?}");
+                inflight.postponed(c(1), p(1), ms(after), now);
+                assert_eq!(inflight.next_timeout(), Some(now + ms(wait)), "{after}");
+                now += ms(wait);
+                inflight.handle_timeout(now);
+            }
+        }
     }
 
     #[test]
