@@ -129,7 +129,7 @@ pub const ACK_EVERY: usize = 16;
 /// From one ACK of a client to its next, while records keep coming.
 pub const ACK_DELAY: Duration = Duration::from_millis(100);
 
-/// The same while they come so densely that the last ACK was for more than one record: what is lost there shows by what follows,
+/// The same while they come so densely that the last ACK was for more than one arrival: what is lost there shows by what follows,
 /// and an ACK each [`ACK_DELAY`] would be a packet for every other record.
 pub const ACK_DELAY_DENSE: Duration = Duration::from_millis(400);
 

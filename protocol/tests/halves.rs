@@ -531,6 +531,20 @@ fn what_comes_densely_is_acknowledged_more_rarely() {
     half.committed(n(300), n(37), NOW + ms(2_200));
     half.handle_timeout(NOW + ms(2_240));
     assert_eq!(left(&mut half), ["Ack"], "it is over");
+    // Many at once are one arrival, and what was not acknowledged on an earlier connection is none.
+    half.committed(n(300), n(47), NOW + ms(3_000));
+    assert_eq!(left(&mut half), ["Ack"]);
+    half.committed(n(300), n(48), NOW + ms(3_050));
+    assert_eq!(half.poll_timeout().unwrap(), NOW + ms(3_100));
+    half.disconnected(NOW + ms(3_060));
+    connect(&mut half);
+    take(&mut half, Frame::Welcome(welcome(1, Resumption::Resumed)));
+    half.handle_timeout(NOW + ms(3_100));
+    left(&mut half);
+    half.committed(n(300), n(49), NOW + ms(4_000));
+    assert_eq!(left(&mut half), ["Ack"]);
+    half.committed(n(300), n(50), NOW + ms(4_010));
+    assert_eq!(half.poll_timeout().unwrap(), NOW + ms(4_100));
 }
 
 const fn ms(n: u64) -> Duration {

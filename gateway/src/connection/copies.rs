@@ -3,7 +3,8 @@
 //! - A turn that writes a record or two is watched until the device's ACK covers them, or newer ones take their place:
 //!   a bound, a reference to the ring's bytes, and nothing per delivery where many are written
 //!   ([`CROWD_MAX`] a round trip): there, QUIC notices a loss by what follows.
-//! - An ACK that the client puts off, because it sent one a moment ago, is waited for as much longer.
+//! - An ACK that the client puts off, because it sent one a moment ago, is waited for as much longer; one that it puts off by more than
+//!   the transport needs to find a loss is not waited for.
 //!
 //! Not here: when an answer is overdue and what copies may cost (`fulmar_protocol::session::hedge`).
 
@@ -40,15 +41,24 @@ pub(super) struct Copies {
     hedges: Hedges<Seq, Bytes>,
     /// When the client is thought to send its last ACK, on the clock of writing.
     acks_at: Option<Duration>,
-    /// Records that ACK is for.
-    covers: usize,
+    /// Turns of writing that ACK is for, and their records.
+    covers: (u32, u32),
+    /// Until then the client may put ACKs off for longer than is thought here: their times are no measure of the path.
+    doubtful_until: Duration,
     crowd: usize,
     crowd_since: Duration,
 }
 
 impl Copies {
     pub(super) fn new() -> Self {
-        Self { hedges: Hedges::new(None), acks_at: None, covers: 0, crowd: 0, crowd_since: Duration::ZERO }
+        Self {
+            hedges: Hedges::new(None),
+            acks_at: None,
+            covers: (0, 0),
+            doubtful_until: Duration::ZERO,
+            crowd: 0,
+            crowd_since: Duration::ZERO,
+        }
     }
 
     /// Whether it has to be told what a round trip takes.
@@ -76,30 +86,40 @@ impl Copies {
         }
         self.crowd += records;
         let patience = self.patience(records, now);
-        // Where many acknowledgements are saved, what is lost shows by the next packet before an ACK would be missed.
-        let dense = patience > ACK_DELAY.max(window);
+        if self.covers.0 > 1 {
+            self.doubt(now);
+        }
+        // So long before its ACK, a loss shows sooner by the next packet, or by a probe of the transport's.
+        let dense = patience > ACK_DELAY.max(window.saturating_mul(17) / 10);
         if dense || self.crowd > CROWD_MAX || records > LONE_MAX {
             return lone.clear();
         }
+        let timed = now >= self.doubtful_until;
         for (conversation, seq, frame) in lone.drain(..) {
-            let left =
-                Left { size: frame.len(), hedge: frame.len() <= DATAGRAM_BYTES_MAX, timed: true, patience };
+            let left = Left { size: frame.len(), hedge: frame.len() <= DATAGRAM_BYTES_MAX, timed, patience };
             self.hedges.sent(conversation, seq, frame, left, now);
         }
     }
 
+    /// Records were written otherwise than by a turn: when they are acknowledged is not followed here.
+    pub(super) fn doubt(&mut self, now: Duration) {
+        let window = self.hedges.rtt().smoothed().unwrap_or_default();
+        self.doubtful_until = now + 2 * ACK_DELAY_DENSE + window;
+    }
+
     /// How long the client may put its ACK of `records` that are written now off, as `docs/wire.md` has it.
     fn patience(&mut self, records: usize, now: Duration) -> Duration {
-        let delay = if self.covers > 1 { ACK_DELAY_DENSE } else { ACK_DELAY };
+        let delay = if self.covers.0 > 1 { ACK_DELAY_DENSE } else { ACK_DELAY };
         let mut at = match self.acks_at {
             Some(at) if at >= now => at,
             last => {
-                self.covers = 0;
+                self.covers = (0, 0);
                 last.map_or(now, |last| now.max(last + delay))
             }
         };
-        self.covers = self.covers.saturating_add(records);
-        if self.covers >= ACK_EVERY {
+        let records = u32::try_from(records).unwrap_or(u32::MAX);
+        self.covers = (self.covers.0.saturating_add(1), self.covers.1.saturating_add(records));
+        if self.covers.1 as usize >= ACK_EVERY {
             at = now;
         }
         self.acks_at = Some(at);
@@ -244,11 +264,30 @@ mod tests {
             })
             .collect();
         // The one at once, those until 100 ms after it, and those so late before an ACK that it hardly waits.
-        let dense = |n: u64| (3..=9).contains(&n) || (13..=19).contains(&n) || n == 23;
+        let dense = |n: u64| (3..=8).contains(&n) || (13..=18).contains(&n) || n == 23;
         assert_eq!(watched, (0..24).map(|n| !dense(n)).collect::<Vec<_>>());
         // A pause, and it is like the first time.
         wrote(&mut copies, 50..51, 4_000);
         assert_eq!(copies.hedges.next_due(), Some(ms(4_000) + OVERDUE));
+    }
+
+    #[test]
+    fn an_ack_that_may_have_been_put_off_says_nothing_of_the_path() {
+        let rtt = |doubted: bool, after: u64| {
+            let mut copies = steady();
+            if doubted {
+                copies.doubt(ms(1_000));
+            }
+            // A frame too large for a copy: nothing but its answer is waited for.
+            let frame = Bytes::from(vec![0; DATAGRAM_BYTES_MAX + 1]);
+            let mut lone = vec![(c(1), Seq::new(1).unwrap(), frame)];
+            copies.wrote(1, 2_000, &mut lone, ms(1_000 + after));
+            copies.acked(&[(c(1), Seq::new(1).unwrap())], ms(1_140 + after));
+            copies.hedges.rtt().smoothed().unwrap()
+        };
+        assert!(rtt(false, 0) > ms(100));
+        assert_eq!(rtt(true, 100), ms(100), "behind a BLOCK");
+        assert!(rtt(true, 1_000) > ms(100), "long behind it");
     }
 
     #[test]

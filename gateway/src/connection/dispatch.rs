@@ -18,7 +18,7 @@ use fulmar_protocol::{
     session::{digest::CursorDigest, gateway::Output},
     version::{self, Features},
 };
-use tracing::{Span, debug, debug_span, warn};
+use tracing::{Instrument as _, Span, debug, debug_span, warn};
 
 use super::{
     driver::{Connection, End, Peer, describe},
@@ -163,7 +163,7 @@ impl Connection {
                 let peer = self.peer()?;
                 let caller =
                     service::Caller { app: peer.app, name: Arc::clone(&peer.name), producer: peer.producer };
-                let reply = service::call(&self.context, &caller, call).await;
+                let reply = service::call(&self.context, &caller, call).instrument(self.span()).await;
                 self.tell(|session| session.transmit(Frame::Reply(reply)))
             }
             Output::Event(mut event) => {

@@ -140,7 +140,7 @@ mod tests {
                 told.extend(refused(0..100, fresh));
             }
             assert_eq!(!told.is_empty(), late, "{age:?} {fresh}");
-            assert!(told.iter().all(|wait| (50..=2_500).contains(wait)));
+            assert!(told.iter().all(|wait| (50..=1_500).contains(wait)));
             let text = metrics.encode();
             let of_core = |name: &str| {
                 let line = text.lines().find_map(|line| line.strip_prefix(&format!("{name}{{core=\"3\"}} ")));

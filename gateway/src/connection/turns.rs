@@ -21,8 +21,8 @@ const INTERVAL: Duration = Duration::from_millis(100);
 /// How long the open part takes to go round, if that leaves everybody [`TURN_MIN`].
 const ROUND: Duration = Duration::from_secs(5);
 
-/// The shortest turn. A refused client begins with one send and opens its window with what is acked, which takes up to a
-/// second; and what is under way when its turn is over, a window, is refused and was read for nothing.
+/// The shortest turn. A refused client begins with one send and opens its window with what is acked, which takes two
+/// round trips; and what is under way when its turn is over, a window, is refused and was read for nothing.
 const TURN_MIN: Duration = Duration::from_secs(2);
 
 /// The longest wait anybody is told, whose turn may be later than that: the core may long have time again. After a surge that is
@@ -38,11 +38,14 @@ const SHARE_MIN: f64 = 1.0 / 256.0;
 /// So much of what was open stays open when the core is found late, at the least and at the most.
 const CUT: (f64, f64) = (0.4, 0.95);
 
-/// So much more is opened in an interval when it is not. A window that opens shows after a second.
+/// So much more is opened in an interval when it is not. A window that opens shows some round trips later.
 const OPEN: f64 = 1.03;
 
 /// The same when it is next to idle: what was cut for a surge is open again within seconds.
 const OPEN_IDLE: f64 = 1.2;
+
+/// The same when nothing says how late it is, and for an app that does not send most.
+const OPEN_BESIDE: f64 = 1.06;
 
 /// How long it may take until those who were refused are heard no more.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -202,7 +205,9 @@ impl Turns {
             app.pace += (app.sent / intervals - app.pace) * follow;
             app.sent = 0.0;
         }
-        self.late = self.least.take().unwrap_or_default();
+        let least = self.least.take();
+        self.late = least.unwrap_or_default();
+        let mut open = 1.0;
         if self.late > self.wait {
             // While most are refused, what makes it late had left before they were told.
             let patience = if self.refused > self.came / 2.0 { PATIENCE } else { Duration::ZERO };
@@ -211,15 +216,18 @@ impl Turns {
                 self.shows = now + self.late + INTERVAL;
             }
         } else if self.late <= self.wait.mul_f64(0.7) {
-            let more = if self.late <= self.wait / 8 { OPEN_IDLE } else { OPEN };
-            for app in self.apps.values_mut().filter(|app| app.share < 1.0) {
-                app.set_share(app.share * more.powf(intervals), now);
-            }
+            open = match least {
+                None => OPEN_BESIDE.powf(intervals),
+                // A look at one moment says little of a long time.
+                Some(least) if least <= self.wait / 8 => OPEN_IDLE.powf(intervals.min(2.0)),
+                Some(_) => OPEN.powf(intervals),
+            };
         }
         let most = self.most();
-        for app in self.apps.values_mut().filter(|app| app.share < 1.0 && app.pace < most) {
-            // It was the greatest once; it need not wait until there is time for all.
-            app.set_share(app.share * OPEN_IDLE.powf(intervals), now);
+        for app in self.apps.values_mut().filter(|app| app.share < 1.0) {
+            // Who was the greatest once need not wait until there is time for all.
+            let beside = if app.pace < most { OPEN_BESIDE.powf(intervals) } else { 1.0 };
+            app.set_share(app.share * open.max(beside), now);
         }
         self.refused = 0.0;
         self.came = 0.0;

@@ -410,7 +410,9 @@ impl Connection {
         match self.hand_over(stream, &mut [out.freeze()]).await {
             Ok(()) => {
                 let now = self.now();
-                self.copies().left(size, now);
+                let mut copies = self.copies();
+                copies.left(size, now);
+                copies.doubt(now);
                 Ok(())
             }
             Err(fulmar_transport::WriteError::ConnectionLost(error)) => Err(error.into()),

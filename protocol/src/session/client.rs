@@ -22,7 +22,7 @@ use bytes::Bytes;
 use super::{
     acks,
     hedge::{Hedges, Left},
-    inflight::{Inflight, Room, Settled},
+    inflight::{Inflight, Room, Settled, Wait},
     reading::Readers,
     request::{Ask, Requests},
     state::{ClientInput, ClientState, Step},
@@ -69,7 +69,7 @@ pub struct ClientConfig {
     pub features: Features,
     /// From one ACK to the next, while records keep coming. The first one after a pause leaves at once.
     pub ack_delay: Duration,
-    /// The same while they keep coming so densely that the last ACK was for more than one of them.
+    /// The same while they keep coming so densely that the last ACK was for more than one arrival.
     pub ack_delay_dense: Duration,
     /// Commits after which an ACK does not wait.
     pub ack_every: usize,
@@ -246,6 +246,8 @@ pub struct Client {
     made: BTreeSet<(ConversationId, Seq)>,
     /// Records of others that were committed since the last ACK.
     commits: u64,
+    /// How often there were any.
+    arrivals: u64,
     acks_sent: u64,
     /// When the last ACK of this connection left, and how long the next one may be put off.
     acked: Option<(Duration, Duration)>,
@@ -295,6 +297,7 @@ impl Client {
             due: BTreeSet::new(),
             made: BTreeSet::new(),
             commits: 0,
+            arrivals: 0,
             acks_sent: 0,
             acked: None,
             told: Vec::new(),
@@ -494,6 +497,7 @@ impl Client {
         self.hedges.clear();
         self.left = 0;
         self.acked = None;
+        (self.commits, self.arrivals) = (0, 0);
         self.readers.disconnected();
         self.pings.clear();
         self.told.clear();
@@ -841,7 +845,8 @@ impl Client {
             }
             Retry::Same | Retry::OtherNode | Retry::AfterAuth => {
                 let after = Duration::from_millis(retry_after_ms.into());
-                self.inflight.postponed(conversation, pseq, after, now);
+                let wait = Wait { after, busy: code == RefusalCode::Busy };
+                self.inflight.postponed(conversation, pseq, wait, now);
             }
         }
     }
@@ -958,6 +963,7 @@ impl Client {
         self.due.insert(conversation);
         self.untold.insert(conversation);
         self.commits = self.commits.saturating_add(moved);
+        self.arrivals += u64::from(moved > 0);
         if self.state.is_welcomed() && moved > 0 {
             // A record by itself is acknowledged at once: the transport's own acknowledgement shares the packet. Only
             // while they keep coming it pays to wait for more.
@@ -973,12 +979,13 @@ impl Client {
 
     fn flush_acks(&mut self, now: Duration) {
         self.timers.clear(Timer::Ack);
-        let commits = core::mem::take(&mut self.commits);
+        let arrivals = core::mem::take(&mut self.arrivals);
+        self.commits = 0;
         if self.due.is_empty() {
             return;
         }
         self.acks_sent += 1;
-        let delay = if commits > 1 { self.config.ack_delay_dense } else { self.config.ack_delay };
+        let delay = if arrivals > 1 { self.config.ack_delay_dense } else { self.config.ack_delay };
         self.acked = Some((now, delay));
         let entries: Vec<_> = core::mem::take(&mut self.due)
             .into_iter()

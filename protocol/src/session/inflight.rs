@@ -29,8 +29,8 @@ const RETRY_MIN: Duration = Duration::from_millis(50);
 /// How many more may fly for each that is acked after a refusal: eight times as many in each round trip.
 const OPENING: usize = 7;
 
-/// Where the gateway says when to come again, no more than that is added by failures in a row: it knows when it will have time.
-const RETRY_TOLD_MAX: Duration = Duration::from_secs(1);
+/// Who is busy and says when to come again knows when it will have time: no more than that is added by failures in a row.
+const RETRY_BUSY_MAX: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Entry {
@@ -73,6 +73,15 @@ pub(super) struct Room {
     pub(super) in_all: usize,
     /// Bytes of frames that may still leave.
     pub(super) bytes: usize,
+}
+
+/// What a refusal says of when to come again.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Wait {
+    /// After so long, or zero.
+    pub(super) after: Duration,
+    /// It was refused because there is too much to do, and for nothing else.
+    pub(super) busy: bool,
 }
 
 /// What an ack or refusal settles.
@@ -242,7 +251,7 @@ impl Inflight {
         let unnamed: Vec<Pseq> =
             lane.entries.range(..=up_to).filter(|(_, entry)| entry.flying).map(|(pseq, _)| *pseq).collect();
         for pseq in unnamed {
-            self.postponed(conversation, pseq, Duration::ZERO, now);
+            self.postponed(conversation, pseq, Wait::default(), now);
         }
         settled
     }
@@ -254,8 +263,11 @@ impl Inflight {
         });
         let settled: Vec<Settled> = named.collect();
         if let Some(lane) = self.lanes.get_mut(&conversation).filter(|_| !settled.is_empty()) {
-            lane.failures = 0;
-            if let Some(few) = lane.narrowed {
+            // What left before the refusal says nothing of how it is now.
+            if lane.retry_at.is_none() {
+                lane.failures = 0;
+            }
+            if let Some(few) = lane.narrowed.filter(|_| lane.retry_at.is_none()) {
                 let more = few.saturating_add(settled.len().saturating_mul(OPENING));
                 lane.narrowed = (more < self.room.per_conversation).then_some(more);
             }
@@ -302,7 +314,7 @@ impl Inflight {
         &mut self,
         conversation: ConversationId,
         pseq: Pseq,
-        after: Duration,
+        Wait { after, busy }: Wait,
         now: Duration,
     ) {
         let Some(lane) = self.lanes.get_mut(&conversation) else { return };
@@ -314,8 +326,8 @@ impl Inflight {
         self.flying -= 1;
         lane.waiting.insert(pseq);
         let mut backoff = RETRY_MIN * (1 << lane.failures.min(7));
-        if !after.is_zero() {
-            backoff = backoff.min(RETRY_TOLD_MAX);
+        if busy && !after.is_zero() {
+            backoff = backoff.min(RETRY_BUSY_MAX);
         }
         if lowest {
             lane.failures = lane.failures.saturating_add(1);
@@ -412,6 +424,10 @@ mod tests {
         Seq::new(n).unwrap()
     }
 
+    fn busy(after: Duration) -> Wait {
+        Wait { after, busy: true }
+    }
+
     fn send(conversation: u64, pseq: u64) -> Send {
         Send {
             kind: RecordKind::Message,
@@ -477,9 +493,9 @@ mod tests {
         }
         inflight.insert(send(2, 1), false);
         assert_eq!(drain(&mut inflight), [(1, 1), (2, 1), (1, 2), (1, 3)]);
-        inflight.postponed(c(1), p(1), at(200), at(1_000));
-        inflight.postponed(c(1), p(2), at(0), at(1_010));
-        inflight.postponed(c(1), p(2), at(9_000), at(1_010));
+        inflight.postponed(c(1), p(1), busy(at(200)), at(1_000));
+        inflight.postponed(c(1), p(2), busy(at(0)), at(1_010));
+        inflight.postponed(c(1), p(2), busy(at(9_000)), at(1_010));
         assert_eq!(drain(&mut inflight), [], "4 would overtake 1");
         assert_eq!(inflight.next_timeout(), Some(at(1_200)));
         inflight.handle_timeout(at(1_199));
@@ -503,7 +519,7 @@ mod tests {
         }
         assert_eq!(drain(&mut inflight).len(), 20);
         for pseq in 1..=20 {
-            inflight.postponed(c(1), p(pseq), at(1), at(1));
+            inflight.postponed(c(1), p(pseq), busy(at(1)), at(1));
         }
         inflight.handle_timeout(at(2));
         let mut flying = drain(&mut inflight);
@@ -517,19 +533,40 @@ mod tests {
         }
         assert_eq!(seen, [1, 8, 20, 20]);
         // A new connection knows nothing of it.
-        inflight.postponed(c(1), p(flying[0].1), at(1), at(3));
+        inflight.postponed(c(1), p(flying[0].1), busy(at(1)), at(3));
         inflight.disconnected();
         inflight.set_room(room);
         assert_eq!(drain(&mut inflight).len(), 20);
     }
 
     #[test]
+    fn acks_of_what_left_before_a_refusal_open_nothing() {
+        let at = Duration::from_secs;
+        let mut inflight = Inflight::new();
+        inflight.set_room(Room { per_conversation: 20, in_all: 100, bytes: 100_000 });
+        for pseq in 1..=40 {
+            inflight.insert(send(1, pseq), false);
+        }
+        assert_eq!(drain(&mut inflight).len(), 20);
+        for pseq in 11..=20 {
+            inflight.postponed(c(1), p(pseq), busy(at(1)), at(1));
+        }
+        let before = (1..=10).map(|pseq| (p(pseq), s(pseq))).collect();
+        assert_eq!(inflight.named(c(1), &before).len(), 10);
+        inflight.handle_timeout(at(2));
+        assert_eq!(drain(&mut inflight), [(1, 11)], "one first");
+    }
+
+    #[test]
     fn who_is_told_when_to_come_again_waits_little_longer_however_often() {
         let ms = Duration::from_millis;
-        for (after, waits) in [
-            (0, [50, 100, 200, 400, 800, 1_600, 3_200, 6_400, 6_400]),
-            (120, [120, 120, 200, 400, 800, 1_000, 1_000, 1_000, 1_000]),
-            (1_500, [1_500; 9]),
+        let doubled = [50, 100, 200, 400, 800, 1_600, 3_200, 6_400, 6_400];
+        for (busy, after, waits) in [
+            (true, 0, doubled),
+            (false, 50, doubled),
+            (false, 1_500, [1_500, 1_500, 1_500, 1_500, 1_500, 1_600, 3_200, 6_400, 6_400]),
+            (true, 120, [120, 120, 200, 400, 800, 1_000, 1_000, 1_000, 1_000]),
+            (true, 1_500, [1_500; 9]),
         ] {
             let mut inflight = Inflight::new();
             inflight.set_room(OPEN);
@@ -537,8 +574,8 @@ mod tests {
             let mut now = ms(5_000);
             for wait in waits {
                 assert_eq!(drain(&mut inflight).len(), 1, "after {after} ms, at {now:?}");
-                inflight.postponed(c(1), p(1), ms(after), now);
-                assert_eq!(inflight.next_timeout(), Some(now + ms(wait)), "{after}");
+                inflight.postponed(c(1), p(1), Wait { after: ms(after), busy }, now);
+                assert_eq!(inflight.next_timeout(), Some(now + ms(wait)), "{busy} {after}");
                 now += ms(wait);
                 inflight.handle_timeout(now);
             }
