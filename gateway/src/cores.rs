@@ -238,4 +238,21 @@ mod tests {
         let panicked = "the thread of core 2 panicked; what was acked is on disk".to_owned();
         assert_eq!(end(&[Goes, Stays, Panics, Stays]).await, (Err(panicked), 4));
     }
+
+    #[test]
+    fn what_a_core_left_with_a_shard_is_looked_at_even_if_it_panics() {
+        let shard = crate::conversation::visits::tests::Resting::new();
+        let call = shard.bell();
+        let work = || async move {
+            let _visits = Visits::open(crate::metrics::Metrics::default());
+            // To be visited by this core, which does not live to do it.
+            call();
+            panic!("as a test wants it")
+        };
+        let mut cores = Cores::start_works([work]).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        assert!(runtime.block_on(cores.ended()).is_err());
+        drop(cores);
+        assert!(shard.is_looked_at());
+    }
 }

@@ -173,10 +173,64 @@ fn nanos(time: Duration) -> i64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
     use super::*;
+
+    /// A shard that rests on a thread of its own, for somebody else's test.
+    pub(crate) struct Resting {
+        home: Arc<Home>,
+        bell: Arc<Notify>,
+        looks: std::sync::mpsc::Receiver<()>,
+    }
+
+    impl Resting {
+        /// Its thread ends with `Self`.
+        pub(crate) fn new() -> Self {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            let (bell, rests) = (Arc::<Notify>::default(), Arc::<AtomicBool>::default());
+            let (look, looks) = std::sync::mpsc::channel();
+            let work = {
+                let (bell, rests) = (Arc::clone(&bell), Arc::clone(&rests));
+                async move {
+                    rests.store(true, Ordering::Relaxed);
+                    loop {
+                        bell.notified().await;
+                        if look.send(()).is_err() {
+                            break;
+                        }
+                    }
+                }
+            };
+            let home = Home::new(work, rests, runtime.handle().clone());
+            let live = Arc::clone(&home).live();
+            std::thread::spawn(move || runtime.block_on(live));
+            let resting = Self { home, bell, looks };
+            // It has come to its first rest when it was looked at once.
+            resting.bell()();
+            assert!(resting.is_looked_at());
+            resting
+        }
+
+        /// What calls it, from any thread.
+        pub(crate) fn bell(&self) -> impl Fn() + Send + 'static {
+            let (home, bell) = (Arc::clone(&self.home), Arc::clone(&self.bell));
+            move || call(Some(&home), || bell.notify_one())
+        }
+
+        /// Whether it is looked at, now or soon.
+        pub(crate) fn is_looked_at(&self) -> bool {
+            self.looks.recv_timeout(Duration::from_secs(5)).is_ok()
+        }
+    }
+
+    impl Drop for Resting {
+        fn drop(&mut self) {
+            drop(std::mem::replace(&mut self.looks, std::sync::mpsc::channel().1));
+            self.bell.notify_one();
+        }
+    }
 
     /// A shard that counts how often it was looked at since it came to rest, and what calls it.
     fn shard(runtime: &tokio::runtime::Runtime) -> (Arc<Home>, Arc<Notify>, Arc<AtomicUsize>) {
