@@ -186,24 +186,11 @@ pub(crate) mod tests {
     }
 
     impl Resting {
-        /// Its thread ends with `Self`.
+        /// Its thread stays until the process ends.
         pub(crate) fn new() -> Self {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-            let (bell, rests) = (Arc::<Notify>::default(), Arc::<AtomicBool>::default());
             let (look, looks) = std::sync::mpsc::channel();
-            let work = {
-                let (bell, rests) = (Arc::clone(&bell), Arc::clone(&rests));
-                async move {
-                    rests.store(true, Ordering::Relaxed);
-                    loop {
-                        bell.notified().await;
-                        if look.send(()).is_err() {
-                            break;
-                        }
-                    }
-                }
-            };
-            let home = Home::new(work, rests, runtime.handle().clone());
+            let (home, bell) = shard_that(&runtime, move || drop(look.send(())));
             let live = Arc::clone(&home).live();
             std::thread::spawn(move || runtime.block_on(live));
             let resting = Self { home, bell, looks };
@@ -225,28 +212,32 @@ pub(crate) mod tests {
         }
     }
 
-    impl Drop for Resting {
-        fn drop(&mut self) {
-            drop(std::mem::replace(&mut self.looks, std::sync::mpsc::channel().1));
-            self.bell.notify_one();
-        }
-    }
-
-    /// A shard that counts how often it was looked at since it came to rest, and what calls it.
-    fn shard(runtime: &tokio::runtime::Runtime) -> (Arc<Home>, Arc<Notify>, Arc<AtomicUsize>) {
-        let (bell, looks, rests) =
-            (Arc::<Notify>::default(), Arc::<AtomicUsize>::default(), Arc::<AtomicBool>::default());
+    /// A shard that does this when it is looked at after it came to rest, and what calls it.
+    fn shard_that(
+        runtime: &tokio::runtime::Runtime,
+        mut look: impl FnMut() + Send + 'static,
+    ) -> (Arc<Home>, Arc<Notify>) {
+        let (bell, rests) = (Arc::<Notify>::default(), Arc::<AtomicBool>::default());
         let work = {
-            let (bell, looks, rests) = (Arc::clone(&bell), Arc::clone(&looks), Arc::clone(&rests));
+            let (bell, rests) = (Arc::clone(&bell), Arc::clone(&rests));
             async move {
                 rests.store(true, Ordering::Relaxed);
                 loop {
                     bell.notified().await;
-                    looks.fetch_add(1, Ordering::Relaxed);
+                    look();
                 }
             }
         };
-        let home = Home::new(work, rests, runtime.handle().clone());
+        (Home::new(work, rests, runtime.handle().clone()), bell)
+    }
+
+    /// A shard that counts how often it was looked at since it came to rest, and what calls it.
+    fn shard(runtime: &tokio::runtime::Runtime) -> (Arc<Home>, Arc<Notify>, Arc<AtomicUsize>) {
+        let looks = Arc::<AtomicUsize>::default();
+        let count = Arc::clone(&looks);
+        let (home, bell) = shard_that(runtime, move || {
+            count.fetch_add(1, Ordering::Relaxed);
+        });
         runtime
             .block_on(async { drop(tokio::time::timeout(Duration::ZERO, Arc::clone(&home).live()).await) });
         (home, bell, looks)

@@ -249,8 +249,8 @@ pub struct Client {
     /// How often there were any.
     arrivals: u64,
     acks_sent: u64,
-    /// When the last ACK of this connection left, and how long the next one may be put off.
-    acked: Option<(Duration, Duration)>,
+    /// Until then an ACK waits for more; nothing, if none has left on this connection.
+    ack_waits: Option<Duration>,
     /// The changed cursors of the last HELLO.
     told: Vec<(ConversationId, Seq)>,
     marks: BTreeMap<ConversationId, Marked>,
@@ -299,7 +299,7 @@ impl Client {
             commits: 0,
             arrivals: 0,
             acks_sent: 0,
-            acked: None,
+            ack_waits: None,
             told: Vec::new(),
             marks: BTreeMap::new(),
             marks_due: BTreeSet::new(),
@@ -496,7 +496,7 @@ impl Client {
         self.inflight.disconnected();
         self.hedges.clear();
         self.left = 0;
-        self.acked = None;
+        self.ack_waits = None;
         (self.commits, self.arrivals) = (0, 0);
         self.readers.disconnected();
         self.pings.clear();
@@ -967,7 +967,7 @@ impl Client {
         if self.state.is_welcomed() && moved > 0 {
             // A record by itself is acknowledged at once: the transport's own acknowledgement shares the packet. Only
             // while they keep coming it pays to wait for more.
-            let at = self.acked.map_or(now, |(last, delay)| last + delay);
+            let at = self.ack_waits.unwrap_or(now);
             if self.commits >= self.config.ack_every as u64 || at <= now {
                 self.flush_acks(now);
             } else {
@@ -986,7 +986,7 @@ impl Client {
         }
         self.acks_sent += 1;
         let delay = if arrivals > 1 { self.config.ack_delay_dense } else { self.config.ack_delay };
-        self.acked = Some((now, delay));
+        self.ack_waits = Some(now + delay);
         let entries: Vec<_> = core::mem::take(&mut self.due)
             .into_iter()
             .map(|conversation| {

@@ -266,10 +266,10 @@ impl Inflight {
             // What left before the refusal says nothing of how it is now.
             if lane.retry_at.is_none() {
                 lane.failures = 0;
-            }
-            if let Some(few) = lane.narrowed.filter(|_| lane.retry_at.is_none()) {
-                let more = few.saturating_add(settled.len().saturating_mul(OPENING));
-                lane.narrowed = (more < self.room.per_conversation).then_some(more);
+                if let Some(few) = lane.narrowed {
+                    let more = few.saturating_add(settled.len().saturating_mul(OPENING));
+                    lane.narrowed = (more < self.room.per_conversation).then_some(more);
+                }
             }
             self.refresh(conversation);
         }
